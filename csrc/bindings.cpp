@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// spatial_pe._C: the kernels as Python functions of plain numbers and addresses. Arguments were checked in Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using ViewTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, strides (batch, token, head)
+
+spe::View view(const ViewTuple& t) {
+  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+template <class T>
+T lookup(const std::map<std::string, T>& table, const std::string& key, const char* what) {
+  const auto it = table.find(key);
+  if (it == table.end()) throw py::value_error(std::string(what) + ": unknown value " + key);
+  return it->second;
+}
+
+spe::Problem problem(const py::dict& d) {
+  spe::Problem p;
+  p.dtype = lookup<spe::DType>({{"float32", spe::DType::float32}, {"bfloat16", spe::DType::bfloat16},
+                                {"float16", spe::DType::float16}}, d["dtype"].cast<std::string>(), "dtype");
+  p.batch = d["batch"].cast<int64_t>();
+  p.tokens = d["tokens"].cast<int64_t>();
+  p.heads = d["heads"].cast<int>();
+  p.kv_heads = d["kv_heads"].cast<int>();
+  p.head_dim = d["head_dim"].cast<int>();
+  p.scale = d["scale"].cast<float>();
+  p.threads = d["threads"].cast<int>();
+  for (const auto& [sample, start, length] : d["sequences"].cast<std::vector<std::array<int64_t, 3>>>())
+    if (length > 0) p.sequences.push_back({sample, start, length});
+  int rotary_dim = 0;
+  auto pairing = spe::Pairing::half;
+  if (d.contains("cos")) {
+    rotary_dim = d["rotary_dim"].cast<int>();
+    pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
+                                    {"axis_half", spe::Pairing::axis_half}}, d["pairing"].cast<std::string>(), "pairing");
+    const auto cos = view(d["cos"].cast<ViewTuple>()), sin = view(d["sin"].cast<ViewTuple>());
+    p.tables = {static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), cos.batch, cos.token, cos.head};
+  }
+  p.pairs = spe::channel_pairs(p.head_dim, rotary_dim, pairing);
+  return p;
+}
+
+void forward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTuple out, uintptr_t lse) {
+  const spe::Problem p = problem(d);
+  const spe::ForwardTensors t{view(q), view(k), view(v), view(out), reinterpret_cast<float*>(lse)};
+  const py::gil_scoped_release release;
+  spe::forward(p, t);
+}
+
+void backward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTuple out, uintptr_t lse, ViewTuple dout,
+              ViewTuple dq, ViewTuple dk, ViewTuple dv) {
+  const spe::Problem p = problem(d);
+  const spe::BackwardTensors t{view(q),  view(k),  view(v),  view(out), view(dout),
+                               view(dq), view(dk), view(dv), reinterpret_cast<const float*>(lse)};
+  const py::gil_scoped_release release;
+  spe::backward(p, t);
+}
+
+py::dict cpu_features() {
+  py::dict out;
+  out["isa"] = spe::current_isa();
+  out["usable_isas"] = spe::usable_isas();
+  out["flags"] = spe::cpu_flags();
+  out["compiler"] = SPE_COMPILER;
+#if defined(_OPENMP)
+  out["openmp"] = true;
+#else
+  out["openmp"] = false;
+#endif
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Fused 2D-RoPE attention on the CPU.";
+  using namespace py::literals;
+  m.def("forward", &forward, "problem"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a);
+  m.def("backward", &backward, "problem"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dq"_a,
+        "dk"_a, "dv"_a);
+  m.def("cpu_features", &cpu_features, "The instruction set in use, those usable, CPU flags and how this was compiled.");
+  m.def("use_isa", &spe::use_isa, "isa"_a, "Use the kernels of a lower instruction set (for tests).");
+}

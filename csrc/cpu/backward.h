@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward: dq, dk, dv from dout, the saved out and lse.
+//
+//   P = exp(S scale - lse)   dP = dO V^T   dS = P (dP - delta), delta = rowsum(dO O)
+//   dV = P^T dO              dK = scale R^-1 (dS^T R(Q))      dQ = scale R^-1 (dS R(K))
+//
+// Scores are computed again, one block of query rows by one block of keys at a time. Both orders of operand A come
+// from registers: weights as rows of keys for dQ, and as rows of queries for dK and dV (for bfloat16, where a word
+// pairs two queries, by interleaving two rows), so nothing is transposed. One thread alone goes through the blocks
+// once, five products each. Threads together own key blocks for dK and dV, then query blocks for dQ, which repeats the
+// scores: seven products, but no atomics. Both add up in the same order, so the results are the same to the last bit.
+#pragma once
+
+#include "forward.h"
+
+namespace spe::SPE_ISA {
+
+template <class Dot, class T>
+class Backward {
+ public:
+  Backward(const Problem& problem, const BackwardTensors& tensors)
+      : p_(problem), t_(tensors), w_(problem.head_dim), plain_(channel_pairs(problem.head_dim, 0, Pairing::half)) {
+    for (const Sequence& s : p_.sequences) longest_ = s.length > longest_ ? s.length : longest_;
+  }
+
+  int phases() const { return 3; }
+
+  int64_t parts(const Item& item, int phase) const {
+    const int64_t n = item.sequence.length;
+    if (phase == 0) return (n + kSlice - 1) / kSlice;
+    return phase == 1 ? key_blocks(n) : (n + kRows - 1) / kRows * group();
+  }
+
+  size_t item_bytes() const { return lay_out(nullptr, nullptr, group()); }
+  size_t thread_bytes() const { return sizeof(Thread) + 2 * sizeof(float) * kKeys * w_.lanes(); }
+
+  void part(const Item& item, int phase, int64_t part, bool together, char* item_memory, char* thread_memory) const {
+    Operands ops;
+    lay_out(&ops, item_memory, 0);
+    Thread& thread = *reinterpret_cast<Thread*>(thread_memory);
+    float* const dk = reinterpret_cast<float*>(thread_memory + sizeof(Thread));
+    if (phase == 0) {
+      prepare(item, part * kSlice, ops, item_memory);
+    } else if (phase == 1) {
+      key_block(item, part, !together, ops, item_memory, thread, dk, dk + kKeys * w_.lanes());
+    } else {
+      query_block(item, static_cast<int>(part % group()), part / group() * kRows, together, ops, item_memory, thread);
+    }
+  }
+
+ private:
+  static constexpr int kSlice = 8 * L;
+  static constexpr int kKeys = kPanels * L;
+
+  // Operands of a key head, then of each of its query heads.
+  struct Operands {
+    word *k_panels, *k_lanes, *v_panels;
+  };
+  struct QueryOperands {
+    word *q_rows, *q_lanes, *dout_rows, *dout_lanes;
+    float *dq;          // (tokens, lanes), in float
+    float *lse, *delta;  // lse in powers of 2; +infinity past the end, where weights must be 0
+  };
+
+  struct Thread {
+    float weights[kScoreRows][kKeys];                         // P of one tile of rows
+    word p[kRows / Dot::kPerWord][kKeys];                     // operand A, rows are keys
+    word ds_columns[Dot::kPerWord == 2 ? kRows / 2 : 1][kKeys];  // likewise; float rows serve both ways
+    word ds[kRows][kKeys / Dot::kPerWord];                    // operand A, rows are queries
+  };
+
+  int group() const { return p_.heads / p_.kv_heads; }
+  int64_t padded() const { return longest_ + L + kScoreRows; }  // rows of whole tiles
+  static int64_t key_blocks(int64_t n) { return ((n + L - 1) / L + kPanels - 1) / kPanels; }
+
+  size_t lay_out(Operands* out, char* memory, int heads) const {
+    size_t used = 0;
+    const auto take = [&](int64_t words) {
+      word* at = reinterpret_cast<word*>(memory + used);
+      used += Scratch::bytes_of<word>(static_cast<size_t>(words));
+      return at;
+    };
+    const Operands ops{take(w_.panels(longest_)), take(w_.lane_words(longest_)), take(w_.panels(longest_))};
+    if (out) *out = ops;
+    for (int i = 0; i < heads; ++i) used += lay_out_query(nullptr, nullptr);
+    return used;
+  }
+
+  size_t lay_out_query(QueryOperands* out, char* memory) const {
+    size_t used = 0;
+    const auto take = [&](int64_t words) {
+      word* at = reinterpret_cast<word*>(memory + used);
+      used += Scratch::bytes_of<word>(static_cast<size_t>(words));
+      return at;
+    };
+    QueryOperands q;
+    q.q_rows = take(padded() * w_.row);
+    q.q_lanes = take(w_.lane_words(longest_));
+    q.dout_rows = take(padded() * w_.row);
+    q.dout_lanes = take(w_.lane_words(longest_));
+    q.dq = reinterpret_cast<float*>(take(padded() * w_.lanes()));
+    q.lse = reinterpret_cast<float*>(take(padded()));
+    q.delta = reinterpret_cast<float*>(take(padded()));
+    if (out) *out = q;
+    return used;
+  }
+
+  QueryOperands query_operands(char* memory, int in_group) const {
+    Operands ignored;
+    const size_t keys = lay_out(&ignored, memory, 0);
+    QueryOperands q;
+    lay_out_query(&q, memory + keys + static_cast<size_t>(in_group) * lay_out_query(nullptr, nullptr));
+    return q;
+  }
+
+  // ------------------------------------------------------------------------------------------------------- phase 0
+
+  void prepare(const Item& item, int64_t from, const Operands& ops, char* memory) const {
+    const Sequence& s = item.sequence;
+    const int64_t n = s.length, to = from + kSlice < n ? from + kSlice : n;
+    alignas(64) word scratch[L * (256 / Dot::kPerWord)];
+    pack(source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
+         Packed{nullptr, ops.k_panels, ops.k_lanes}, scratch);
+    pack(source<const T>(p_, t_.v, s, item.kv_head, 0, plain_), w_, from, to, Packed{nullptr, ops.v_panels, nullptr},
+         scratch);
+    for (int g = 0; g < group(); ++g) {
+      const int head = item.kv_head * group() + g;
+      const QueryOperands q = query_operands(memory, g);
+      const auto dout = source<const T>(p_, t_.dout, s, head, 0, plain_);
+      const auto out = source<const T>(p_, t_.out, s, head, 0, plain_);
+      pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, to, Packed{q.q_rows, nullptr, q.q_lanes}, scratch);
+      pack(dout, w_, from, to, Packed{q.dout_rows, nullptr, q.dout_lanes}, scratch);
+      const float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start;
+      for (int64_t i = from; i < to; ++i) {
+        q.lse[i] = lse[i] * kLog2e;
+        q.delta[i] = dot(dout.row(i), out.row(i));
+      }
+      std::memset(q.dq + from * w_.lanes(), 0, sizeof(float) * static_cast<size_t>((to - from) * w_.lanes()));
+      if (to < n) continue;
+      // rows past the end, up to a whole tile: weight 0, and no NaN that a head before this one may have left
+      const size_t rest = static_cast<size_t>(padded() - n);
+      std::memset(q.q_rows + n * w_.row, 0, sizeof(word) * rest * w_.row);
+      std::memset(q.dout_rows + n * w_.row, 0, sizeof(word) * rest * w_.row);
+      for (int64_t i = n; i < padded(); ++i) q.lse[i] = kInfinity, q.delta[i] = 0;
+    }
+  }
+
+  float dot(const T* a, const T* b) const {
+    vf sum{};
+    for (int i = 0; i < w_.D; i += L) {
+      const int n = w_.D - i < L ? w_.D - i : L;
+      sum = fma(widen(a + i, n), widen(b + i, n), sum);
+    }
+    return sum_of(sum);
+  }
+
+  // ------------------------------------------------------------------------------------------------- phases 1 and 2
+
+  struct Keys {
+    int64_t from;
+    int panels, count;
+  };
+
+  static Keys keys_of(int64_t n, int64_t block) {
+    const int64_t total = (n + L - 1) / L, blocks = key_blocks(n);
+    const int64_t panel = total * block / blocks, end = total * (block + 1) / blocks;
+    return {panel * L, static_cast<int>(end - panel), static_cast<int>((end * L < n ? end * L : n) - panel * L)};
+  }
+
+  // dK and dV of one block of keys, and its share of every dQ if one thread does the whole item.
+  void key_block(const Item& item, int64_t block, bool with_dq, const Operands& ops, char* memory, Thread& thread,
+                 float* dk, float* dv) const {
+    const Sequence& s = item.sequence;
+    const Keys keys = keys_of(s.length, block);
+    std::memset(dk, 0, sizeof(float) * static_cast<size_t>(keys.count * w_.lanes()));
+    std::memset(dv, 0, sizeof(float) * static_cast<size_t>(keys.count * w_.lanes()));
+    for (int g = 0; g < group(); ++g) {
+      const QueryOperands q = query_operands(memory, g);
+      for (int64_t from = 0; from < s.length; from += kRows) {
+        const int rows = static_cast<int>(s.length - from < kRows ? s.length - from : kRows);
+        weights_and_gradients(q, from, rows, keys, ops, thread);
+        const int64_t depth = (rows + Dot::kPerWord - 1) / Dot::kPerWord, lane = from / Dot::kPerWord * w_.lanes();
+        const word* ds = Dot::kPerWord == 2 ? thread.ds_columns[0] : thread.ds[0];
+        multiply_add<Dot>({dv, w_.lanes()}, {thread.p[0], 1, kKeys}, {q.dout_lanes + lane, L, w_.lanes()}, keys.count,
+                          w_.vectors, depth);
+        multiply_add<Dot>({dk, w_.lanes()}, {ds, 1, kKeys}, {q.q_lanes + lane, L, w_.lanes()}, keys.count, w_.vectors,
+                          depth);
+        if (with_dq) add_dq(q, from, rows, keys, ops, thread);
+      }
+    }
+    const auto to_k = source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, p_.pairs);
+    const auto to_v = source<T>(p_, t_.dv, s, item.kv_head, 0, plain_);
+    for (int i = 0; i < keys.count; ++i) {
+      const int64_t token = keys.from + i;
+      store_row(to_k.row(token), to_k.cos_row(token), to_k.sin_row(token), p_.pairs, w_.P, dk + i * w_.lanes(), p_.scale);
+      store_row(to_v.row(token), nullptr, nullptr, plain_, w_.P, dv + i * w_.lanes(), 1.0f);
+    }
+  }
+
+  void query_block(const Item& item, int in_group, int64_t from, bool compute, const Operands& ops, char* memory,
+                   Thread& thread) const {
+    const Sequence& s = item.sequence;
+    const QueryOperands q = query_operands(memory, in_group);
+    const int rows = static_cast<int>(s.length - from < kRows ? s.length - from : kRows);
+    for (int64_t b = 0; compute && b < key_blocks(s.length); ++b) {
+      const Keys keys = keys_of(s.length, b);
+      weights_and_gradients(q, from, rows, keys, ops, thread);
+      add_dq(q, from, rows, keys, ops, thread);
+    }
+    const int head = item.kv_head * group() + in_group;
+    const auto to = source<T>(p_, t_.dq, s, head, head, p_.pairs);
+    for (int64_t i = from; i < from + rows; ++i)
+      store_row(to.row(i), to.cos_row(i), to.sin_row(i), p_.pairs, w_.P, q.dq + i * w_.lanes(), p_.scale);
+  }
+
+  void add_dq(const QueryOperands& q, int64_t from, int rows, const Keys& keys, const Operands& ops, Thread& thread) const {
+    multiply_add<Dot>({q.dq + from * w_.lanes(), w_.lanes()}, {thread.ds[0], kKeys / Dot::kPerWord, 1},
+                      {ops.k_lanes + keys.from / Dot::kPerWord * w_.lanes(), L, w_.lanes()}, rows, w_.vectors,
+                      (keys.count + Dot::kPerWord - 1) / Dot::kPerWord);
+  }
+
+  // P and dS of a block of queries by a block of keys, as operands.
+  void weights_and_gradients(const QueryOperands& q, int64_t from, int rows, const Keys& keys, const Operands& ops,
+                             Thread& thread) const {
+    const int tiles = (keys.panels + kScoreWidth - 1) / kScoreWidth;
+    for (int r = 0; r < rows; r += kScoreRows)
+      for (int i = 0, panel = 0; i < tiles; ++i) {
+        const int width = (keys.panels - panel) / (tiles - i);
+        switch (width) {
+          case 1: tile<1>(q, from, r, keys, panel, ops, thread); break;
+          case 2: tile<2>(q, from, r, keys, panel, ops, thread); break;
+          case 3: if constexpr (kScoreWidth >= 3) tile<3>(q, from, r, keys, panel, ops, thread); break;
+          case 4: if constexpr (kScoreWidth >= 4) tile<4>(q, from, r, keys, panel, ops, thread); break;
+        }
+        panel += width;
+      }
+  }
+
+  template <int W>
+  __attribute__((noinline)) void tile(const QueryOperands& q, int64_t from, int r, const Keys& keys, int panel,
+                                      const Operands& ops, Thread& thread) const {
+    const int64_t at = (keys.from + panel * L) * w_.words;
+    const Lanes k{ops.k_panels + at, static_cast<int64_t>(L) * w_.words, L};
+    const Lanes v{ops.v_panels + at, static_cast<int64_t>(L) * w_.words, L};
+    const float *lse = q.lse + from + r, *delta = q.delta + from + r;
+    const int tail = keys.count - (panel + W - 1) * L;  // keys in the last vector; zero keys must have zero weights
+    {
+      vf s[kScoreRows][W] = {};
+      multiply<Dot, kScoreRows, W>(s, {q.q_rows + (from + r) * w_.row, w_.row, 1}, k, w_.words);
+      const vf scale = splat(p_.scale * kLog2e);
+      for (int i = 0; i < kScoreRows; ++i)
+        for (int j = 0; j < W; ++j) {
+          s[i][j] = exp2<Dot::kExpDegree>(fma(s[i][j], scale, splat(-lse[i])));
+          if (j == W - 1 && tail < L) s[i][j] = keep_first(s[i][j], tail, 0.0f);
+          spe::SPE_ISA::store(&thread.weights[i][j * L], s[i][j]);
+        }
+      store_columns<W>(thread.p, r, panel, s);
+    }
+    vf dp[kScoreRows][W] = {};
+    multiply<Dot, kScoreRows, W>(dp, {q.dout_rows + (from + r) * w_.row, w_.row, 1}, v, w_.words);
+    for (int i = 0; i < kScoreRows; ++i)
+      for (int j = 0; j < W; ++j) {
+        dp[i][j] = load(&thread.weights[i][j * L]) * (dp[i][j] - splat(delta[i]));
+        if constexpr (Dot::kPerWord == 1)
+          spe::SPE_ISA::store(thread.ds[r + i] + (panel + j) * L, dp[i][j]);
+        else
+          narrow(reinterpret_cast<bf16*>(thread.ds[r + i]) + (panel + j) * L, dp[i][j], L);
+      }
+    if constexpr (Dot::kPerWord == 2) store_columns<W>(thread.ds_columns, r, panel, dp);
+  }
+
+  // As operand A whose rows are keys: floats as they are, bfloat16 in pairs of queries.
+  template <int W>
+  SPE_INLINE static void store_columns(word (*to)[kKeys], int r, int panel, const vf (&x)[kScoreRows][W]) {
+    for (int i = 0; i < kScoreRows; i += Dot::kPerWord)
+      for (int j = 0; j < W; ++j) {
+        if constexpr (Dot::kPerWord == 1)
+          spe::SPE_ISA::store(to[r + i] + (panel + j) * L, x[i][j]);
+        else
+          spe::SPE_ISA::store(to[(r + i) / 2] + (panel + j) * L, (vf)pair_bf16(x[i][j], x[i + 1][j]));
+      }
+  }
+
+  const Problem& p_;
+  const BackwardTensors& t_;
+  const Widths<Dot> w_;
+  const ChannelPairs plain_;
+  int64_t longest_ = 0;
+};
+
+}  // namespace spe::SPE_ISA

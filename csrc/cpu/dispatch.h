@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which build of the kernels serves a dtype on this CPU. kernels.cpp is compiled once for each instruction set.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../common/problem.h"
+
+namespace spe {
+
+using ForwardKernel = void (*)(const Problem&, const ForwardTensors&);
+using BackwardKernel = void (*)(const Problem&, const BackwardTensors&);
+
+// A build may lack a dtype (null): the next lower instruction set serves it.
+struct KernelTable {
+  const char* isa;
+  ForwardKernel forward[3];    // by DType
+  BackwardKernel backward[3];
+};
+
+// Builds that this CPU can run, best first; the last one is "portable".
+std::vector<std::string> usable_isas();
+std::string current_isa();
+void use_isa(const std::string& isa);  // throws std::invalid_argument
+std::vector<std::string> cpu_flags();
+
+void forward(const Problem& problem, const ForwardTensors& tensors);
+void backward(const Problem& problem, const BackwardTensors& tensors);
+
+}  // namespace spe

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once for each instruction set, with -DSPE_ISA=<its name>: instantiates the kernels for the dtypes.
+#include "dispatch.h"
+#include "backward.h"
+#include "forward.h"
+
+namespace spe::SPE_ISA {
+
+namespace {
+
+template <class Dot, class T>
+void forward(const Problem& problem, const ForwardTensors& tensors) {
+  run(Forward<Dot, T>(problem, tensors), problem);
+}
+
+template <class Dot, class T>
+void backward(const Problem& problem, const BackwardTensors& tensors) {
+  run(Backward<Dot, T>(problem, tensors), problem);
+}
+
+}  // namespace
+
+#define SPE_STRING_(x) #x
+#define SPE_STRING(x) SPE_STRING_(x)
+
+extern const KernelTable kTable;
+#if defined(__AVX512BF16__)
+// only bfloat16 gains from the bfloat16 dot product: the plain AVX-512 build serves the rest
+const KernelTable kTable = {SPE_STRING(SPE_ISA),
+                            {nullptr, &forward<Bf16Dot, bf16>, nullptr},
+                            {nullptr, &backward<Bf16Dot, bf16>, nullptr}};
+#else
+const KernelTable kTable = {SPE_STRING(SPE_ISA),
+                            {&forward<FloatDot, float>, &forward<FloatDot, bf16>, &forward<FloatDot, f16>},
+                            {&backward<FloatDot, float>, &backward<FloatDot, bf16>, &backward<FloatDot, f16>}};
+#endif
+
+}  // namespace spe::SPE_ISA

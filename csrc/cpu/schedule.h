@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Work over threads. An item is one key head of one sequence, done in phases of independent parts. As many items as
+// divide evenly are done by one thread each; those left over are done one after another by all threads together. What
+// a part computes does not depend on who computes it, so results do not depend on the number of threads.
+#pragma once
+
+#include <vector>
+
+#include "../common/problem.h"
+#include "scratch.h"
+
+namespace spe {
+
+struct Item {
+  Sequence sequence;
+  int kv_head;
+};
+
+// The number of threads to use now: 1 in a process that was forked from one whose OpenMP workers already ran, because
+// libgomp's workers do not survive a fork and a parallel region would wait for them for ever.
+int usable_threads(int wanted);
+int thread_number();  // inside a parallel region
+
+// Kernel:
+//   size_t item_bytes()                    working memory for one item, shared by those who work on it
+//   size_t thread_bytes()                  working memory of a thread
+//   int phases(); int64_t parts(item, phase)
+//   void part(item, phase, part, together, char* item_memory, char* thread_memory)
+template <class Kernel>
+void run(const Kernel& kernel, const Problem& p) {
+  const int64_t items = static_cast<int64_t>(p.sequences.size()) * p.kv_heads;
+  if (items == 0) return;
+  const int threads = usable_threads(p.threads);
+  const int64_t alone = items / threads * threads;
+  const auto item_at = [&p](int64_t i) {
+    return Item{p.sequences[static_cast<size_t>(i / p.kv_heads)], static_cast<int>(i % p.kv_heads)};
+  };
+  // memory is taken before the region: nothing inside it can throw
+  const size_t item_bytes = Scratch::bytes_of<char>(kernel.item_bytes());
+  const size_t thread_bytes = Scratch::bytes_of<char>(kernel.thread_bytes());
+  Scratch memory(static_cast<size_t>(threads) * (item_bytes + thread_bytes));
+  char* const data = memory.take<char>(0);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int me = thread_number();
+    char* const mine = data + static_cast<size_t>(me) * (item_bytes + thread_bytes);
+    char* const ours = data;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < alone; ++i) {
+      const Item item = item_at(i);
+      for (int phase = 0; phase < kernel.phases(); ++phase)
+        for (int64_t part = 0; part < kernel.parts(item, phase); ++part)
+          kernel.part(item, phase, part, false, mine, mine + item_bytes);
+    }
+    for (int64_t i = alone; i < items; ++i) {
+      const Item item = item_at(i);
+      for (int phase = 0; phase < kernel.phases(); ++phase) {
+        const int64_t parts = kernel.parts(item, phase);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t part = 0; part < parts; ++part)
+          kernel.part(item, phase, part, true, ours, mine + item_bytes);
+      }
+    }
+  }
+}
+
+}  // namespace spe

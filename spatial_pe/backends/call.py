@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of the op, as every backend receives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..checks import check_cu_seqlens, check_seqlens
+from ..rotary import Rotary
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Checked arguments of rope_attention. q, k, v are (B, N, H|Hkv, D); packed sequences are one sample, B = 1."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotary: Rotary | None
+    scale: float
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    seqlens: Tensor | None
+
+    def sequences(self) -> Iterator[tuple[int, int, int]]:
+        """(sample, start, stop) of each sequence. Reads the lengths, so on a GPU it waits for them."""
+        batch, tokens = self.q.shape[:2]
+        if self.cu_seqlens is not None:
+            bounds = self.cu_seqlens.tolist()
+            check_cu_seqlens(bounds, tokens)
+            for start, stop in zip(bounds, bounds[1:], strict=False):
+                yield 0, start, stop
+        else:
+            lengths = [tokens] * batch
+            if self.seqlens is not None:
+                lengths = self.seqlens.tolist()
+                check_seqlens(lengths, tokens)
+            for b, length in enumerate(lengths):
+                yield b, 0, length

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels (csrc/cpu): fused forward and backward on the CPU, chosen at run time for its instruction set."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .call import Call
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@functools.cache
+def extension() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        from .. import _C
+    except ImportError as error:
+        return f"the compiled extension is missing ({error}): reinstall with a C++17 compiler on the PATH"
+    return _C
+
+
+def unavailable() -> str | None:
+    module = extension()
+    return module if isinstance(module, str) else None
+
+
+def cannot_serve(call: Call) -> str | None:
+    dim = call.q.shape[-1]
+    if call.q.device.type != "cpu":
+        return f"q is on {call.q.device}: this backend computes on the CPU"
+    if call.q.dtype not in DTYPES:
+        return f"no {call.q.dtype} kernel: float32, bfloat16 and float16 only"
+    if dim % 8 or not 16 <= dim <= 256:
+        return f"head_dim is {dim}: must be a multiple of 8 from 16 to 256"
+    return None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
+    q = call.q
+    empty = _allocator(call)
+    out = empty(q.shape, dtype=q.dtype)
+    lse = empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    _module().forward(_problem(call), q=_view(q), k=_view(call.k), v=_view(call.v), out=_view(out), lse=lse.data_ptr())
+    return out, lse
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv, contiguous."""
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    empty = _allocator(call)
+    dq, dk, dv = (empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
+    _module().backward(
+        _problem(call),
+        q=_view(call.q),
+        k=_view(call.k),
+        v=_view(call.v),
+        out=_view(out),
+        lse=lse.data_ptr(),
+        dout=_view(dout),
+        dq=_view(dq),
+        dk=_view(dk),
+        dv=_view(dv),
+    )
+    return dq, dk, dv
+
+
+def _allocator(call: Call):
+    """The kernels write the tokens of the sequences; with padding there are others, which must be 0."""
+    return torch.empty if call.seqlens is None else torch.zeros
+
+
+def _module() -> ModuleType:
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(f'backend "cpu" is not available: {module}')
+    return module
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides (batch, token, head) in elements; the last stride is 1."""
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _problem(call: Call) -> dict:
+    """The sizes, the sequences and the rotary tables, as plain numbers and addresses.
+
+    The returned dict also holds the tensors behind its addresses, so that they live as long as it does.
+    """
+    batch, tokens, heads, dim = call.q.shape
+    starts = [(b, start, stop - start) for b, start, stop in call.sequences()]
+    problem = {
+        "dtype": DTYPES[call.q.dtype],
+        "batch": batch,
+        "tokens": tokens,
+        "heads": heads,
+        "kv_heads": call.k.shape[2],
+        "head_dim": dim,
+        "scale": call.scale,
+        "sequences": starts,
+        "threads": torch.get_num_threads(),
+    }
+    if call.rotary is not None:
+        # tables are float32 and contiguous in the last dimension for the kernel; size-1 dims broadcast by stride 0
+        cos, sin = (t.detach().float().contiguous() for t in (call.rotary.cos, call.rotary.sin))
+        strides = [0 if n == 1 else s for n, s in zip(cos.shape[:3], cos.stride()[:3], strict=True)]
+        strides[1] = cos.stride(1)
+        problem |= {
+            "rotary_dim": call.rotary.rotary_dim,
+            "pairing": call.rotary.pairing,
+            "cos": (cos.data_ptr(), *strides),
+            "sin": (sin.data_ptr(), *strides),
+            "keep": (cos, sin),
+        }
+    return problem

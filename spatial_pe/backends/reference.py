@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference: what the kernels compute, in plain PyTorch, forward and backward. The oracle of all tests.
+
+Float64 inputs are computed in float64. For lower precision everything is float32 inside, and nothing is rounded
+before the result: the reference has no rounding of its own to imitate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rotary import apply_rotary
+from .call import Call
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def cannot_serve(call: Call) -> str | None:
+    return None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns out (B, N, H, D) in q's dtype and lse (B, H, N), the log of each row's sum of exponentials."""
+    out = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
+    batch, tokens, heads, _ = call.q.shape
+    lse = call.q.new_zeros((batch, heads, tokens), dtype=torch.float32)
+    for b, start, stop in call.sequences():
+        q, k, v = _rotated(call, b, start, stop)
+        scores = _scores(q, k) * call.scale  # (H, n, n)
+        row = torch.logsumexp(scores, dim=-1)
+        out[b, start:stop] = torch.einsum("hnm,mhd->nhd", torch.softmax(scores, dim=-1), v).to(out.dtype)
+        lse[b, :, start:stop] = row.float()
+    return out, lse
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv in the shapes and dtype of q, k, v.
+
+    P = softmax(S), dP = dO Vᵀ, dS = P (dP - rowsum(dO O)): the gradients of q̂ and k̂ follow, and those of q and k are
+    turned back, since the transpose of a rotation is its inverse.
+    """
+    wide = _wide(call.q)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.q, call.k, call.v))
+    group = call.q.shape[2] // call.k.shape[2]
+    for b, start, stop in call.sequences():
+        q, k, v = _rotated(call, b, start, stop)
+        g = dout[b, start:stop].to(wide)
+        p = torch.softmax(_scores(q, k) * call.scale, dim=-1)
+        dp = torch.einsum("nhd,mhd->hnm", g, v)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * call.scale
+        dq[b, start:stop] = torch.einsum("hnm,mhd->nhd", ds, k)
+        # (n, H, D) -> (n, Hkv, group, D): query heads that share a key head add up
+        dk[b, start:stop] = torch.einsum("hnm,nhd->mhd", ds, q).unflatten(1, (-1, group)).sum(2)
+        dv[b, start:stop] = torch.einsum("hnm,nhd->mhd", p, g).unflatten(1, (-1, group)).sum(2)
+    if call.rotary is not None:
+        back = call.rotary.inverse()
+        dq, dk = apply_rotary(dq, back), apply_rotary(dk, back)
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("nhd,mhd->hnm", q, k)
+
+
+def _rotated(call: Call, b: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q̂, k̂, v of one sequence, each (n, H, D) in the wide dtype; key heads are repeated to H."""
+    wide = _wide(call.q)
+    q, k, v = (x[b, start:stop].to(wide) for x in (call.q, call.k, call.v))
+    if call.rotary is not None:
+        rows = call.rotary.slice(b, start, stop)
+        q, k = apply_rotary(q, rows), apply_rotary(k, rows)
+    group = q.shape[1] // k.shape[1]
+    return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

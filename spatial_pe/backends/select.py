@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who serves a call, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from . import composed, cpu, reference
+from .call import Call
+
+# In the order in which "auto" asks them. The reference serves only when it is named: it builds N x N scores.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "composed": composed, "reference": reference}
+AUTO = ("cpu", "composed")
+
+
+def select(call: Call, backend: str) -> str:
+    """The name of the backend that serves this call.
+
+    Raises:
+        ValueError: a forced backend is unknown or cannot serve the call; says why.
+    """
+    if backend == "auto":
+        return next(name for name in AUTO if refusal(name, call) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {list(BACKENDS)}, got {backend!r}')
+    reason = BACKENDS[backend].unavailable() or BACKENDS[backend].cannot_serve(call)
+    if reason is not None:
+        raise ValueError(f'backend="{backend}" cannot serve this call: {reason}')
+    return backend
+
+
+def refusal(name: str, call: Call) -> str | None:
+    """Why "auto" does not take this backend for this call, or None if it may."""
+    return BACKENDS[name].unavailable() or BACKENDS[name].cannot_serve(call) or _slower(name, call)
+
+
+def _slower(name: str, call: Call) -> str | None:
+    """Where a backend could serve, but what the user had is faster or not measured against: auto stays away."""
+    if name != "cpu":
+        return None
+    features = cpu.extension().cpu_features()  # type: ignore[union-attr]
+    if features["isa"] == "portable":
+        return "this CPU has neither AVX2 nor AVX-512: torch's own attention is likely faster"
+    if {"amx_bf16", "amx_fp16"} & set(features["flags"]) and call.q.dtype.itemsize == 2:
+        return "this CPU has AMX, which torch uses for 16-bit matrix products and these kernels do not"
+    return None
+
+
+@dataclass(frozen=True)
+class BackendTable:
+    """Backends in the order in which they are asked: (name, None if available else the reason)."""
+
+    rows: tuple[tuple[str, str | None], ...]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows)
+        return "\n".join(f"{name:<{width}}  {'available' if why is None else 'missing: ' + why}" for name, why in self.rows)
+
+
+def backends() -> BackendTable:
+    """Which backends this machine has, and why one is missing."""
+    return BackendTable(tuple((name, module.unavailable()) for name, module in BACKENDS.items()))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of a call, once: what is wrong raises here, before any kernel runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rotary import Rotary, check_rotary_fits
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_call(
+    q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, cu_seqlens: Tensor | None, seqlens: Tensor | None
+) -> None:
+    """Shapes, dtypes, devices and strides of ``rope_attention``. Looks at no values, so it traces."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share a dtype, got q {q.dtype}, {name} {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, got q on {q.device}, {name} on {x.device}")
+        if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension (stride 1), got strides {x.stride()}: "
+                f"pass (batch, tokens, heads, head_dim), or call {name}.contiguous()"
+            )
+    _check_shapes(q, k, v, packed=cu_seqlens is not None)
+    if cu_seqlens is not None and seqlens is not None:
+        raise ValueError("give cu_seqlens (packed sequences) or seqlens (padded batch), not both")
+    if cu_seqlens is not None:
+        _check_index(cu_seqlens, "cu_seqlens", q)
+        if cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must have sequences + 1 entries, got {cu_seqlens.shape[0]}")
+    if seqlens is not None:
+        _check_index(seqlens, "seqlens", q)
+        if seqlens.shape[0] != q.shape[0]:
+            raise ValueError(f"seqlens must have one entry for each of the {q.shape[0]} samples, got {seqlens.shape[0]}")
+    if rotary is not None:
+        batched = q if q.ndim == 4 else q[None]
+        check_rotary_fits(batched, rotary, "q")
+        if rotary.cos.shape[2] != 1 and k.shape[-2] != q.shape[-2]:
+            raise ValueError(
+                f"a rotary with a table per head needs as many key heads as query heads, got {k.shape[-2]} and {q.shape[-2]}"
+            )
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    layout = "(total_tokens, heads, head_dim)" if packed else "(batch, tokens, heads, head_dim)"
+    ndim = 3 if packed else 4
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != ndim:
+            hint = "" if packed or x.ndim != 3 else ": packed tensors need cu_seqlens"
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}{hint}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[:-2] != k.shape[:-2]:
+        raise ValueError(f"q and k must have the same batch and tokens, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same head_dim, got {q.shape[-1]} and {k.shape[-1]}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the number of key heads must divide the number of query heads, got {kv_heads} and {heads}")
+    if q.shape[-1] == 0:
+        raise ValueError("head_dim must be at least 1, got 0")
+
+
+def _check_index(index: Tensor, name: str, q: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be an int32 torch.Tensor, got {type(index).__name__}")
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {index.dtype}: use {name}.int()")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(index.shape)}")
+    if index.device != q.device:
+        raise ValueError(f"{name} is on {index.device}, q on {q.device}: they must be on one device")
+
+
+def check_cu_seqlens(cu_seqlens: list[int], total: int) -> None:
+    """The values of cu_seqlens, where reading them costs no device synchronisation."""
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {cu_seqlens[0]}")
+    if cu_seqlens[-1] != total:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {total}, got {cu_seqlens[-1]}")
+    for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+        if b < a:
+            raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at entry {i + 1}")
+
+
+def check_seqlens(seqlens: list[int], tokens: int) -> None:
+    """The values of seqlens."""
+    for i, length in enumerate(seqlens):
+        if not 0 <= length <= tokens:
+            raise ValueError(f"seqlens must lie between 0 and the {tokens} tokens of q, got {length} for sample {i}")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where tokens sit: patch grids, packed sequences of images, attention windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, init=False)
+class PatchGrid:
+    """The patch tokens of one image, or of several images packed into one sequence.
+
+    Tokens of an image run: ``prefix`` tokens that are not rotated (CLS, registers), ``height * width``
+    patches, ``suffix`` tokens that are not rotated (Llama 4 keeps CLS last). Patches are row-major, or, with
+    ``merge_size`` m > 1, ordered in m x m blocks that are themselves row-major (Qwen-VL's patch merger).
+
+    Args:
+        height, width: patches per column and per row, at least 1.
+        prefix, suffix: tokens before and after the patches of each image.
+        merge_size: side of the merge blocks; must divide height and width.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it must be.
+    """
+
+    images: tuple[tuple[int, int], ...]
+    prefix: int
+    suffix: int
+    merge_size: int
+
+    def __init__(self, height: int, width: int, prefix: int = 0, suffix: int = 0, *, merge_size: int = 1) -> None:
+        self._set(((height, width),), prefix, suffix, merge_size)
+
+    @classmethod
+    def packed(
+        cls, images: Iterable[Sequence[int]], merge_size: int = 1, *, prefix: int = 0, suffix: int = 0
+    ) -> PatchGrid:
+        """Several images in one sequence, in order; ``images`` holds (height, width) pairs in patches."""
+        pairs = tuple(tuple(image) for image in images)
+        if not pairs:
+            raise ValueError("images is empty: give at least one (height, width) pair")
+        for pair in pairs:
+            if len(pair) != 2:
+                raise ValueError(f"images must hold (height, width) pairs, got {pair}: repeat a pair for each video frame")
+        grid = cls.__new__(cls)
+        grid._set(pairs, prefix, suffix, merge_size)
+        return grid
+
+    def _set(self, images: tuple, prefix: int, suffix: int, merge_size: int) -> None:
+        for name, value, low in (("prefix", prefix, 0), ("suffix", suffix, 0), ("merge_size", merge_size, 1)):
+            _check_int(name, value, low)
+        for height, width in images:
+            _check_int("height", height, 1)
+            _check_int("width", width, 1)
+            if height % merge_size or width % merge_size:
+                raise ValueError(f"merge_size={merge_size} must divide the grid, got {height} x {width} patches")
+        # frozen: the fields are set once, here
+        object.__setattr__(self, "images", tuple((int(h), int(w)) for h, w in images))
+        object.__setattr__(self, "prefix", int(prefix))
+        object.__setattr__(self, "suffix", int(suffix))
+        object.__setattr__(self, "merge_size", int(merge_size))
+
+    # ------------------------------------------------------------------ sizes
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each image."""
+        return tuple(self.prefix + h * w + self.suffix for h, w in self.images)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(images + 1,) int32: where each image starts, and the total."""
+        return _cumulative(self.lengths)
+
+    # ------------------------------------------------------------- per token
+
+    @property
+    def rotated(self) -> Tensor:
+        """(N,) bool: False for prefix and suffix tokens."""
+        return torch.cat([_pad(torch.ones(h * w, dtype=torch.bool), self.prefix, self.suffix) for h, w in self.images])
+
+    def coordinates(self) -> Tensor:
+        """(N, 2) float32: (row, column) in patches; 0 for tokens that are not rotated."""
+        return torch.cat([_pad(_raster(h, w, self.merge_size), self.prefix, self.suffix) for h, w in self.images])
+
+    def sizes(self) -> Tensor:
+        """(N, 2) float32: (height, width) of the image that each token belongs to."""
+        shape = torch.tensor(self.images, dtype=torch.float32)
+        return shape.repeat_interleave(torch.tensor(self.lengths), dim=0)
+
+    # --------------------------------------------------------------- windows
+
+    def windows(self, size: int) -> tuple[Tensor, Tensor]:
+        """Group the tokens into square windows, image by image, as Qwen2.5-VL does.
+
+        Windows tile each image from its top left corner, row-major; those at the right and lower edge may be
+        smaller. Inside a window the tokens keep their order.
+
+        Args:
+            size: side of a window in patches, a multiple of ``merge_size``.
+
+        Returns:
+            permutation: (N,) int64; ``x[permutation]`` is ordered by window.
+            cu_seqlens: (windows + 1,) int32 over the permuted tokens.
+        """
+        _check_int("size", size, 1)
+        if self.prefix or self.suffix:
+            raise ValueError(f"windows hold patches only, but the grid has prefix={self.prefix}, suffix={self.suffix}")
+        if size % self.merge_size:
+            raise ValueError(f"size={size} must be a multiple of merge_size={self.merge_size}")
+        order, lengths, start = [], [], 0
+        for h, w in self.images:
+            row, column = _raster(h, w, self.merge_size).long().unbind(1)
+            window = (row // size) * -(-w // size) + column // size
+            order.append(start + torch.argsort(window, stable=True))
+            lengths += torch.bincount(window).tolist()
+            start += h * w
+        return torch.cat(order), _cumulative(lengths)
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def _pad(x: Tensor, before: int, after: int) -> Tensor:
+    """(n, ...) -> (before + n + after, ...), zeros (False) around."""
+    return torch.cat([x.new_zeros(before, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])])
+
+
+def _raster(height: int, width: int, merge: int) -> Tensor:
+    """(height * width, 2) float32 of (row, column), row-major over merge blocks, row-major inside each."""
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    points = torch.stack([row, column], dim=-1).float()
+    # (h, w, 2) -> (h/m, m, w/m, m, 2) -> (h/m, w/m, m, m, 2)
+    blocks = points.view(height // merge, merge, width // merge, merge, 2).transpose(1, 2)
+    return blocks.reshape(-1, 2)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoPE2DAttention: multi-head self-attention over a patch grid, drop-in."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .attention import rope_attention
+from .encodings import AxialRoPE, MixedRoPE
+from .grid import PatchGrid
+from .rotary import Rotary
+
+
+class RoPE2DAttention(nn.Module):
+    """Multi-head self-attention with 2D RoPE on q and k, for a ViT block.
+
+    Args:
+        embed_dim: width C of the tokens; ``num_heads`` must divide it.
+        num_heads: H; head_dim D = C / H.
+        rope: "axial" (fixed angles), "mixed" (learned per head), a module that maps a PatchGrid or (N, 2)
+            coordinates to a Rotary, or None for plain attention.
+        qkv_bias, proj_bias: biases of the input and output projections.
+        num_kv_heads: key/value heads for grouped-query attention; None is ``num_heads``.
+        backend: see ``rope_attention``.
+
+    Shapes:
+        forward(x, grid): x (B, N, C) and a grid, (N, 2) coordinates or a ready Rotary -> (B, N, C); or packed
+        (T, C) with ``PatchGrid.packed`` or ``cu_seqlens``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        rope: str | nn.Module | None = "axial",
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        num_kv_heads: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}")
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, embed_dim // num_heads
+        self.backend = backend
+        self.rope = _encoding(rope, self.head_dim, num_heads)
+        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid | Tensor | Rotary | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        seqlens: Tensor | None = None,
+    ) -> Tensor:
+        if x.ndim not in (2, 3):
+            raise ValueError(f"x must be (B, N, C) or packed (T, C), got shape {tuple(x.shape)}")
+        rotary = self._rotary(grid, x)
+        if x.ndim == 2 and cu_seqlens is None:
+            if not isinstance(grid, PatchGrid):
+                raise ValueError("packed x (T, C) needs cu_seqlens, or a PatchGrid that knows them")
+            cu_seqlens, max_seqlen = grid.cu_seqlens.to(x.device), grid.max_seqlen
+        # (..., (H + 2 Hkv) D) -> q (..., H, D), k, v (..., Hkv, D): views of one projection
+        q, k, v = (
+            self.qkv(x)
+            .unflatten(-1, (-1, self.head_dim))
+            .split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
+        )
+        out = rope_attention(
+            q, k, v, rotary, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, seqlens=seqlens, backend=self.backend
+        )
+        return self.proj(out.flatten(-2))
+
+    def _rotary(self, grid: PatchGrid | Tensor | Rotary | None, x: Tensor) -> Rotary | None:
+        if isinstance(grid, Rotary):
+            return grid
+        if self.rope is None:
+            return None
+        if grid is None:
+            raise ValueError("grid is None: give a PatchGrid, (N, 2) coordinates or a Rotary, or build with rope=None")
+        return self.rope(grid).to(x.device)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+def _encoding(rope: str | nn.Module | None, head_dim: int, num_heads: int) -> nn.Module | None:
+    if rope is None or isinstance(rope, nn.Module):
+        return rope
+    if rope == "axial":
+        return AxialRoPE(head_dim)
+    if rope == "mixed":
+        return MixedRoPE(head_dim, num_heads)
+    raise ValueError(f'rope must be "axial", "mixed", a module or None, got {rope!r}')

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary: a table of angles and the pairing of channels that they turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Pairing = Literal["half", "interleaved", "axis_half"]
+PAIRINGS: tuple[str, ...] = get_args(Pairing)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """cos and sin of the angle of every channel pair of every token.
+
+    A pair ``(x1, x2)`` becomes ``(x1 cos - x2 sin, x1 sin + x2 cos)``. With rotary dim R, ``pairing`` says which
+    channels make a pair; pairs, and so the columns of the table, are numbered by their first channel:
+
+    - ``"half"``: j and j + R/2 (GPT-NeoX, Qwen-VL, DINOv3, Pixtral);
+    - ``"interleaved"``: 2j and 2j + 1 (RoFormer, EVA-02, Llama 4, SAM 3, timm);
+    - ``"axis_half"``: j and j + R/4 inside each half of the R channels (Gemma 4).
+
+    Channels past R pass through. A token that is not rotated (CLS, registers) has cos = 1, sin = 0.
+
+    Args:
+        cos, sin: float32 (float64 is kept, for references), shape (B|1, N, H|1, R/2), or (N, R/2), which is
+            stored as (1, N, 1, R/2). May require grad.
+        pairing: see above; ``"axis_half"`` needs R/2 to be even.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, pairing, or NaN/Inf in a table that lies on the CPU.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    pairing: Pairing = "half"
+
+    def __post_init__(self) -> None:
+        if self.pairing not in PAIRINGS:
+            raise ValueError(f"pairing must be one of {PAIRINGS}, got {self.pairing!r}")
+        for name in ("cos", "sin"):
+            table = getattr(self, name)
+            if not isinstance(table, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
+            if table.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"{name} must be float32, got {table.dtype}: angles in low precision are wrong angles")
+            if table.ndim not in (2, 4):
+                raise ValueError(f"{name} must be (N, R/2) or (B|1, N, H|1, R/2), got shape {tuple(table.shape)}")
+            if table.ndim == 2:
+                object.__setattr__(self, name, table[None, :, None, :])
+        if self.cos.shape != self.sin.shape:
+            raise ValueError(f"cos has shape {tuple(self.cos.shape)}, sin {tuple(self.sin.shape)}: they must be equal")
+        if self.cos.dtype != self.sin.dtype or self.cos.device != self.sin.device:
+            raise ValueError("cos and sin must have the same dtype and device")
+        if self.pairing == "axis_half" and self.cos.shape[-1] % 2:
+            raise ValueError(f'pairing="axis_half" needs an even number of pairs, got {self.cos.shape[-1]}')
+        if _has_values(self.cos):
+            for name in ("cos", "sin"):
+                # a sum is finite unless a term is not: 4x faster than isfinite().all() on a 1024 x 40 table
+                if not torch.isfinite(getattr(self, name).detach().sum()):
+                    raise ValueError(f"{name} holds NaN or Inf: check the coordinates and frequencies that made it")
+
+    # ------------------------------------------------------------ making one
+
+    @classmethod
+    def from_angles(cls, angles: Tensor, pairing: Pairing = "half") -> Rotary:
+        """From angles in radians, shape (N, R/2) or (B|1, N, H|1, R/2); differentiable."""
+        return cls(angles.cos(), angles.sin(), pairing)
+
+    # ---------------------------------------------------------------- shapes
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cos.shape[1]
+
+    @property
+    def rotary_dim(self) -> int:
+        """R: the number of channels that are turned."""
+        return 2 * self.cos.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.cos.device
+
+    # ------------------------------------------------------------ converting
+
+    def to(self, *args, **kwargs) -> Rotary:
+        """Like Tensor.to, for both tables."""
+        return replace(self, cos=self.cos.to(*args, **kwargs), sin=self.sin.to(*args, **kwargs))
+
+    def index_tokens(self, index: Tensor) -> Rotary:
+        """Rows in another order, e.g. the permutation of ``PatchGrid.windows``."""
+        return replace(self, cos=self.cos.index_select(1, index), sin=self.sin.index_select(1, index))
+
+    def slice(self, sample: int, start: int, stop: int) -> Rotary:
+        """The rows of tokens start..stop of one sample: tables of shape (1, stop - start, H|1, R/2)."""
+        b = sample if self.cos.shape[0] > 1 else 0
+        return replace(self, cos=self.cos[b : b + 1, start:stop], sin=self.sin[b : b + 1, start:stop])
+
+    def inverse(self) -> Rotary:
+        """The rotation back: the transpose, since a rotation is orthogonal."""
+        return replace(self, sin=-self.sin)
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the channel pairs of x; differentiable in x and in the tables.
+
+    Args:
+        x: (B, N, H, D) or packed (T, H, D), any float dtype; R <= D.
+        rotary: tables with N (or T) tokens.
+
+    Returns:
+        Same shape and dtype. The arithmetic is float32 (float64 for float64 x), rounded once.
+    """
+    if x.ndim == 3:
+        return apply_rotary(x[None], rotary)[0]
+    check_rotary_fits(x, rotary, "x")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = rotary.cos.to(wide), rotary.sin.to(wide)
+    rotary_dim = rotary.rotary_dim
+    x1, x2 = split_pairs(x[..., :rotary_dim].to(wide), rotary.pairing)
+    turned = join_pairs(x1 * cos - x2 * sin, x1 * sin + x2 * cos, rotary.pairing).to(x.dtype)
+    return turned if rotary_dim == x.shape[-1] else torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+
+
+def split_pairs(x: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
+    """(..., R) -> first and second channels of the pairs, each (..., R/2), as views where a view can do it."""
+    if pairing == "half":
+        first, second = x.chunk(2, dim=-1)
+    elif pairing == "interleaved":
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = (part.flatten(-2) for part in x.unflatten(-1, (2, 2, -1)).unbind(-2))
+    return first, second
+
+
+def join_pairs(first: Tensor, second: Tensor, pairing: str) -> Tensor:
+    """The inverse of split_pairs: two (..., R/2) -> (..., R)."""
+    if pairing == "half":
+        return torch.cat([first, second], dim=-1)
+    if pairing == "interleaved":
+        return torch.stack([first, second], dim=-1).flatten(-2)
+    halves = [part.unflatten(-1, (2, -1)) for part in (first, second)]
+    return torch.stack(halves, dim=-2).flatten(-3)
+
+
+def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
+    """Raise unless the tables fit x of shape (B, N, H, D)."""
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a spatial_pe.Rotary or None, got {type(rotary).__name__}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be (B, N, H, D) or packed (T, H, D), got shape {tuple(x.shape)}")
+    batch, tokens, heads, dim = x.shape
+    table_batch, table_tokens, table_heads, _ = rotary.cos.shape
+    if table_tokens != tokens:
+        hint = ""
+        if 0 < tokens - table_tokens <= 16:
+            hint = f": did you forget prefix={tokens - table_tokens}?"
+        raise ValueError(f"rotary has {table_tokens} tokens, {name} has {tokens}{hint}")
+    if rotary.rotary_dim > dim:
+        raise ValueError(f"rotary turns {rotary.rotary_dim} channels, {name} has head_dim {dim}: R must be <= D")
+    if table_heads not in (1, heads):
+        raise ValueError(f"rotary has {table_heads} heads, {name} has {heads}: it must have 1 or {heads}")
+    if table_batch not in (1, batch):
+        raise ValueError(f"rotary has batch {table_batch}, {name} has {batch}: it must have 1 or {batch}")
+    if rotary.device != x.device:
+        raise ValueError(f"rotary is on {rotary.device}, {name} on {x.device}: move it with rotary.to({str(x.device)!r})")
+
+
+def _has_values(table: Tensor) -> bool:
+    """True where looking at the values is cheap: not on a GPU (a sync), nor while tracing (no values)."""
+    return table.device.type == "cpu" and type(table).__name__ != "FakeTensor" and not torch.compiler.is_compiling()

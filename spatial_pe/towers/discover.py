@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding the vision towers of a model and the attention modules in them, by structure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import Parameter, signature
+
+from torch import nn
+
+from .adapters import SHAPES, Adapter, Shape
+from .layout import QKV, Layout, read_layout
+from .swap import swap_refusal
+
+# A tower that takes one of these pads its images, and masks the padding in every call.
+PADDING = ("pixel_attention_mask", "patch_attention_mask", "spatial_shapes")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An attention module: either its shape and layout, or the reason why it is not for us."""
+
+    name: str
+    module: nn.Module
+    tower_name: str = ""
+    tower: nn.Module | None = None
+    shape: Shape | None = None
+    layout: Layout | None = None
+    reason: str | None = None
+
+    @property
+    def packs_images(self) -> bool:
+        """Pixtral: several images in a batch of one, told apart by a mask that the tower builds."""
+        if self.tower is None or self.shape is None or self.shape.name != "batched":
+            return False
+        takes = _arguments(type(self.tower))
+        return {"pixel_values", "image_sizes"} <= takes.keys() and isinstance(
+            getattr(self.tower, "patch_size", None), int
+        )
+
+
+def discover(model: nn.Module) -> list[Found]:
+    """All attention modules of a model, those outside of its vision towers included (with that as the reason)."""
+    modules = dict(model.named_modules())
+    attention = {name: module for name, module in modules.items() if _is_attention(module)}
+    for name in list(attention):  # a module that holds another one is only its container
+        if any(other != name and _inside(other, name) for other in attention):
+            del attention[name]
+    towers = _towers(modules, attention)
+    found = []
+    for name, module in attention.items():
+        holders = [tower for tower in towers if _inside(name, tower)]
+        if not holders:
+            found.append(Found(name, module, reason="not inside a vision tower"))
+        else:
+            tower = max(holders, key=len)
+            found.append(_classify(name, module, tower, modules[tower]))
+    return found
+
+
+def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -> Found:
+    if isinstance(module, Adapter):
+        return Found(name, module, tower_name, tower, reason="already patched")
+    shape = _shape_of(type(module))
+    layout: Layout | str = "" if isinstance(shape, str) else read_layout(module)
+    reason = swap_refusal(module)
+    if reason is None and isinstance(module, nn.MultiheadAttention):
+        reason = "torch.nn.MultiheadAttention is not patched"
+    if reason is None and isinstance(shape, str):
+        reason = shape
+    if reason is None and isinstance(layout, str):
+        reason = layout
+    if reason is None and getattr(module, "is_causal", False):
+        reason = "is_causal is True: attention over patches is bidirectional here"
+    padding = [argument for argument in PADDING if argument in _arguments(type(tower))]
+    if reason is None and padding and isinstance(shape, Shape) and shape.name != "packed":
+        reason = f"its tower pads images and masks the padding ({', '.join(padding)})"
+    if reason is not None or isinstance(shape, str) or isinstance(layout, str):
+        return Found(name, module, tower_name, tower, reason=reason)
+    return Found(name, module, tower_name, tower, shape, layout)
+
+
+def _shape_of(cls: type[nn.Module]) -> Shape | str:
+    arguments = _arguments(cls)
+    names = list(arguments)
+    shown = f"its forward takes ({', '.join(names)})"
+    if not names or names[0] != "hidden_states":
+        return shown
+    given = frozenset(names[1:])
+    for shape in SHAPES:
+        if shape.needs <= given <= shape.takes:
+            required = {n for n in given if arguments[n].default is Parameter.empty}
+            return shape if required <= shape.needs else shown
+    return shown
+
+
+def _arguments(cls: type[nn.Module]) -> dict[str, Parameter]:
+    """The named arguments of a forward, self, *args and **kwargs left out."""
+    variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    parameters = list(signature(cls.forward).parameters.values())[1:]
+    return {p.name: p for p in parameters if p.kind not in variable}
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if "attention" in type(module).__name__.lower():
+        return True
+    return any(all(isinstance(getattr(module, n, None), nn.Module) for n in names) for names in QKV)
+
+
+def _towers(modules: dict[str, nn.Module], attention: dict[str, nn.Module]) -> set[str]:
+    """A tower is the smallest module that holds both a patch embedding and attention."""
+    patches = [name for name in modules if "patch_embed" in _last(name) or "patch_conv" in _last(name)]
+    patches = patches or [name for name, module in modules.items() if is_patch_convolution(module)]
+    towers = set()
+    for name in patches:
+        while name:
+            name = name.rpartition(".")[0]
+            if any(_inside(other, name) for other in attention):
+                towers.add(name)
+                break
+    return towers
+
+
+def is_patch_convolution(module: nn.Module) -> bool:
+    """A convolution over disjoint patches."""
+    if not isinstance(module, nn.Conv2d | nn.Conv3d):
+        return False
+    kernel, stride = module.kernel_size, module.stride
+    return kernel == stride and max(kernel) > 1
+
+
+def _inside(name: str, holder: str) -> bool:
+    return holder == "" or name == holder or name.startswith(holder + ".")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

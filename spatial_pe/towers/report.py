@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PatchReport: what was patched, what was skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+
+class PatchedRow(NamedTuple):
+    """One attention module. ``error`` is relative to float64, as is ``own_error`` of the module's own forward."""
+
+    name: str
+    tower: str
+    attention: str
+    convention: str
+    backend: str
+    error: float | None
+    own_error: float | None
+    note: str = ""  # why there is no error
+
+
+class SkippedRow(NamedTuple):
+    name: str
+    reason: str
+    attention: str = ""
+
+
+@dataclass
+class PatchReport:
+    """The result of ``patch`` and ``inspect``; prints as a table, identical layers in one row.
+
+    Attributes:
+        patched: one row for each attention module.
+        skipped: one row for each attention module that was left alone, with the reason.
+    """
+
+    patched: list[PatchedRow] = field(default_factory=list)
+    skipped: list[SkippedRow] = field(default_factory=list)
+    _added: list[nn.Parameter] = field(default_factory=list, repr=False)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the encodings that this call added: an optimizer group."""
+        return iter(self._added)
+
+    def __str__(self) -> str:
+        lines = _table(self._patched_cells()) if self.patched else ["nothing patched"]
+        if self.skipped:
+            lines += ["", *_table(self._skipped_cells())]
+        added = sum(p.numel() for p in self._added)
+        if added:
+            lines += ["", f"{added} parameters added: report.parameters()"]
+        return "\n".join(lines)
+
+    def _patched_cells(self) -> list[tuple[str, ...]]:
+        groups: dict[tuple, list[PatchedRow]] = {}
+        for row in self.patched:
+            groups.setdefault((row.tower, row.attention, row.convention, row.backend, row.note), []).append(row)
+        cells: list[tuple[str, ...]] = [("tower", "attention", "layers", "convention", "backend", "error", "its own")]
+        for (tower, attention, convention, backend, note), rows in groups.items():
+            errors = [max((e for e in column if e is not None), default=None) for column in _columns(rows)]
+            shown = [note or "not verified" if error is None else f"{error:.1e}" for error in errors]
+            cells.append((tower, attention, str(len(rows)), convention, backend, *shown))
+        return cells
+
+    def _skipped_cells(self) -> list[tuple[str, ...]]:
+        groups: dict[tuple, list[SkippedRow]] = {}
+        for row in self.skipped:
+            groups.setdefault((row.attention, row.reason), []).append(row)
+        cells: list[tuple[str, ...]] = [("skipped", "attention", "count", "reason")]
+        for (attention, reason), rows in groups.items():
+            cells.append((rows[0].name, attention, str(len(rows)), reason))
+        return cells
+
+
+def _columns(rows: list[PatchedRow]) -> tuple[list[float | None], list[float | None]]:
+    return [row.error for row in rows], [row.own_error for row in rows]
+
+
+def _table(cells: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changing the class of one attention module, and back.
+
+The swap keeps parameters, state dict keys, hooks and isinstance. What would bypass it is a ``forward`` stored on the
+instance: accelerate keeps the former one as ``_old_forward``, which is bound anew; transformers 4 leaves the module's
+own bound method behind after collecting hidden states, which is dropped; anything else is refused.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType, MethodType
+
+from torch import nn
+
+from .adapters import Adapter, Binding, patched_class
+
+
+def swap_refusal(module: nn.Module) -> str | None:
+    """Why a swap would be bypassed, or None."""
+    state = module.__dict__
+    if "_old_forward" in state:
+        return None if _is_own(module, "_old_forward") else "its forward was replaced by a wrapper of something unknown"
+    if "forward" in state and not _is_own(module, "forward"):
+        return "its forward was replaced on the instance: a change of class would not be called"
+    return None
+
+
+def swap(module: nn.Module, adapter: type[Adapter], binding: Binding) -> None:
+    """Make module an instance of the patched class."""
+    _rebind(module, patched_class(adapter, type(module)))
+    module._spatial_pe = binding  # type: ignore[assignment]
+
+
+def restore(module: Adapter) -> None:
+    """Make module what it was, its added encoding removed."""
+    if module._spatial_pe.grids is not None:
+        del module.rope
+    del module._spatial_pe
+    _rebind(module, module.original)
+
+
+def _rebind(module: nn.Module, cls: type[nn.Module]) -> None:
+    own = {name: _is_own(module, name) for name in ("forward", "_old_forward")}
+    module.__class__ = cls
+    if own["forward"]:
+        del module.__dict__["forward"]  # the class's own, which the lookup finds without it
+    if own["_old_forward"]:
+        module.__dict__["_old_forward"] = MethodType(_forward(cls), module)
+
+
+def _is_own(module: nn.Module, name: str) -> bool:
+    """Whether an instance attribute is nothing but the forward of the module's class, bound to it."""
+    method = module.__dict__.get(name)
+    return isinstance(method, MethodType) and method.__self__ is module and method.__func__ is _forward(type(module))
+
+
+def _forward(cls: type[nn.Module]) -> FunctionType:
+    return cls.forward  # type: ignore[return-value]

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verify_rotary passes what is a relative rotation and flags what is not, with numbers known from elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from spatial_pe.encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
+from spatial_pe.grid import PatchGrid
+from spatial_pe.rotary import Rotary, apply_rotary
+from spatial_pe.verify import verify_rotary
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def axis_angles(grid: PatchGrid, head_dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, D/4) in float64, of rows and of columns."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float64) / (head_dim // 2))
+    row, column = grid.coordinates().double().unbind(1)
+    return row[:, None] * frequencies, column[:, None] * frequencies
+
+
+# ----------------------------------------------------------------------------- what must pass
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+@pytest.mark.parametrize("grid", [PatchGrid(6, 9, prefix=1, suffix=2), PatchGrid.packed([(4, 2), (2, 6)], 2)])
+def test_conventions_are_relative_rotations(name, grid):
+    heads = {"num_heads": 2} if name == "rope_vit_mixed" else {}
+    report = verify_rotary(convention(name, 16, **heads)(grid), grid)
+    assert report.is_rotation and report.is_relative and report.unrotated_is_identity, f"{name}\n{report}"
+    assert report.logit_deviation < 3e-6
+    assert max(abs(x - 1) for x in (*report.norm_ratio, *report.singular_values, *report.determinant)) < 1e-6
+    drivers = list(report.axes.values())
+    if name == "rope_vit_mixed":
+        assert drivers == ["both"] * 8
+    else:
+        assert drivers.count("rows") == drivers.count("cols") == 4
+
+
+@pytest.mark.parametrize("pairing", ["half", "interleaved", "axis_half"])
+@pytest.mark.parametrize("layout", ["block", "split", "alternating"])
+@pytest.mark.parametrize("axis_order", ["hw", "wh"])
+def test_axes_of_every_layout(pairing, layout, axis_order):
+    grid = PatchGrid(5, 4)
+    encoding = AxialRoPE(16, pairing=pairing, layout=layout, axis_order=axis_order)
+    report = verify_rotary(encoding(grid), grid)
+    first, second = ("rows", "cols") if axis_order == "hw" else ("cols", "rows")
+    order = [first, second] * 4 if layout == "alternating" else [first] * 4 + [second] * 4
+    pairs = {
+        "half": [(p, p + 8) for p in range(8)],
+        "interleaved": [(2 * p, 2 * p + 1) for p in range(8)],
+        "axis_half": [(p + 4 * (p // 4), p + 4 * (p // 4) + 4) for p in range(8)],
+    }[pairing]
+    assert report.axes == dict(zip(pairs, order, strict=True))
+    assert report.is_rotation and report.is_relative
+
+
+def test_learned_encodings():
+    grid = PatchGrid(5, 6, prefix=1)
+    mixed = MixedRoPE(16, 3)
+    with torch.no_grad():
+        mixed.frequencies[1, 0] = 0  # head 0: rows only
+        mixed.frequencies[0, 1] = 0  # head 1: columns only
+        mixed.frequencies[:, :, 7] = 0  # pair 7: still in every head
+        mixed.frequencies[:, 2, 6] = 0
+        mixed.frequencies[1, :, 6] = 0  # pair 6: rows only, in head 0
+    report = verify_rotary(mixed(grid), grid)
+    assert report.is_rotation and report.is_relative
+    assert list(report.axes.values()) == ["both"] * 6 + ["rows", "none"]
+
+    # a pair that turns with rows in one head and with columns in another
+    two_heads = MixedRoPE(16, 2)
+    with torch.no_grad():
+        two_heads.frequencies[1, 0] = two_heads.frequencies[0, 1] = 0
+    assert set(verify_rotary(two_heads(grid), grid).axes.values()) == {"both"}
+
+    identity = verify_rotary(AxialRoPE(16, strength=0.0)(grid), grid)
+    assert identity.is_rotation and identity.is_relative
+    assert list(identity.axes) == [(p, p + 8) for p in range(8)]
+    assert set(identity.axes.values()) == {"none"}
+
+
+def test_slow_pairs_are_seen_to_move():
+    grid = PatchGrid(3, 3)
+    report = verify_rotary(convention("lfm3_vl", 128)(grid), grid)
+    assert list(report.axes.values()) == ["rows"] * 32 + ["cols"] * 32
+
+
+def test_a_function_and_its_table_agree():
+    grid = PatchGrid(5, 6, prefix=1)
+    rotary = convention("kimi", 16, rotary_dim=12)(grid)
+    of_table = verify_rotary(rotary, grid, head_dim=16)
+    of_function = verify_rotary(lambda x: apply_rotary(x[:, None].float(), rotary)[:, 0], grid, head_dim=16)
+    assert of_function.is_rotation and of_function.is_relative
+    assert of_function.axes == of_table.axes and len(of_table.axes) == 6
+    assert of_function.norm_ratio == pytest.approx(of_table.norm_ratio, abs=1e-6)
+
+
+# ------------------------------------------------------------------------- what must be flagged
+
+
+def test_public_code_of_2601_09954():
+    """The table is [H, H, W, W], but channel j is paired with j + D/2: one turns with the row, one with the column.
+
+    The block of a pair is [[cos a, -sin a], [sin b, cos b]] with a, b the angles of row and column: determinant
+    cos(a - b), singular values sqrt(1 +- sin(b - a)). On 16 x 16, cos(11) = 0.0044 is the smallest |determinant|.
+    """
+    grid = PatchGrid(16, 16)
+    rows, columns = axis_angles(grid)
+    angles = torch.cat([rows, rows, columns, columns], dim=1)
+    report = verify_rotary(lambda x: x * angles.cos() + rotate_half(x) * angles.sin(), grid)
+    assert not report.is_rotation and not report.is_relative
+    assert 0.85 < report.norm_ratio[0] < 0.95 and 1.05 < report.norm_ratio[1] < 1.15
+    assert set(report.axes.values()) == {"both"}
+    determinants = (rows - columns).cos()
+    assert report.determinant == pytest.approx((float(determinants.min()), float(determinants.max())), abs=1e-12)
+    gap = (columns - rows).sin()
+    assert report.singular_values[0] == pytest.approx(float((1 - gap.abs()).sqrt().min()), abs=1e-9)
+    assert report.singular_values[1] == pytest.approx(float((1 + gap.abs()).sqrt().max()), abs=1e-9)
+    assert math.prod(report.singular_values) == pytest.approx(0.0044, abs=1e-4)
+    assert report.logit_deviation > 0.1
+    assert "rotation: NO; relative: NO" in str(report)
+
+
+def test_its_correct_form_passes():
+    grid = PatchGrid(16, 16)
+    angles = torch.cat(axis_angles(grid), dim=1).repeat(1, 2)
+    report = verify_rotary(lambda x: x * angles.cos() + rotate_half(x) * angles.sin(), grid)
+    assert report.is_rotation and report.is_relative
+    assert report.logit_deviation < 1e-13
+    assert "rotation: yes; relative: yes" in str(report)
+
+
+def test_vjepa2_tiled_tables():
+    """Channels 2j, 2j + 1 are a pair but read the angles of slots 2j, 2j + 1 of a table tiled, not interleaved."""
+    vjepa2 = pytest.importorskip("transformers.models.vjepa2.modeling_vjepa2")
+    grid = PatchGrid(8, 8)
+    row, column = grid.coordinates().double().unbind(1)
+
+    def fn(x):
+        parts = [
+            vjepa2.rotate_queries_or_keys(part[None, None], pos)[0, 0]
+            for part, pos in zip(x.chunk(2, dim=-1), (row, column), strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
+
+    report = verify_rotary(fn, grid, head_dim=32)
+    assert not report.is_rotation and not report.is_relative
+    # pairs are unmixed all the same: it is the angles inside a pair that differ
+    assert list(report.axes) == [(2 * p, 2 * p + 1) for p in range(16)]
+    assert list(report.axes.values()) == ["rows"] * 8 + ["cols"] * 8
+    frequencies = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8).repeat(2)
+    apart = torch.arange(8)[:, None] * (frequencies[0::2] - frequencies[1::2])
+    assert report.determinant[0] == pytest.approx(float(apart.cos().min()), abs=1e-9)
+
+
+def test_a_rotation_that_is_not_relative():
+    """Angles that grow with the square of the row."""
+    grid = PatchGrid(6, 6)
+    angles = torch.cat(axis_angles(grid, 16), dim=1) ** 2
+    report = verify_rotary(Rotary.from_angles(angles), grid)
+    assert report.is_rotation and not report.is_relative
+    assert report.norm_ratio == pytest.approx((1, 1), abs=1e-12)
+
+
+def test_linear_but_not_a_rotation():
+    """A gain and a reflection keep logits a function of the offset; a squeeze keeps the determinant."""
+    grid = PatchGrid(4, 4)
+    rotary = AxialRoPE(16)(grid)
+
+    def turned(x):
+        return apply_rotary(x[:, None], rotary)[:, 0]
+
+    gain = verify_rotary(lambda x: 1.1 * turned(x), grid, head_dim=16)
+    assert gain.is_relative and not gain.is_rotation
+    assert gain.norm_ratio == pytest.approx((1.1, 1.1)) and gain.determinant == pytest.approx((1.21, 1.21))
+    flip = torch.ones(16, dtype=torch.float64)
+    flip[0] = -1
+    reflection = verify_rotary(lambda x: flip * turned(x), grid, head_dim=16)
+    assert reflection.is_relative and not reflection.is_rotation
+    assert reflection.singular_values == pytest.approx((1, 1)) and reflection.determinant[0] == pytest.approx(-1)
+    squeeze = torch.ones(16, dtype=torch.float64)
+    squeeze[0], squeeze[8] = 2, 0.5
+    squeezed = verify_rotary(lambda x: squeeze * turned(x), grid, head_dim=16)
+    assert not squeezed.is_rotation and squeezed.determinant == pytest.approx((1, 1), abs=1e-6)
+
+
+def test_the_logit_deviation_of_a_one_head_fault_is_found():
+    grid = PatchGrid(4, 4)
+    angles = MixedRoPE(16, 3)(grid)
+    cos, sin = angles.cos.detach().clone(), angles.sin.detach().clone()
+    cos[0, 5, 1], sin[0, 5, 1] = cos[0, 6, 1], sin[0, 6, 1].clone()
+    report = verify_rotary(Rotary(cos, sin, "interleaved"), grid)
+    assert report.is_rotation and not report.is_relative
+
+
+def test_prefix_tokens_must_be_untouched():
+    grid = PatchGrid(4, 4, prefix=1)
+    rotary = AxialRoPE(16)(grid.coordinates() + 1)  # as if the offset applied to CLS
+    report = verify_rotary(rotary, grid)
+    assert report.is_rotation and report.is_relative
+    assert not report.unrotated_is_identity
+    assert "prefix or suffix tokens are CHANGED" in str(report)
+
+
+def test_images_are_compared_each_for_itself():
+    """DINOv3's angle per patch depends on the size of the image: relative within, not across."""
+    grid = PatchGrid.packed([(4, 4), (8, 8)])
+    report = verify_rotary(convention("dinov3", 16)(grid), grid)
+    assert report.is_relative
+    scrambled = convention("dinov3", 16)(PatchGrid.packed([(8, 8), (4, 4)]))
+    assert not verify_rotary(scrambled, grid).is_relative
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+GRID = PatchGrid(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "error", "message"),
+    [
+        (Rotary.from_angles(torch.zeros(10, 4)), {}, ValueError, "rotary has 10 tokens, the grid 9"),
+        (Rotary.from_angles(torch.zeros(9, 4)), {"head_dim": 6}, ValueError, "at least rotary_dim=8, got 6"),
+        ("rope", {}, TypeError, "must be a Rotary or a function, got str"),
+        (lambda x: x, {"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+        (lambda x: (x, x), {}, TypeError, "fn must return a tensor, got tuple"),
+        (lambda x: x[:, :4], {}, ValueError, r"fn must map \(9, 64\) to the same shape, got \(9, 4\)"),
+        (lambda x: x / 0, {}, ValueError, "NaN or Inf"),
+        (lambda x: x / x.norm(dim=-1, keepdim=True), {}, ValueError, "linear in x"),
+        (lambda x: x + 1, {}, ValueError, "linear in x"),
+        (lambda x: x.flip(0), {}, ValueError, "act on each token alone"),
+        (lambda x: x.cumsum(0), {}, ValueError, "act on each token alone"),
+    ],
+)
+def test_errors_say_what_is_wrong(fn, options, error, message):
+    with pytest.raises(error, match=message):
+        verify_rotary(fn, GRID, **options)
+
+
+def test_grid_must_be_a_grid():
+    with pytest.raises(TypeError, match="grid must be a spatial_pe.PatchGrid, got tuple"):
+        verify_rotary(AxialRoPE(16)(GRID), (3, 3))

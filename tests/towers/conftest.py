@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tower tests: what they share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spatial_pe.towers.adapters import batched, packed, plain
+from spatial_pe.towers.adapters import base
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings():
+    """The fallback warns once per class and reason: each test is a first time."""
+    base._warned.clear()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every call of rope_attention by an adapter, as (positional, keyword) arguments."""
+    seen: list[tuple[tuple, dict]] = []
+
+    def spy(*args, **kwargs):
+        seen.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    original = packed.rope_attention
+    for module in (packed, batched, plain):
+        monkeypatch.setattr(module, "rope_attention", spy)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

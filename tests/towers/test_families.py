@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' own towers, patched against unpatched: outputs, every gradient, and the calls that fall back."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from families import FAMILIES, HERE, WITH_TABLES, outputs, randn, to
+
+from spatial_pe.towers import patch, unpatch
+from spatial_pe.towers.adapters import batched, packed
+
+EAGER = {"implementation": "eager"}
+
+
+def run(model, inputs, dtype):
+    """Outputs, and the gradient of every parameter, of one random projection of all outputs."""
+    model.zero_grad(set_to_none=True)
+    found = outputs(model, to(inputs, dtype))
+    loss = sum((x * randn(*x.shape, seed=7 + i).to(x.dtype)).sum() for i, x in enumerate(found))
+    loss.backward()
+    grads = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [x.detach().double() for x in found], grads
+
+
+def assert_error_rule(ours, theirs, exact, dtype, what, floor=0.0):
+    """error <= 1.5 x error of the unpatched model in this dtype + 2 roundings, against its float64 run."""
+    allowed = 1.5 * (theirs - exact).norm() + 2 * torch.finfo(dtype).eps * (exact.norm() + floor)
+    error = (ours - exact).norm()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}, norm {exact.norm():.3g}"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", HERE)
+def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls):
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    exact, exact_grads = run(family.make().double(), inputs, torch.float64)
+    model = family.make().to(dtype)
+    theirs, their_grads = run(model, inputs, dtype)
+    assert not calls
+    report = patch(model, backend=backend)
+    calls.clear()  # those of the proof
+    assert len(report.patched) == family.layers
+    assert {row.attention for row in report.patched} <= set(family.attention)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a fallback to the model's own forward would prove nothing
+        ours, our_grads = run(model, inputs, dtype)
+    assert len(calls) == family.layers
+    for i, triple in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert_error_rule(*triple, dtype, f"output {i}")
+    assert our_grads.keys() == exact_grads.keys()
+    # the gradient of a key bias without RoPE is zero but for rounding: no parameter is asked for more than 1 % of all
+    floor = 0.01 * torch.stack([g.norm() for g in exact_grads.values()]).norm()
+    for key, exact_grad in exact_grads.items():
+        assert_error_rule(our_grads[key], their_grads[key], exact_grad, dtype, f"gradient of {key}", floor)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_unpatched_is_what_it_was_bit_for_bit(name):
+    family = FAMILIES[name]
+    model, inputs = family.make(), family.inputs()
+    classes = [type(m) for m in model.modules()]
+    with torch.no_grad():
+        before = outputs(model, inputs)
+        patch(model)
+        outputs(model, inputs)
+        unpatch(model)
+        after = outputs(model, inputs)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any("_spatial_pe" in str(key) for m in model.modules() for key in m.__dict__)
+    assert not any("spatial_pe" in type(h).__module__ for m in model.modules() for h in _hooks(m))
+
+
+def _hooks(module):
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_packed_towers_read_the_fused_projection_in_place_and_once(name, calls):
+    if name not in HERE:
+        pytest.skip(f"{name} is not in this transformers")
+    family = FAMILIES[name]
+    model = family.make()
+    patch(model)
+    calls.clear()
+    outputs(model, family.inputs())
+    assert len(calls) == family.layers  # one call per layer, however many images and windows
+    tables = {id(args[3].cos) for args, _ in calls}
+    assert len(tables) == 1  # the Rotary was made once for all layers
+    for (q, k, v, _), kwargs in calls:
+        assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        assert not q.is_contiguous() and kwargs["cu_seqlens"].dtype == torch.int32
+    if name == "qwen2_5_vl":  # windows in layer 0, whole images in layer 1
+        windows, images = (kwargs["cu_seqlens"] for _, kwargs in calls)
+        assert len(windows) > len(images) == 5
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+@pytest.mark.parametrize("fault", ["turned the other way", "not turned", "bounds ignored"])
+def test_verification_notices_a_wrong_attention(name, fault, monkeypatch):
+    family = FAMILIES[name]
+    model = family.make()
+    if fault == "bounds ignored" and name == "dinov3":
+        pytest.skip("one sequence has no bounds")
+    for module in (packed, batched):
+        original = module.rope_attention
+
+        def wrong(q, k, v, rotary, *, original=original, **kwargs):
+            if fault == "turned the other way":
+                rotary = rotary.inverse()
+            elif fault == "not turned":
+                rotary = None
+            elif kwargs.get("cu_seqlens") is not None:
+                kwargs["cu_seqlens"] = kwargs["cu_seqlens"][[0, -1]]
+            return original(q, k, v, rotary, **kwargs)
+
+        monkeypatch.setattr(module, "rope_attention", wrong)
+    classes, before = [type(m) for m in model.modules()], outputs(model, family.inputs())
+    with pytest.raises(RuntimeError, match=r"computes something else when patched: relative error"):
+        patch(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, family.inputs()), strict=True))
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2", "dinov3", "pixtral", "vit"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_weights_come_from_the_models_own_forward(name, implementation, calls):
+    family = FAMILIES[name]
+    model, inputs = family.make(implementation=implementation), family.inputs()
+    with torch.no_grad():
+        before = model(**inputs, output_attentions=True).attentions
+        patch(model)
+        calls.clear()
+        after = model(**inputs, output_attentions=True).attentions
+        assert not calls
+        model(**inputs)
+        assert len(calls) == family.layers  # and back to the fused op
+    before, after = ([w for w in weights or () if w is not None] for weights in (before, after))
+    assert len(before) == len(after) == (family.layers if implementation == "eager" else 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_hidden_states_are_collected_before_and_after():
+    """transformers 4 rebinds forward on the instances while it collects, and leaves the binding behind."""
+    family = FAMILIES["dinov2"]
+    model, inputs = family.make(**EAGER), family.inputs()
+    with torch.no_grad():
+        before = model(**inputs, output_attentions=True, output_hidden_states=True)
+        patch(model)
+        after = model(**inputs, output_attentions=True, output_hidden_states=True)
+        unpatch(model)
+        last = model(**inputs, output_attentions=True, output_hidden_states=True)
+    for result in (after, last):
+        for a, b in zip(before.hidden_states, result.hidden_states, strict=True):
+            assert torch.equal(a, b)
+        assert len(result.attentions) == family.layers
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3", "pixtral", "vit"])
+def test_dropout_in_training_is_the_models_own(name, calls):
+    family = FAMILIES[name]
+    option = "attention_probs_dropout_prob" if name == "vit" else "attention_dropout"
+    model, inputs = family.make(**{option: 0.5}).train(), family.inputs()
+    torch.manual_seed(5)
+    before = outputs(model, inputs)
+    patch(model)
+    calls.clear()
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match="attention dropout is active"):
+        after = outputs(model, inputs)
+    assert not calls and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    outputs(model.eval(), inputs)
+    assert len(calls) == family.layers
+
+
+# ------------------------------------------------------------------------------------------------------------ Pixtral
+
+
+def test_pixtral_builds_no_mask(monkeypatch, calls):
+    family = FAMILIES["pixtral"]
+    model, inputs = family.make(), family.inputs()
+    modeling = importlib.import_module("transformers.models.pixtral.modeling_pixtral")
+    before = outputs(model, inputs)
+    patch(model)
+    calls.clear()
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr(modeling, "generate_block_attention_mask", _forbidden)
+        after = outputs(model, inputs)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert [kwargs["cu_seqlens"].tolist() for _, kwargs in calls] == [[0, 10, 19]] * 2  # 5 x 2 and 3 x 3 patches
+    assert model.config._attn_implementation == "sdpa" and "_spatial_pe_config" not in model.__dict__
+    # without sizes every image fills its pixels
+    calls.clear()
+    model(pixel_values=inputs["pixel_values"])
+    assert calls[0][1]["cu_seqlens"].tolist() == [0, 15, 30]
+
+
+def _forbidden(*args):
+    raise AssertionError("the S x S mask was built")
+
+
+def test_pixtral_config_is_restored_when_the_forward_raises():
+    model = FAMILIES["pixtral"].make()
+    config = model.config
+    patch(model)
+    with pytest.raises(Exception, match=r".+"):
+        model(pixel_values=randn(2, 5, 16, 16))  # five channels
+    assert model.config is config and config._attn_implementation == "sdpa"
+
+
+# -------------------------------------------------------------------------------------------- what must not be patched
+
+
+@contextmanager
+def raises_nothing_to_patch(*words):
+    with pytest.raises(ValueError, match="nothing to patch") as caught:
+        yield
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_text_model_raises_with_what_was_found():
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with raises_nothing_to_patch("LlamaModel", "2 LlamaAttention: not inside a vision tower"):
+        patch(LlamaModel(LlamaConfig(**sizes, vocab_size=16)))
+
+
+OTHERS = [
+    ("vjepa2", "VJEPA2Model", "VJEPA2Config", {"crop_size": 32, "patch_size": 16, "hidden_size": 48}
+     | {"num_attention_heads": 2, "num_hidden_layers": 1, "pred_num_hidden_layers": 1, "pred_hidden_size": 48}
+     | {"pred_num_attention_heads": 2}, "position_mask"),
+    ("phi4_multimodal", "Phi4MultimodalVisionModel", "Phi4MultimodalVisionConfig",
+     {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+      "image_size": 32, "crop_size": 32, "patch_size": 8}, "is_causal is True|patch_attention_mask"),
+    ("beit", "BeitModel", "BeitConfig", {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+     | {"num_attention_heads": 2, "image_size": 32, "patch_size": 8, "use_relative_position_bias": True},
+     "relative_position_bias"),
+    ("sam", "SamVisionModel", "SamVisionConfig", {"hidden_size": 32, "num_hidden_layers": 1, "mlp_dim": 32}
+     | {"num_attention_heads": 2, "image_size": 32, "patch_size": 8, "global_attn_indexes": [0]}, "rel_pos_h"),
+    ("siglip2", "Siglip2VisionModel", "Siglip2VisionConfig", {"hidden_size": 32, "intermediate_size": 32}
+     | {"num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "num_patches": 16}, "spatial_shapes"),
+    ("mlcd", "MLCDVisionModel", "MLCDVisionConfig", {"hidden_size": 32, "intermediate_size": 32}
+     | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}, "its own forward"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "model", "config", "options", "reason"), OTHERS, ids=[row[0] for row in OTHERS])
+def test_other_attention_is_skipped_with_the_reason(module, model, config, options, reason):
+    package = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
+    with pytest.raises(ValueError, match=reason):
+        patch(getattr(package, model)(getattr(configuration, config)(**options)))
