@@ -3,6 +3,7 @@
 
 from .attention import rope_attention
 from .backends.select import backends
+from .encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
 from .grid import PatchGrid
 from .rotary import Rotary, apply_rotary
 

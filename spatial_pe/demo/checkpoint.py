@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class Tower:
     module: nn.Module
     patch_size: int
     image_size: int | None  # of a tower that takes no other
+    frames: int = 1  # that make one patch (Qwen-VL: an image is repeated)
+    merge: int = 1  # side of the blocks of patches that become one feature (Qwen-VL)
     mean: tuple[float, ...] = assets.IMAGENET_MEAN
     std: tuple[float, ...] = assets.IMAGENET_STD
 
@@ -64,8 +67,7 @@ class Tower:
 
     def _call_packed(self, pixels: Tensor) -> Tensor:
         """Qwen-VL: patches in merge-block order, rows of (3 · frames · patch²) pixels, and the grid of each image."""
-        config = self.module.config
-        p, m, frames = self.patch_size, config.spatial_merge_size, config.temporal_patch_size
+        p, m, frames = self.patch_size, self.merge, self.frames
         batch, _, height, width = pixels.shape
         x = pixels.unfold(2, p, p).unfold(3, p, p)  # (B, 3, h, w, p, p)
         x = x.unflatten(3, (-1, m)).unflatten(2, (-1, m))  # (B, 3, h/m, m, w/m, m, p, p)
@@ -82,7 +84,7 @@ class Tower:
         """(B, N, C) -> (B, h, w, C): without the prefix tokens; h = w = size / patch, less where blocks are merged."""
         side = size // self.patch_size
         if features.shape[1] < side * side:
-            side //= self.module.config.spatial_merge_size
+            side //= self.merge
         return features[:, features.shape[1] - side * side :].unflatten(1, (side, side))
 
     def accepts(self, size: int) -> str | None:
@@ -92,7 +94,7 @@ class Tower:
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
             return f"{type(error).__name__}: {_first_line(error)}"
         side = size // self.patch_size
-        if features.shape[1] < side * side and not hasattr(self.module.config, "spatial_merge_size"):
+        if features.shape[1] < (side // self.merge) ** 2:
             return f"{features.shape[1]} features for {side * side} patches"
         return None
 
@@ -102,7 +104,7 @@ class Tower:
         Raises:
             CheckpointError: it takes none of them; says why.
         """
-        step = self.patch_size * getattr(self.module.config, "spatial_merge_size", 1)
+        step = self.patch_size * self.merge
         rounded = sorted({max(1, round(size / step)) * step for size in wanted})
         refusals = {size: self.accepts(size) for size in rounded}
         good = [size for size in rounded if refusals[size] is None]
@@ -138,12 +140,14 @@ def load_tower(path: str) -> Tower:
         children = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
         raise CheckpointError(f"{path!r} is a {type(model).__name__} without a vision tower: it holds {children}")
     mean, std = _normalisation(path)
-    config = module.config
+    config: Any = module.config
     return Tower(
         name=f"{Path(path).name} ({type(module).__name__})",
         module=module.float().eval(),
         patch_size=_as_int(config.patch_size) or 1,
         image_size=_as_int(getattr(config, "image_size", None)),
+        frames=getattr(config, "temporal_patch_size", 1),
+        merge=getattr(config, "spatial_merge_size", 1),
         mean=mean,
         std=std,
     )
@@ -178,9 +182,9 @@ def _first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
     return named if named is not None else output[0]  # type: ignore[index]
 
 
-def _as_int(size: object) -> int | None:
+def _as_int(size: Any) -> int | None:
     """Sizes are ints or (height, width) in configurations."""
-    return int(size[0]) if isinstance(size, (list, tuple)) else None if size is None else int(size)  # type: ignore[call-overload]
+    return int(size[0]) if isinstance(size, list | tuple) else None if size is None else int(size)
 
 
 def _first_line(error: BaseException) -> str:

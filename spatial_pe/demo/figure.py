@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BEFORE, AFTER, INK, MUTED, FRAME = "#a9b0b8", "#1f6fd6", "#1d2329", "#5d6771", "#d5dae0"
-# Where the colours of the difference map start and end: float32 rounding to what one would begin to see.
-DIFFERENCE = (1e-8, 1e-2)
+# Where the colours of the difference map start and end: float32 rounding is near white, what could matter is dark.
+DIFFERENCE = (1e-7, 1e-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def draw(path: Path, title: str, subtitle: str, pictures: Pictures, rows: list[R
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "font.size": 11,
         "text.color": INK,
         "axes.labelcolor": INK,
@@ -77,7 +77,7 @@ def draw(path: Path, title: str, subtitle: str, pictures: Pictures, rows: list[R
         )
         # at least two, so that a single size does not become a tower of its own
         bars = figure.add_gridspec(
-            max(2, len(sizes)), 1, left=0.72, right=0.985, top=top, bottom=0.62 / height, hspace=0.42
+            max(2, len(sizes)), 1, left=0.72, right=0.985, top=top, bottom=0.62 / height, hspace=0.32
         )
         _draw_features([[figure.add_subplot(images[i, j]) for j in range(4)] for i in range(count)], pictures)
         for i, size in enumerate(sizes):
@@ -97,7 +97,7 @@ def _draw_features(axes: list[list[Axes]], pictures: Pictures) -> None:
         before, after = principal_colours(pictures.before[i], pictures.after[i])
         b.imshow(before.numpy(), interpolation="nearest")
         c.imshow(after.numpy(), interpolation="nearest")
-        # white is agreement; zeros have no logarithm, and 1e-8 is nothing in float32 either
+        # white is agreement; zeros have no logarithm, so they start the scale
         shown = d.imshow(
             apart[i].clamp(min=DIFFERENCE[0]).numpy(), interpolation="nearest", cmap="OrRd", norm=LogNorm(*DIFFERENCE)
         )
@@ -124,7 +124,7 @@ def _draw_features(axes: list[list[Axes]], pictures: Pictures) -> None:
                 axis.text(0.5, 1.03, text, size=9.5, color=MUTED, ha="center", transform=axis.transAxes)
     column = axes[-1][-1]
     scale = column.inset_axes((0.0, -0.075, 1.0, 0.04))
-    column.figure.colorbar(shown, cax=scale, orientation="horizontal", ticks=[1e-8, 1e-6, 1e-4, 1e-2])
+    column.figure.colorbar(shown, cax=scale, orientation="horizontal", ticks=[1e-7, 1e-5, 1e-3, 1e-1])
     scale.tick_params(labelsize=8.5, pad=1, length=2)
 
 

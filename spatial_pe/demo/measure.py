@@ -114,12 +114,14 @@ class Row:
 
 def table(rows: list[Row]) -> str:
     """Two plain-text tables: what changed, and how fast it is."""
-    accuracy = [("", "max error", "rel. error", "cosine", "smallest", "unpatched vs fp32", "patched vs fp32")]
-    speed = [("", "tokens", "batch", "before, img/s", "after, img/s", "speed-up")]
+    accuracy: list[tuple[str, ...]] = [
+        ("", "max error", "rel. error", "cosine", "smallest", "unpatched vs fp32", "patched vs fp32")
+    ]
+    speed: list[tuple[str, ...]] = [("", "tokens", "batch", "before, img/s", "after, img/s", "speed-up")]
     for row in rows:
         name = f"{row.dtype} {row.size} px"
         e = row.error
-        rounding = ("", "") if row.rounding is None else tuple(f"{value:.2e}" for value in row.rounding)
+        rounding = ["", ""] if row.rounding is None else [f"{value:.2e}" for value in row.rounding]
         accuracy.append(
             (name, f"{e.max:.1e}", f"{e.relative:.1e}", f"{e.cosine_mean:.7f}", f"{e.cosine_min:.7f}", *rounding)
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import Parameter, signature
 
@@ -75,6 +76,9 @@ def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -
     padding = [argument for argument in PADDING if argument in _arguments(type(tower))]
     if reason is None and padding and isinstance(shape, Shape) and shape.name != "packed":
         reason = f"its tower pads images and masks the padding ({', '.join(padding)})"
+    if reason is None:
+        bias = next((n for n in _names_in(tower) if "relative_position" in n or "rel_pos" in n), None)
+        reason = f"its tower has a relative position bias ({bias})" if bias else None
     if reason is not None or isinstance(shape, str) or isinstance(layout, str):
         return Found(name, module, tower_name, tower, reason=reason)
     return Found(name, module, tower_name, tower, shape, layout)
@@ -127,6 +131,11 @@ def is_patch_convolution(module: nn.Module) -> bool:
         return False
     kernel, stride = module.kernel_size, module.stride
     return kernel == stride and max(kernel) > 1
+
+
+def _names_in(tower: nn.Module) -> Iterator[str]:
+    yield from (name for name, _ in tower.named_modules())
+    yield from (name for name, _ in tower.named_parameters())
 
 
 def _inside(name: str, holder: str) -> bool:

@@ -135,7 +135,9 @@ def _judge(f: Found, rope: Any, backend: str, verify: bool, by_kind: dict[tuple,
     if not verify:
         return (None if tested else "its class is not part of the tests: needs verify=True"), Proof()
     weight = next(f.module.parameters())
-    kind = (type(f.module), f.layout, f.packs_images, weight.dtype, weight.device.type)
+    # modules of a tested class differ only in what the layout says; of an unknown class, each one is asked
+    which = None if tested else f.name
+    kind = (type(f.module), f.layout, f.packs_images, weight.dtype, weight.device.type, which)
     if kind not in by_kind:
         by_kind[kind] = prove(f.module, f.shape, Binding(f.layout, backend), f.packs_images)
     proof = by_kind[kind]

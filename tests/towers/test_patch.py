@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mechanics of patching: copies, pickles, hooks, undo, errors, the report. Attention itself: test_families."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import io
+import pickle
+import types
+
+import pytest
+import torch
+from families import FAMILIES, outputs, randn, randomize
+from torch import nn
+
+from spatial_pe.towers import inspect, patch, unpatch
+from spatial_pe.towers.adapters import tables
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def tower():
+    return FAMILIES["dinov3"].make(), FAMILIES["dinov3"].inputs()
+
+
+def clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    text = {**sizes, "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 19}
+    return randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=vision))).eval()
+
+
+def attention_of(model, name="Attention"):
+    return [m for m in model.modules() if type(m).__name__.endswith(name)]
+
+
+# -------------------------------------------------------------------------------------- what stays of a patched model
+
+
+def test_only_the_vision_tower_is_patched(calls):
+    model = clip()
+    inputs = {"input_ids": torch.tensor([[1, 2, 3, 19]]), "pixel_values": randn(1, 3, 32, 32)}
+    before = model(**inputs)
+    report = patch(model)
+    assert [row.name.split(".")[0] for row in report.patched] == ["vision_model"] * 2
+    assert {(row.name.split(".")[0], row.reason) for row in report.skipped} == {
+        ("text_model", "not inside a vision tower")
+    }
+    calls.clear()
+    after = model(**inputs)
+    assert len(calls) == 2 and all(args[0].shape[1] == 17 for args, _ in calls)  # 16 patches + CLS, never text
+    assert torch.equal(before.text_embeds, after.text_embeds)
+    torch.testing.assert_close(before.image_embeds, after.image_embeds, rtol=1e-5, atol=1e-5)
+
+
+def test_state_dict_isinstance_and_hooks_stay(tower):
+    model, inputs = tower
+    module = attention_of(model)[0]
+    original, keys, seen = type(module), list(model.state_dict()), []
+    module.register_forward_hook(lambda *_: seen.append("before"))
+    patch(model)
+    module.register_forward_hook(lambda *_: seen.append("after"))
+    assert seen == []  # the proof does not run the model's hooks
+    outputs(model, inputs)
+    assert seen == ["before", "after"]
+    assert isinstance(module, original) and type(module) is not original
+    assert list(model.state_dict()) == keys
+    assert type(attention_of(model)[1]) is type(module)  # one subclass, made once
+    model.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
+    assert all(bool((p == 0).all()) for p in model.parameters())
+
+
+def test_patching_leaves_mode_gradients_and_random_state_alone(tower):
+    model, inputs = tower
+    model.train()
+    sum(x.sum() for x in outputs(model, inputs)).backward()
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    patch(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules())
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert p.requires_grad and (p.grad is None if grad is None else torch.equal(p.grad, grad))
+
+
+@pytest.mark.parametrize("family", ["pixtral", "dinov3", "clip"])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_work_and_are_independent(way, family, calls):
+    model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
+    patch(model)
+    expected = outputs(model, inputs)
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    unpatch(model)
+    calls.clear()
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs(twin, inputs), strict=True))
+    assert len(calls) == 2  # the twin is still patched
+    unpatch(twin)
+    outputs(twin, inputs)
+    assert len(calls) == 2
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+
+
+def test_data_parallel_replicas_are_patched(tower, calls):
+    model, _ = tower
+    patch(model)
+    module = attention_of(model)[0]
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = child
+    x, angles = randn(1, 20, 64), randn(16, 16).repeat(1, 2)
+    calls.clear()
+    with torch.no_grad():
+        expected = module(x, position_embeddings=(angles.cos(), angles.sin()))[0]
+        assert torch.equal(replica(x, position_embeddings=(angles.cos(), angles.sin()))[0], expected)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "pixtral", "dinov3", "clip"])
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
+    model, inputs = FAMILIES[family].make().train(), FAMILIES[family].inputs()
+    patch(model)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        torch.manual_seed(3)  # DINOv3 jitters its coordinates in training
+        floats = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in _tensors(inputs).items()}
+        sum(x.square().sum() for x in outputs(model, {**inputs, **floats})).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=1e-4, atol=1e-4)
+
+
+def _tensors(inputs):
+    return {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+
+
+def test_tables_are_not_kept_between_forwards(tower):
+    model, inputs = tower
+    patch(model)
+    with torch.no_grad():
+        outputs(model, inputs)
+        outputs(model, inputs)
+    gc.collect()
+    assert len(tables._entries) == 0
+
+
+# ------------------------------------------------------------------------------------------------- wrapped forwards
+
+
+def accelerate_like(module):
+    """What accelerate's add_hook_to_module does to a module."""
+    seen = []
+
+    def new_forward(module, *args, **kwargs):
+        seen.append(type(module).__name__)
+        return module._old_forward(*args, **kwargs)
+
+    module._old_forward = module.forward
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), module._old_forward)
+    return seen
+
+
+def test_hooked_then_patched(tower, calls):
+    model, inputs = tower
+    module = attention_of(model)[0]
+    seen = accelerate_like(module)
+    before = outputs(model, inputs)
+    assert len(patch(model).patched) == 2
+    calls.clear()
+    after = outputs(model, inputs)
+    assert len(calls) == 2 and len(seen) == 2  # the hook runs, and what it wraps is ours
+    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+    unpatch(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
+    assert len(calls) == 2 and len(seen) == 3
+
+
+def test_patched_then_hooked_then_unpatched(tower, calls):
+    model, inputs = tower
+    before = outputs(model, inputs)
+    patch(model)
+    module = attention_of(model)[0]
+    seen = accelerate_like(module)
+    calls.clear()
+    outputs(model, inputs)
+    assert len(calls) == 2 and len(seen) == 1
+    unpatch(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
+    assert len(calls) == 2 and len(seen) == 2
+
+
+def test_hook_removed_while_patched(tower, calls):
+    model, inputs = tower
+    module = attention_of(model)[0]
+    accelerate_like(module)
+    patch(model)
+    module.forward = module._old_forward  # accelerate's remove_hook_from_module
+    del module._old_forward
+    unpatch(model)
+    calls.clear()
+    outputs(model, inputs)
+    assert not calls and "forward" not in module.__dict__
+
+
+def test_a_forward_replaced_on_the_instance_is_skipped(tower):
+    model, _ = tower
+    module = attention_of(model)[0]
+    module.forward = types.MethodType(lambda self, hidden_states, **_: (hidden_states, None), module)
+    report = patch(model)
+    assert len(report.patched) == 1 and len(report.skipped) == 1
+    assert "replaced on the instance" in report.skipped[0].reason
+
+
+# ------------------------------------------------------------------------------------------------ twice, errors, report
+
+
+def test_twice_is_harmless(tower, calls):
+    model, inputs = tower
+    first = patch(model)
+    classes = [type(m) for m in model.modules()]
+    second = patch(model)
+    assert len(first.patched) == 2 and not second.patched
+    assert [row.reason for row in second.skipped] == ["already patched"] * 2
+    assert [type(m) for m in model.modules()] == classes
+    unpatch(model)
+    unpatch(model)
+    calls.clear()
+    outputs(model, inputs)
+    assert not calls
+
+
+def test_another_way_of_patching_needs_unpatch_first():
+    model = FAMILIES["clip"].make()
+    patch(model)
+    for other in ({"rope": "axial"}, {"backend": "reference"}):
+        with pytest.raises(ValueError, match=r"already patched with rope=None.*call unpatch\(model\) first"):
+            patch(model, **other)
+    unpatch(model)
+    assert len(patch(model, rope="axial").patched) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope": "diagonal"}, 'rope must be "axial", "mixed", a module or None'),
+        ({"rope": 3}, 'rope must be "axial", "mixed", a module or None'),
+        ({"start": "slowly"}, 'start must be "identity" or "full"'),
+        ({"backend": "abacus"}, "backend"),
+    ],
+)
+def test_wrong_arguments(options, message, tower):
+    model, inputs = tower
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        patch(model, **options)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_model_without_attention():
+    with pytest.raises(ValueError, match="nothing to patch in Sequential: it has no attention modules"):
+        patch(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)))
+
+
+def test_inspect_changes_nothing_and_says_what_patch_does():
+    model = clip()
+    classes, state = [type(m) for m in model.modules()], list(vars(model.vision_model))
+    seen = inspect(model)
+    assert [type(m) for m in model.modules()] == classes and list(vars(model.vision_model)) == state
+    assert str(patch(model)) == str(seen)
+
+
+def test_the_report_is_one_row_per_kind_of_layer():
+    report = patch(clip())
+    lines = str(report).splitlines()
+    (row,) = [line for line in lines if line.startswith("vision_model")]
+    assert "CLIPAttention" in row and " 2 " in row and "no RoPE" in row and report.patched[0].backend in row
+    assert f"{report.patched[0].error:.1e}" in row
+    (skipped,) = [line for line in lines if line.startswith("text_model")]
+    assert skipped.endswith("not inside a vision tower") and " 2 " in skipped
+    assert 0 < report.patched[0].error < 1e-6
+    assert list(report.parameters()) == []
+
+
+def test_without_verification_the_report_says_so():
+    report = patch(clip(), verify=False)
+    assert report.patched[0].error is None
+    assert "not verified" in str(report)
+
+
+def test_weights_on_the_meta_device_cannot_be_verified():
+    with torch.device("meta"):
+        model = clip_on_meta()
+    report = patch(model)
+    assert len(report.patched) == 2 and report.patched[0].note == "its weights are not in memory"
+    assert "its weights are not in memory" in str(report)
+
+
+def clip_on_meta():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8))
+
+
+# ------------------------------------------------------------------------------ towers that this package has never seen
+
+
+class Attention(nn.Module):
+    """Plain attention of an unknown library; ``extra`` makes it compute something more."""
+
+    def __init__(self, extra=None):
+        super().__init__()
+        self.num_heads, self.extra = 2, extra
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.sharpness = 2.0
+        if extra == "sinks":
+            self.sinks = nn.Parameter(torch.zeros(2))
+        if extra == "causal":
+            self.is_causal = True
+
+    def forward(self, hidden_states, attention_mask=None):
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        scale = 16**-0.5 * (self.sharpness if self.extra == "hidden factor" else 1)
+        scores = q @ k.transpose(-1, -2) * scale
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)), None
+
+
+class Tower(nn.Module):
+    def __init__(self, *extras):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 8, 8)
+        self.layers = nn.ModuleList(Attention(extra) for extra in extras)
+
+    def forward(self, pixels):
+        x = self.patch_embed(pixels).flatten(2).mT
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
+def test_an_unknown_class_is_patched_if_it_is_proven(calls):
+    model, pixels = randomize(Tower(None, None)), randn(2, 3, 32, 24)
+    before = model(pixels)
+    assert len(patch(model).patched) == 2
+    calls.clear()
+    assert (model(pixels) - before).norm() < 1e-5 * before.norm()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ("sinks", "has sinks, which is not part of plain or rotary attention"),
+        ("causal", "is_causal is True"),
+        ("hidden factor", r"has the form of plain attention, but relative error 0\.\d+"),
+    ],
+)
+def test_an_unknown_class_that_computes_more_is_skipped(extra, reason):
+    model = randomize(Tower(None, extra))
+    report = patch(model)
+    assert [row.name for row in report.patched] == ["layers.0"]
+    (skipped,) = report.skipped
+    assert skipped.name == "layers.1"
+    with pytest.raises(ValueError, match=reason):
+        patch(randomize(Tower(extra)))
+
+
+def test_an_unknown_class_is_not_patched_on_trust():
+    with pytest.raises(ValueError, match="needs verify=True"):
+        patch(Tower(None), verify=False)
