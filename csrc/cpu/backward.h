@@ -71,7 +71,6 @@ class Backward {
 
   int group() const { return p_.heads / p_.kv_heads; }
   int64_t padded() const { return longest_ + L + kScoreRows; }  // rows of whole tiles
-  static int64_t key_blocks(int64_t n) { return ((n + L - 1) / L + kPanels - 1) / kPanels; }
 
   size_t lay_out(Operands* out, char* memory, int heads) const {
     size_t used = 0;
@@ -156,17 +155,6 @@ class Backward {
 
   // ------------------------------------------------------------------------------------------------- phases 1 and 2
 
-  struct Keys {
-    int64_t from;
-    int panels, count;
-  };
-
-  static Keys keys_of(int64_t n, int64_t block) {
-    const int64_t total = (n + L - 1) / L, blocks = key_blocks(n);
-    const int64_t panel = total * block / blocks, end = total * (block + 1) / blocks;
-    return {panel * L, static_cast<int>(end - panel), static_cast<int>((end * L < n ? end * L : n) - panel * L)};
-  }
-
   // dK and dV of one block of keys, and its share of every dQ if one thread does the whole item.
   void key_block(const Item& item, int64_t block, bool with_dq, const Operands& ops, char* memory, Thread& thread,
                  float* dk, float* dv) const {
@@ -222,18 +210,8 @@ class Backward {
   // P and dS of a block of queries by a block of keys, as operands.
   void weights_and_gradients(const QueryOperands& q, int64_t from, int rows, const Keys& keys, const Operands& ops,
                              Thread& thread) const {
-    const int tiles = (keys.panels + kScoreWidth - 1) / kScoreWidth;
     for (int r = 0; r < rows; r += kScoreRows)
-      for (int i = 0, panel = 0; i < tiles; ++i) {
-        const int width = (keys.panels - panel) / (tiles - i);
-        switch (width) {
-          case 1: tile<1>(q, from, r, keys, panel, ops, thread); break;
-          case 2: tile<2>(q, from, r, keys, panel, ops, thread); break;
-          case 3: if constexpr (kScoreWidth >= 3) tile<3>(q, from, r, keys, panel, ops, thread); break;
-          case 4: if constexpr (kScoreWidth >= 4) tile<4>(q, from, r, keys, panel, ops, thread); break;
-        }
-        panel += width;
-      }
+      each_score_tile(keys.panels, [&](auto width, int panel) { tile<width()>(q, from, r, keys, panel, ops, thread); });
   }
 
   template <int W>
@@ -252,7 +230,7 @@ class Backward {
         for (int j = 0; j < W; ++j) {
           s[i][j] = exp2<Dot::kExpDegree>(fma(s[i][j], scale, splat(-lse[i])));
           if (j == W - 1 && tail < L) s[i][j] = keep_first(s[i][j], tail, 0.0f);
-          spe::SPE_ISA::store(&thread.weights[i][j * L], s[i][j]);
+          store(&thread.weights[i][j * L], s[i][j]);
         }
       store_columns<W>(thread.p, r, panel, s);
     }
@@ -262,7 +240,7 @@ class Backward {
       for (int j = 0; j < W; ++j) {
         dp[i][j] = load(&thread.weights[i][j * L]) * (dp[i][j] - splat(delta[i]));
         if constexpr (Dot::kPerWord == 1)
-          spe::SPE_ISA::store(thread.ds[r + i] + (panel + j) * L, dp[i][j]);
+          store(thread.ds[r + i] + (panel + j) * L, dp[i][j]);
         else
           narrow(reinterpret_cast<bf16*>(thread.ds[r + i]) + (panel + j) * L, dp[i][j], L);
       }
@@ -275,9 +253,9 @@ class Backward {
     for (int i = 0; i < kScoreRows; i += Dot::kPerWord)
       for (int j = 0; j < W; ++j) {
         if constexpr (Dot::kPerWord == 1)
-          spe::SPE_ISA::store(to[r + i] + (panel + j) * L, x[i][j]);
+          store(to[r + i] + (panel + j) * L, x[i][j]);
         else
-          spe::SPE_ISA::store(to[(r + i) / 2] + (panel + j) * L, (vf)pair_bf16(x[i][j], x[i + 1][j]));
+          store(to[(r + i) / 2] + (panel + j) * L, (vf)pair_bf16(x[i][j], x[i + 1][j]));
       }
   }
 

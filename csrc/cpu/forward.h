@@ -2,8 +2,13 @@
 // Forward: out = softmax(R(q) R(k)^T scale) v and lse, the log of each row's sum of exponentials.
 //
 // Of one key head, K is rotated and packed into panels and V into lanes, once. Then, for each block of query rows
-// (rotated on load) and each block of keys: scores by register tiles, online softmax, weights packed as operand A,
-// product with V added to the rows' output. Scores and weights never leave the L1/L2 cache.
+// (rotated on load) and each block of keys: scores by register tiles, exponentials while they are still in registers,
+// weights packed as operand A, product with V added to the rows' output. Scores never touch memory.
+//
+// The softmax of a row is taken relative to its maximum over the first tile of keys, not to a running maximum: weights
+// above 1 are as exact as those below in floating point, so nothing has to be rescaled. Only if a row's sum leaves
+// float's comfortable range (scores that grow by more than 40 nats, NaN, Inf) is its block of rows computed again,
+// relative to the true maximum.
 #pragma once
 
 #include "pack.h"
@@ -20,9 +25,37 @@ constexpr float kInfinity = __builtin_inff();
 constexpr int kRows = 120;
 // Keys of a block, as panels of L: 128 keys.
 constexpr int kPanels = 128 / L;
-// Widest score tile in vectors; its height is rows_of(kScoreWidth) for every width, so that softmax sees whole tiles.
+// Widest score tile in vectors. Every score tile has kScoreRows rows, whatever its width.
 constexpr int kScoreWidth = kRegisters == 32 ? 4 : 2;
 constexpr int kScoreRows = rows_of(kScoreWidth);
+
+// Calls f(width, first panel) for tiles of nearly equal width, at most kScoreWidth; width is a compile-time constant.
+template <class F>
+SPE_INLINE void each_score_tile(int panels, F&& f) {
+  const int tiles = (panels + kScoreWidth - 1) / kScoreWidth;
+  for (int i = 0, from = 0; i < tiles; ++i) {
+    const int width = (panels - from) / (tiles - i);
+    switch (width) {
+      case 1: f(std::integral_constant<int, 1>{}, from); break;
+      case 2: f(std::integral_constant<int, 2>{}, from); break;
+      case 3: if constexpr (kScoreWidth >= 3) f(std::integral_constant<int, 3>{}, from); break;
+      case 4: if constexpr (kScoreWidth >= 4) f(std::integral_constant<int, 4>{}, from); break;
+    }
+    from += width;
+  }
+}
+
+// Block `index` of the keys of a sequence of n: whole panels, as evenly as can be (13 panels as 6 + 7, not 8 + 5).
+struct Keys {
+  int64_t from;
+  int panels, count;
+};
+inline int64_t key_blocks(int64_t n) { return ((n + L - 1) / L + kPanels - 1) / kPanels; }
+inline Keys keys_of(int64_t n, int64_t index) {
+  const int64_t total = (n + L - 1) / L, blocks = key_blocks(n);
+  const int64_t panel = total * index / blocks, end = total * (index + 1) / blocks;
+  return {panel * L, static_cast<int>(end - panel), static_cast<int>((end * L < n ? end * L : n) - panel * L)};
+}
 
 template <class Dot, class T>
 class Forward {
@@ -65,10 +98,16 @@ class Forward {
   static constexpr int kSlice = 8 * L;  // tokens packed as one part
 
   struct Thread {
-    float scores[kScoreRows][kPanels * L];
     word weights[kRows + kScoreRows][kPanels * L / Dot::kPerWord];
-    float max[kRows + kScoreRows];  // of the scores, before scaling
-    float sum[kRows + kScoreRows];
+    float sum[kRows + kScoreRows][L];  // of the weights, by lane
+    float shift[kRows + kScoreRows];   // the score, before scaling, whose weight is 1
+  };
+
+  // What a score tile is computed for.
+  enum class Purpose {
+    first,    // weights, relative to the maximum of this very tile
+    next,     // weights, relative to the shift
+    maximum,  // no weights: raise the shift to the tile's maximum
   };
 
   int group() const { return p_.heads / p_.kv_heads; }
@@ -78,98 +117,97 @@ class Forward {
   void attend(const Sequence& s, int head, int64_t from, const word* panels, const word* lanes, Thread& thread,
               word* scratch) const {
     const int rows = static_cast<int>(s.length - from < kRows ? s.length - from : kRows);
-    word* const q = scratch;                                                          // (rows, w_.row)
+    word* const q = scratch;                                                             // (rows, w_.row)
     float* const o = reinterpret_cast<float*>(scratch + (kRows + kScoreRows) * w_.row);  // (rows, lanes)
     pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, from + rows, Packed{q - from * w_.row}, q);
-    std::memset(o, 0, sizeof(float) * rows * w_.lanes());
-    for (int r = 0; r < kRows + kScoreRows; ++r) thread.max[r] = -kInfinity, thread.sum[r] = 0;
-
-    const int64_t total = (s.length + L - 1) / L;
-    const int64_t blocks = (total + kPanels - 1) / kPanels;
-    for (int64_t b = 0, panel = 0; b < blocks; ++b) {
-      const int count = static_cast<int>((total - panel) / (blocks - b));  // 13 panels as 6 + 7, not 8 + 5
-      const int64_t key = panel * L;
-      const int keys = static_cast<int>(s.length - key < count * L ? s.length - key : count * L);
-      for (int r = 0; r < rows; r += kScoreRows) {
-        scores(q + r * w_.row, panels + key * w_.words, count, thread.scores);
-        softmax(thread, r, count, keys, o);
-      }
-      multiply_add<Dot>({o, w_.lanes()}, {thread.weights[0], kPanels * L / Dot::kPerWord, 1},
-                        {lanes + key / Dot::kPerWord * w_.lanes(), L, w_.lanes()}, rows, w_.vectors,
-                        (keys + Dot::kPerWord - 1) / Dot::kPerWord);
-      panel += count;
+    sweep<Purpose::first>(s.length, q, rows, panels, lanes, thread, o);
+    if (!in_range(thread, rows)) {
+      for (int r = 0; r < rows; ++r) thread.shift[r] = -kInfinity;
+      sweep<Purpose::maximum>(s.length, q, rows, panels, lanes, thread, o);
+      sweep<Purpose::next>(s.length, q, rows, panels, lanes, thread, o);
+      in_range(thread, rows);  // sums the lanes
     }
-    store(s, head, from, rows, thread, o);
+    store_rows(s, head, from, rows, thread, o);
   }
 
-  // scores (kScoreRows, count * L) of one tile of rows.
-  void scores(const word* q, const word* panels, int count, float (*out)[kPanels * L]) const {
-    const int tiles = (count + kScoreWidth - 1) / kScoreWidth;
-    for (int i = 0, from = 0; i < tiles; ++i) {
-      const int width = (count - from) / (tiles - i);
-      const word* at = panels + static_cast<int64_t>(from) * L * w_.words;
-      switch (width) {
-        case 1: score_tile<1>(q, at, out, from); break;
-        case 2: score_tile<2>(q, at, out, from); break;
-        case 3: if constexpr (kScoreWidth >= 3) score_tile<3>(q, at, out, from); break;
-        case 4: if constexpr (kScoreWidth >= 4) score_tile<4>(q, at, out, from); break;
-      }
-      from += width;
+  // All keys, block by block. `start` is the purpose of the very first tile; those after it follow suit.
+  template <Purpose start>
+  void sweep(int64_t n, const word* q, int rows, const word* panels, const word* lanes, Thread& thread, float* o) const {
+    constexpr Purpose later = start == Purpose::maximum ? Purpose::maximum : Purpose::next;
+    if (start == Purpose::next) std::memset(thread.sum, 0, sizeof(thread.sum));
+    for (int64_t b = 0; b < key_blocks(n); ++b) {
+      const Keys keys = keys_of(n, b);
+      for (int r = 0; r < rows; r += kScoreRows)
+        each_score_tile(keys.panels, [&](auto width, int panel) {
+          const word* at = panels + (keys.from + panel * L) * w_.words;
+          if (start == Purpose::first && keys.from + panel == 0)
+            tile<width(), start>(q + r * w_.row, at, r, panel, keys.count - panel * L, thread);
+          else
+            tile<width(), later>(q + r * w_.row, at, r, panel, keys.count - panel * L, thread);
+        });
+      if (start == Purpose::maximum) continue;
+      multiply_add<Dot>({o, w_.lanes(), b > 0}, {thread.weights[0], kPanels * L / Dot::kPerWord, 1},
+                        {lanes + keys.from / Dot::kPerWord * w_.lanes(), L, w_.lanes()}, rows, w_.vectors,
+                        (keys.count + Dot::kPerWord - 1) / Dot::kPerWord);
     }
   }
 
-  template <int W>
-  void score_tile(const word* q, const word* panels, float (*out)[kPanels * L], int from) const {
-    vf acc[kScoreRows][W] = {};
-    multiply<Dot, kScoreRows, W>(acc, {q, w_.row, 1}, {panels, static_cast<int64_t>(L) * w_.words, L}, w_.words);
-    for (int r = 0; r < kScoreRows; ++r)
-      for (int v = 0; v < W; ++v) spe::SPE_ISA::store(&out[r][(from + v) * L], acc[r][v]);
-  }
+  // Scores of kScoreRows queries with W panels, of which `keys` keys are real, and what they are for.
+  // Not inlined: GCC keeps 24 accumulators in registers only if it has nothing else to keep there (15 % of all time).
+  template <int W, Purpose purpose>
+  __attribute__((noinline)) void tile(const word* q, const word* panels, int row, int panel, int keys,
+                                      Thread& thread) const {
+    vf s[kScoreRows][W] = {};
+    multiply<Dot, kScoreRows, W>(s, {q, w_.row, 1}, {panels, static_cast<int64_t>(L) * w_.words, L}, w_.words);
+    const int tail = keys - (W - 1) * L;
+    if (tail < L)
+      for (int r = 0; r < kScoreRows; ++r) s[r][W - 1] = keep_first(s[r][W - 1], tail, -kInfinity);
 
-  // Online softmax of one tile of rows: weights of this block, and the rows' maximum, sum and output brought up to it.
-  void softmax(Thread& thread, int row, int count, int keys, float* o) const {
+    float* const shift = thread.shift + row;
+    if (purpose != Purpose::next) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kScoreRows; ++r) {
+        vf top = s[r][0];
+        for (int w = 1; w < W; ++w) top = max(top, s[r][w]);
+        const float m = max_of(top);
+        shift[r] = purpose == Purpose::maximum && shift[r] > m ? shift[r] : m;
+      }
+      if (purpose == Purpose::maximum) return;
+    }
     const float c = p_.scale * kLog2e;
+#pragma GCC unroll 8
     for (int r = 0; r < kScoreRows; ++r) {
-      float* s = thread.scores[r];
-      const int tail = keys - (count - 1) * L;
-      if (tail < L) spe::SPE_ISA::store(s + (count - 1) * L, keep_first(load(s + (count - 1) * L), tail, -kInfinity));
-      vf top = load(s);
-      for (int v = 1; v < count; ++v) top = max(top, load(s + v * L));
-      const float old = thread.max[row + r], m = std::fmax(old, max_of(top));
-      if (m > old) {
-        thread.max[row + r] = m;
-        const vf factor = exp2<Dot::kExpDegree>(splat((old - m) * c));
-        thread.sum[row + r] *= factor[0];
-        float* out = o + (row + r) * w_.lanes();
-        if (old != -kInfinity)
-          for (int v = 0; v < w_.vectors; ++v) spe::SPE_ISA::store(out + v * L, load(out + v * L) * factor);
+      const vf scale = splat(c), offset = splat(-shift[r] * c);
+      vf sum = purpose == Purpose::first ? vf{} : load(thread.sum[row + r]);
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        s[r][w] = exp2<Dot::kExpDegree>(fma(s[r][w], scale, offset));
+        sum += s[r][w];
       }
-      const vf scale = splat(c), shift = splat(-m * c);
-      vf sum{};
-      word* weights = thread.weights[row + r];
-      if constexpr (Dot::kPerWord == 1) {
-        for (int v = 0; v < count; ++v) {
-          const vf w = exp2<Dot::kExpDegree>(fma(load(s + v * L), scale, shift));
-          sum += w;
-          spe::SPE_ISA::store(weights + v * L, w);
-        }
-      } else {
-        for (int v = 0; v < count; ++v) {
-          const vf w = exp2<Dot::kExpDegree>(fma(load(s + v * L), scale, shift));
-          sum += w;
-          narrow(reinterpret_cast<bf16*>(weights) + v * L, w, L);
-        }
-      }
-      thread.sum[row + r] += sum_of(sum);
+      store(thread.sum[row + r], sum);
+      store_weights<Dot>(thread.weights[row + r] + panel * L / Dot::kPerWord, s[r]);
     }
   }
 
-  void store(const Sequence& s, int head, int64_t from, int rows, const Thread& thread, const float* o) const {
+  // False if a sum is NaN, or so large that weights times values could overflow. It cannot be too small: the maximum
+  // of the first tile adds 1, unless that is -inf, which makes it NaN.
+  bool in_range(Thread& thread, int rows) const {
+    bool good = true;
+    for (int r = 0; r < rows; ++r) {
+      const float total = sum_of(load(thread.sum[r]));
+      thread.sum[r][0] = total;
+      good = good && total < 0x1p60f;
+    }
+    return good;
+  }
+
+  void store_rows(const Sequence& s, int head, int64_t from, int rows, const Thread& thread, const float* o) const {
     const auto out = source<T>(p_, t_.out, s, head, 0, plain_);
     float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start + from;
     for (int r = 0; r < rows; ++r) {
-      store_row(out.row(from + r), nullptr, nullptr, plain_, w_.P, o + r * w_.lanes(), 1.0f / thread.sum[r]);
-      lse[r] = thread.max[r] * p_.scale + std::log(thread.sum[r]);
+      const float sum = thread.sum[r][0];
+      store_row(out.row(from + r), nullptr, nullptr, plain_, w_.P, o + r * w_.lanes(), 1.0f / sum);
+      lse[r] = thread.shift[r] * p_.scale + std::log(sum);
     }
   }
 

@@ -153,6 +153,21 @@ SPE_INLINE vf rounded(vf x, const f16*) {
 SPE_INLINE vf rounded(vf x, const float*) { return x; }
 SPE_INLINE vf rounded(vf x, const bf16*) { return (vf)(round_bf16(x) & 0xffff0000u); }
 
+// Weights of one row of a tile as operand A: floats, or bfloat16 in pairs of neighbours.
+template <class Dot, int W>
+SPE_INLINE void store_weights(word* to, const vf (&x)[W]) {
+  if constexpr (Dot::kPerWord == 1) {
+    for (int w = 0; w < W; ++w) store(to + w * L, x[w]);
+  } else {
+    int w = 0;
+#if defined(__AVX512BF16__)
+    for (; w + 2 <= W; w += 2)
+      store(to + w * L / 2, (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)x[w + 1], (__m512)x[w]));
+#endif
+    for (; w < W; ++w) narrow(reinterpret_cast<bf16*>(to) + w * L, x[w], L);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------- one row, pairs
 
 // Pairs (first, second) and (first, second) + 1, ..., n <= L of them, of a segment at pair i.

@@ -67,7 +67,8 @@ SPE_INLINE void multiply(vf (&c)[R][W], Rows a, Lanes b, int64_t depth) {
 
 struct Block {
   float* data;
-  int64_t row;  // stride in floats
+  int64_t row;      // stride in floats
+  bool add = true;  // to what is there; else overwrite it
 };
 
 template <class Dot, int R, int W>
@@ -77,7 +78,7 @@ void multiply_add_rows(Block c, Rows a, Lanes b, int rows, int64_t depth) {
     vf acc[R][W];
     float* pc = c.data + r * c.row;
     for (int i = 0; i < R; ++i)
-      for (int w = 0; w < W; ++w) acc[i][w] = load(pc + i * c.row + w * L);
+      for (int w = 0; w < W; ++w) acc[i][w] = c.add ? load(pc + i * c.row + w * L) : vf{};
     multiply<Dot, R, W>(acc, {a.data + r * a.row, a.row, a.step}, b, depth);
     for (int i = 0; i < R; ++i)
       for (int w = 0; w < W; ++w) store(pc + i * c.row + w * L, acc[i][w]);
@@ -85,7 +86,7 @@ void multiply_add_rows(Block c, Rows a, Lanes b, int rows, int64_t depth) {
   if constexpr (R > 1) {
     // the last rows by tiles of half the height: 5 = 2 + 2 + 1
     if (r < rows)
-      multiply_add_rows<Dot, R / 2, W>({c.data + r * c.row, c.row}, {a.data + r * a.row, a.row, a.step}, b, rows - r,
+      multiply_add_rows<Dot, R / 2, W>({c.data + r * c.row, c.row, c.add}, {a.data + r * a.row, a.row, a.step}, b, rows - r,
                                        depth);
   }
 }
@@ -96,7 +97,7 @@ void multiply_add(Block c, Rows a, Lanes b, int rows, int vectors, int64_t depth
   const int chunks = (vectors + kMaxWidth - 1) / kMaxWidth;
   for (int i = 0, from = 0; i < chunks; ++i) {
     const int width = (vectors - from) / (chunks - i);
-    const Block ci = {c.data + from * L, c.row};
+    const Block ci = {c.data + from * L, c.row, c.add};
     const Lanes bi = {b.data + from * b.vector, b.vector, b.step};
     switch (width) {
       case 1: multiply_add_rows<Dot, rows_of(1), 1>(ci, a, bi, rows, depth); break;

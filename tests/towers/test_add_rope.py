@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adding a 2D RoPE to towers that have none."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from families import FAMILIES, HERE, WITHOUT_ROPE, outputs, randn
+from torch import nn
+
+from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid
+from spatial_pe.towers import patch, unpatch
+
+PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 3, "vit": 1}
+POSITION = {"clip": "position_embedding.weight", "siglip": "position_embedding.weight"}  # else position_embeddings
+
+
+def encodings(model) -> list[nn.Module]:
+    return [m.rope for m in model.modules() if isinstance(getattr(m, "rope", None), nn.Module)]
+
+
+def hidden(model, inputs):
+    return model(**inputs).last_hidden_state
+
+
+def shaken(model, seed=3):
+    """The encodings moved away from where they started."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for rope in encodings(model):
+            for parameter in rope.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# -------------------------------------------------------------------------------------------------- start="identity"
+
+
+@pytest.mark.parametrize("backend", ["auto", "composed", "reference"])
+@pytest.mark.parametrize("rope", ["axial", "mixed"])
+@pytest.mark.parametrize("name", WITHOUT_ROPE)
+def test_identity_start_is_exact_and_learns(name, rope, backend):
+    family = FAMILIES[name]
+    plain, model, inputs = family.make(), family.make(), family.inputs()
+    patch(plain, backend=backend)
+    report = patch(model, rope=rope, backend=backend)
+    assert len(report.patched) == family.layers and all(rope in row.convention for row in report.patched)
+    expected, found = outputs(plain, inputs), outputs(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    sum(x.square().sum() for x in found).backward()
+    added = list(report.parameters())
+    assert len(added) == family.layers  # one parameter per layer: strength, or frequencies
+    for parameter in added:
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+    sum(x.square().sum() for x in expected).backward()
+    for (key, a), b in zip(plain.named_parameters(), (model.get_parameter(n) for n, _ in plain.named_parameters())):
+        if a.grad is not None:  # the rest of the model learns as it did
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4 * float(a.grad.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("rope", ["axial", "mixed"])
+def test_a_training_step_moves_the_encoding_and_the_output(rope):
+    family = FAMILIES["dinov2"]
+    model, inputs = family.make(), family.inputs()
+    report = patch(model, rope=rope)
+    target = randn(*hidden(model, inputs).shape, seed=9)
+    optimizer = torch.optim.SGD(report.parameters(), lr=1e-3)
+    before, start = [p.detach().clone() for p in report.parameters()], (hidden(model, inputs) - target).square().mean()
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (hidden(model, inputs) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, report.parameters(), strict=True))
+    assert (hidden(model, inputs) - target).square().mean() < start
+    named = dict(model.named_parameters())
+    assert {id(p) for p in report.parameters()} <= {id(p) for p in named.values()}
+
+
+# ------------------------------------------------------------------------------------------------------ start="full"
+
+
+def by_hand(model, family, inputs, prefix, height, width):
+    """The unpatched model, q and k of every layer turned by a rotation written out here, between its own projections.
+
+    Axial, half pairing: channels j and j + D/2 are a pair; the first D/4 pairs turn with the row, the others with the
+    column, at 10000^(-i / (D/4)) radians per patch.
+    """
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    dim = family.options["hidden_size"] // family.options["num_attention_heads"]
+    ladder = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
+    angles = torch.cat([row.reshape(-1, 1) * ladder, column.reshape(-1, 1) * ladder], dim=1)  # (h w, D/2)
+    angles = torch.cat([torch.zeros(prefix, dim // 2), angles])
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (N, 1, D/2) complex
+
+    def rotate(module, args, output):
+        heads = output.unflatten(-1, (-1, dim))
+        pairs = torch.complex(*heads.chunk(2, dim=-1)) * turn
+        return torch.cat([pairs.real, pairs.imag], dim=-1).flatten(-2)
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("q_proj", "k_proj", "query", "key"):
+            module.register_forward_hook(rotate)
+    return outputs(model, inputs)
+
+
+@pytest.mark.parametrize("name", WITHOUT_ROPE)
+def test_full_start_is_the_rotation_written_by_hand(name):
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    height, width = (side // 8 for side in inputs["pixel_values"].shape[2:])
+    model = family.make()
+    report = patch(model, rope="axial", start="full")
+    assert list(report.parameters()) == []
+    expected = by_hand(family.make(), family, inputs, PREFIX[name], height, width)
+    plain = outputs(family.make(), inputs)
+    for ours, theirs, without in zip(outputs(model, inputs), expected, plain, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+        assert (ours - without).norm() > 1e-2 * theirs.norm()  # the rotation does something
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (48, 16), (16, 48), (8, 64)])
+def test_any_resolution(sides):
+    family = FAMILIES["dinov2"]
+    height, width = (side // 8 for side in sides)
+    inputs = {"pixel_values": randn(1, 3, *sides)}
+    model = family.make()
+    patch(model, rope="axial", start="full")
+    hidden(model, family.inputs())  # another resolution before
+    expected = by_hand(family.make(), family, inputs, 1, height, width)
+    assert (hidden(model, inputs) - expected[0]).norm() < 1e-5 * expected[0].norm()
+
+
+def test_mixed_full_start_is_random_and_differs_by_layer():
+    model = FAMILIES["vit"].make()
+    report = patch(model, rope="mixed", start="full")
+    first, second = report.parameters()
+    assert first.abs().max() > 0 and not torch.equal(first, second)
+
+
+# -------------------------------------------------------------------------------------------------------- own modules
+
+
+def test_a_module_is_copied_for_each_layer_and_left_alone():
+    rope = MixedRoPE(24, 2)
+    model = FAMILIES["clip"].make()
+    report = patch(model, rope=rope, start="full")
+    layers = encodings(model)
+    assert len(layers) == 2 and rope not in layers and layers[0] is not layers[1]
+    assert all(torch.equal(layer.frequencies, rope.frequencies) for layer in layers)
+    assert {id(p) for p in report.parameters()} == {id(layer.frequencies) for layer in layers}
+    patch(model, rope=rope, start="full")  # the same again: harmless
+    with pytest.raises(ValueError, match="already patched with rope=MixedRoPE"):
+        patch(model, rope=MixedRoPE(24, 2), start="full")
+
+
+def test_an_encoding_without_parameters_is_shared_and_its_table_made_once(calls):
+    model = FAMILIES["clip"].make()
+    patch(model, rope=AxialRoPE(24, theta=100.0), start="full")
+    first, second = encodings(model)
+    assert first is second
+    calls.clear()
+    outputs(model, FAMILIES["clip"].inputs())
+    assert calls[0][0][3] is calls[1][0][3]
+    assert not [key for key in model.state_dict() if "rope" in key]
+
+
+def test_identity_start_refuses_a_module_that_rotates():
+    model = FAMILIES["clip"].make()
+    with pytest.raises(ValueError, match='start="identity" needs a rope that rotates by nothing'):
+        patch(model, rope=AxialRoPE(24))
+    patch(model, rope=AxialRoPE(24, strength=0.0))
+
+
+# ------------------------------------------------------------------------------------- the absolute position embedding
+
+
+@pytest.mark.parametrize("name", WITHOUT_ROPE)
+def test_keep_absolute(name):
+    family = FAMILIES[name]
+    model, inputs = family.make(), family.inputs()
+    before = outputs(model, inputs)
+    (key,) = [k for k, _ in model.named_parameters() if k.endswith(POSITION.get(name, "position_embeddings"))]
+    value = model.get_parameter(key).detach().clone()
+    patch(model, rope="axial", start="full", keep_absolute=False)
+    parameter = model.get_parameter(key)
+    assert not parameter.any() and not parameter.requires_grad
+    without = family.make()
+    without.get_parameter(key).data.zero_()
+    patch(without, rope="axial", start="full")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, inputs), outputs(without, inputs), strict=True))
+    unpatch(model)
+    assert torch.equal(parameter, value) and parameter.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- saving and undoing
+
+
+@pytest.mark.parametrize("rope", ["axial", "mixed"])
+@pytest.mark.parametrize("name", ["clip", "dinov2_with_registers"])
+def test_the_state_dict_carries_the_encoding(name, rope):
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    model = family.make()
+    plain = set(model.state_dict())
+    patch(model, rope=rope)
+    shaken(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    again = family.make(seed=4)
+    patch(again, rope=rope)
+    again.load_state_dict(torch.load(file))
+    assert len(set(model.state_dict()) - plain) == family.layers
+    expected = outputs(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs(again, inputs), strict=True))
+    unpatched = outputs(family.make(), inputs)
+    assert not torch.equal(expected[0], unpatched[0])
+    unpatch(model)
+    assert set(model.state_dict()) == plain
+    assert all(torch.equal(a, b) for a, b in zip(unpatched, outputs(model, inputs), strict=True))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_a_copy_has_its_own_encoding_and_grid(way):
+    family = FAMILIES["dinov2"]
+    model = family.make()
+    patch(model, rope="mixed", keep_absolute=False)
+    shaken(model)
+    twin = way(model)
+    wide, tall = {"pixel_values": randn(1, 3, 16, 32)}, {"pixel_values": randn(1, 3, 32, 16)}
+    expected = hidden(model, wide)
+    hidden(twin, tall)  # as many patches, another shape, in the other model
+    assert torch.equal(hidden(twin, wide), expected)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    unpatch(twin)
+    assert torch.equal(hidden(twin, wide), hidden(family.make(), wide))
+
+
+# -------------------------------------------------------------------------------------- calls that cannot be fused
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2", "siglip"])
+def test_attention_weights_are_those_of_the_rotated_attention(name, calls):
+    family = FAMILIES[name]
+    model, inputs = family.make(implementation="eager"), family.inputs()
+    patch(model, rope="mixed")
+    expected = hidden(shaken(model), inputs)
+    calls.clear()
+    found = model(**inputs, output_attentions=True)
+    assert not calls and len(found.attentions) == family.layers
+    assert (found.last_hidden_state - expected).norm() < 1e-5 * expected.norm()
+    torch.testing.assert_close(found.attentions[0].sum(-1), torch.ones_like(found.attentions[0][..., 0]))
+
+
+def test_masks_and_dropout_act_on_the_rotated_attention():
+    family = FAMILIES["vit"]
+    model = family.make(attention_probs_dropout_prob=0.5)
+    patch(model, rope="mixed")
+    shaken(model)
+    inputs = family.inputs()
+    hidden(model, inputs)
+    module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
+    x = randn(2, 17, 48)
+    expected = module(x)[0]
+    module.train()
+    assert not torch.equal(module(x)[0], module(x)[0])  # dropout acts
+    samples = torch.stack([module(x)[0] for _ in range(300)]).mean(0)
+    assert (samples - expected).norm() < 0.15 * expected.norm()  # and has the rotated attention as its mean
+    if "attention_mask" in module.arguments:
+        module.eval()
+        mask = torch.zeros(1, 1, 17, 17)
+        assert (module(x, mask)[0] - expected).norm() < 1e-5 * expected.norm()
+        mask[..., 1:] = torch.finfo(torch.float32).min  # every token sees CLS alone
+        alone = module(x, mask)[0]
+        torch.testing.assert_close(alone, alone[:, :1].expand_as(alone))
+
+
+# -------------------------------------------------------------------------------------------- the grid of the forward
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_with_the_grid_of_its_forward(reentrant):
+    family = FAMILIES["dinov2"]
+    big, small = {"pixel_values": randn(1, 3, 16, 40)}, {"pixel_values": randn(1, 3, 24, 16)}
+    grads = []
+    for checkpointed in (False, True):
+        model = family.make().train()
+        report = patch(model, rope="mixed")
+        shaken(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        loss = sum(hidden(model, inputs).square().sum() for inputs in (big, small))  # two forwards, then backward
+        loss.backward()
+        grads.append([p.grad for p in report.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_refuses_two_shapes_with_as_many_patches_at_once():
+    model = FAMILIES["dinov2"].make().train()
+    patch(model, rope="mixed")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    wide, tall = {"pixel_values": randn(1, 3, 16, 32)}, {"pixel_values": randn(1, 3, 32, 16)}
+    for inputs in (wide, tall, wide):  # one after another is fine
+        hidden(model, inputs).sum().backward()
+    loss = hidden(model, wide).sum() + hidden(model, tall).sum()
+    with pytest.raises(RuntimeError, match="8 patches, but two forwards"):
+        loss.backward()
+
+
+def test_tokens_that_are_not_the_grid_raise():
+    model = FAMILIES["dinov2"].make()
+    patch(model, rope="axial")
+    inputs = FAMILIES["dinov2"].inputs()
+    hidden(model, inputs)
+    module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
+    with pytest.raises(ValueError, match=r"attention got 12 tokens, 1 of them prefix.*\(seen: 5 x 3\)"):
+        module(randn(1, 12, 48))
+
+
+@pytest.mark.parametrize("name", [name for name in ("qwen2_5_vl", "pixtral", "dinov3") if name in HERE])
+def test_a_tower_with_rope_gets_no_second_one(name):
+    with pytest.raises(ValueError, match="has RoPE of its own"):
+        patch(FAMILIES[name].make(), rope="axial")
+
+
+def test_the_prefix_is_where_the_model_has_it():
+    """CLS and registers, then patches: the rows of the table that do not turn."""
+    model = FAMILIES["dinov2_with_registers"].make()
+    patch(model, rope="axial", start="full")
+    hidden(model, FAMILIES["dinov2_with_registers"].inputs())
+    module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
+    bound = module._spatial_pe
+    rotary = bound.grids.rotary(module.rope, 18, bound.prefix, torch.zeros(1))
+    assert torch.equal(rotary.cos, AxialRoPE(24)(PatchGrid(5, 3, prefix=3)).cos)
