@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import environment
+from . import __version__, environment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spatial-pe", description="2D rotary position encoding, fused into attention, for vision towers."
     )
-    parser.add_argument("--version", action="version", version=f"spatial_pe {_version()}")
+    parser.add_argument("--version", action="version", version=f"spatial_pe {__version__}")
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="what this machine has, which backends work, and why one does not")
@@ -80,20 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    return environment.versions().get("spatial_pe", "(not installed, run from source)")
-
-
 # -------------------------------------------------------------------------------------------------------------- doctor
 
 
 def run_doctor(options: argparse.Namespace) -> int:
     """Prints what is there. What is merely absent is no error; what is there and does not work is."""
     machine = environment.describe()
-    print(f"spatial_pe   {_version()}")
     for package, number in machine["versions"].items():
-        if package != "spatial_pe":
-            print(f"{package:<12} {number}")
+        print(f"{package:<12} {number}")
     if "transformers" not in machine["versions"]:
         print("transformers missing: patch() and inspect need it (pip install spatial_pe[hf])")
     print(f"system       {machine['system']} {machine['machine']}")

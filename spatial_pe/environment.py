@@ -9,13 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from . import __version__
+
 # Packages whose version can change a result or a timing; those that are not installed are left out.
-PACKAGES = ("spatial_pe", "torch", "transformers", "triton", "flash-attn", "numpy", "onnx", "onnxruntime")
+PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy", "onnx", "onnxruntime")
 
 
 def versions() -> dict[str, str]:
-    """Installed packages of PACKAGES, Python included."""
-    found = {"python": platform.python_version()}
+    """This package, Python, and what is installed of PACKAGES."""
+    found = {"spatial_pe": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import spatial_pe
 from spatial_pe import backends, cli, environment
 from spatial_pe.backends import composed, cpu
 
@@ -240,4 +241,4 @@ def test_a_wrong_command_line_exits_with_2(argv, capsys):
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "spatial_pe.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout.startswith("spatial_pe ")
+    assert done.stdout == f"spatial_pe {spatial_pe.__version__}\n"

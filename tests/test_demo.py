@@ -443,6 +443,7 @@ def test_a_tower_that_refuses_all_sizes_says_why():
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
+    torch.set_num_threads(2)  # so that --threads 1 is a change
     yield
     torch.set_num_threads(before)
 

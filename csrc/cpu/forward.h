@@ -100,7 +100,8 @@ class Forward {
   struct Thread {
     word weights[kRows + kScoreRows][kPanels * L / Dot::kPerWord];
     float sum[kRows + kScoreRows][L];  // of the weights, by lane
-    float shift[kRows + kScoreRows];   // the score, before scaling, whose weight is 1
+    float total[kRows + L];            // over the lanes
+    float shift[kRows + L];            // the score, before scaling, whose weight is 1
   };
 
   // What a score tile is computed for.
@@ -121,11 +122,11 @@ class Forward {
     float* const o = reinterpret_cast<float*>(scratch + (kRows + kScoreRows) * w_.row);  // (rows, lanes)
     pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, from + rows, Packed{q - from * w_.row}, q);
     sweep<Purpose::first>(s.length, q, rows, panels, lanes, thread, o);
-    if (!in_range(thread, rows)) {
+    if (!totals_in_range(thread, rows)) {
       for (int r = 0; r < rows; ++r) thread.shift[r] = -kInfinity;
       sweep<Purpose::maximum>(s.length, q, rows, panels, lanes, thread, o);
       sweep<Purpose::next>(s.length, q, rows, panels, lanes, thread, o);
-      in_range(thread, rows);  // sums the lanes
+      totals_in_range(thread, rows);
     }
     store_rows(s, head, from, rows, thread, o);
   }
@@ -189,26 +190,24 @@ class Forward {
     }
   }
 
-  // False if a sum is NaN, or so large that weights times values could overflow. It cannot be too small: the maximum
-  // of the first tile adds 1, unless that is -inf, which makes it NaN.
-  bool in_range(Thread& thread, int rows) const {
+  // The rows' totals. False if one is NaN, or so large that weights times values could overflow. None can be too small:
+  // the maximum of the first tile adds 1, unless that is -inf, which makes it NaN.
+  bool totals_in_range(Thread& thread, int rows) const {
     bool good = true;
     for (int r = 0; r < rows; ++r) {
-      const float total = sum_of(load(thread.sum[r]));
-      thread.sum[r][0] = total;
-      good = good && total < 0x1p60f;
+      thread.total[r] = sum_of(load(thread.sum[r]));
+      good = good && thread.total[r] < 0x1p60f;
     }
     return good;
   }
 
   void store_rows(const Sequence& s, int head, int64_t from, int rows, const Thread& thread, const float* o) const {
     const auto out = source<T>(p_, t_.out, s, head, 0, plain_);
+    for (int r = 0; r < rows; ++r)
+      store_row(out.row(from + r), nullptr, nullptr, plain_, w_.P, o + r * w_.lanes(), 1.0f / thread.total[r]);
     float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start + from;
-    for (int r = 0; r < rows; ++r) {
-      const float sum = thread.sum[r][0];
-      store_row(out.row(from + r), nullptr, nullptr, plain_, w_.P, o + r * w_.lanes(), 1.0f / sum);
-      lse[r] = thread.shift[r] * p_.scale + std::log(sum);
-    }
+    for (int r = 0; r < rows; r += L)
+      store_some(lse + r, fma(load(thread.shift + r), splat(p_.scale), log(load(thread.total + r))), rows - r);
   }
 
   const Problem& p_;

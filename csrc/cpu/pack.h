@@ -47,7 +47,7 @@ SPE_INLINE vw pair_bf16(vf low, vf high) {
 }
 
 #if defined(__AVX512F__)
-SPE_INLINE vf widen(const float* p, int n) { return load_first(p, n); }
+SPE_INLINE vf widen(const float* p, int n) { return load_some(p, n); }
 SPE_INLINE vf widen(const bf16* p, int n) {
   const __m256i x = n == L ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first(n), p);
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
@@ -56,14 +56,15 @@ SPE_INLINE vf widen(const f16* p, int n) {
   const __m256i x = n == L ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first(n), p);
   return (vf)_mm512_cvtph_ps(x);
 }
-SPE_INLINE void narrow(float* p, vf x, int n) { store_first(p, x, n); }
+SPE_INLINE void narrow(float* p, vf x, int n) { store_some(p, x, n); }
 SPE_INLINE void narrow(bf16* p, vf x, int n) {
 #if defined(__AVX512BF16__)
   const __m256i y = (__m256i)_mm512_cvtneps_pbh((__m512)x);
 #else
   const __m256i y = _mm512_cvtepi32_epi16((__m512i)(round_bf16(x) >> 16));
 #endif
-  _mm256_mask_storeu_epi16(p, first(n), y);
+  if (n >= L) _mm256_storeu_si256((__m256i*)p, y);
+  else _mm256_mask_storeu_epi16(p, first(n), y);
 }
 SPE_INLINE void narrow(f16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -108,17 +109,14 @@ SPE_INLINE uint16_t float_to_half(float x) {
   bits += 0xfffu + ((bits >> 13) & 1u);
   return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
-SPE_INLINE vf widen(const float* p, int n) { return n == L ? load(p) : load_first(p, n); }
+SPE_INLINE vf widen(const float* p, int n) { return load_some(p, n); }
 SPE_INLINE vf widen(const bf16* p, int n) {
   typedef uint16_t half_words __attribute__((vector_size(2 * L)));
   half_words x{};
   std::memcpy(&x, p, 2 * static_cast<size_t>(n));
   return (vf)(__builtin_convertvector(x, vw) << 16);
 }
-SPE_INLINE void narrow(float* p, vf x, int n) {
-  if (n == L) store(p, x);
-  else store_first(p, x, n);
-}
+SPE_INLINE void narrow(float* p, vf x, int n) { store_some(p, x, n); }
 SPE_INLINE void narrow(bf16* p, vf x, int n) {
   const vw r = round_bf16(x) >> 16;
   for (int i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(r[i]);
@@ -171,16 +169,16 @@ SPE_INLINE void store_weights(word* to, const vf (&x)[W]) {
 // ------------------------------------------------------------------------------------------------------- one row, pairs
 
 // Pairs (first, second) and (first, second) + 1, ..., n <= L of them, of a segment at pair i.
-template <class T>
+template <bool interleaved, class T>
 SPE_INLINE void load_pairs(const T* x, const Segment& s, int i, int n, vf& low, vf& high) {
-  if (!s.interleaved) {
+  if constexpr (!interleaved) {
     low = widen(x + s.first + i, n);
     high = widen(x + s.second + i, n);
     return;
   }
   const T* p = x + s.first + 2 * i;
   if constexpr (std::is_same_v<T, bf16>) {
-    const vw w = (vw)load_first(p, n);
+    const vw w = (vw)load_some(p, n);
     low = from_words_low(w);
     high = from_words_high(w);
   } else {
@@ -189,16 +187,16 @@ SPE_INLINE void load_pairs(const T* x, const Segment& s, int i, int n, vf& low, 
   }
 }
 
-template <class T>
+template <bool interleaved, class T>
 SPE_INLINE void store_pairs(T* x, const Segment& s, int i, int n, vf low, vf high) {
-  if (!s.interleaved) {
+  if constexpr (!interleaved) {
     narrow(x + s.first + i, low, n);
     narrow(x + s.second + i, high, n);
     return;
   }
   T* p = x + s.first + 2 * i;
   if constexpr (std::is_same_v<T, bf16>) {
-    store_first(p, (vf)pair_bf16(low, high), n);
+    store_some(p, (vf)pair_bf16(low, high), n);
   } else {
     vf a, b;
     interleave(low, high, a, b);
@@ -222,28 +220,39 @@ SPE_INLINE void turn_back(vf& low, vf& high, const float* cos_at, const float* s
   low = x;
 }
 
+// Calls f(j, n) for the vectors of `count` pairs: n is the constant L but for the last one, so that after inlining only
+// that one pays for masks (a row costs 20 cycles instead of 33 at D = 64).
+template <class F>
+SPE_INLINE void each_vector(int count, F&& f) {
+  int j = 0;
+  for (; j + L <= count; j += L) f(j, std::integral_constant<int, L>{});
+  if (j < count) f(j, count - j);
+}
+
 // Row words of one token: turned by the angles at cos and sin, rounded to the input's type.
 template <class Dot, class T>
 SPE_INLINE void load_row(const T* x, const float* cos, const float* sin, const ChannelPairs& pairs, int P, word* row) {
   int p = 0;
   for (int i = 0; i < pairs.count; p += pairs.segments[i++].count) {
-    const Segment& s = pairs.segments[i];
-    for (int j = 0; j < s.count; j += L) {
-      const int n = s.count - j < L ? s.count - j : L;
-      if (Dot::kPerWord == 2 && s.column < 0) {  // adjacent channels that pass through are words already
-        store_some(row + p + j, load_first(x + s.first + 2 * j, n), n);
-        continue;
-      }
-      vf low, high;
-      load_pairs(x, s, j, n, low, high);
-      if (s.column >= 0) turn(low, high, cos + s.column + j, sin + s.column + j, n);
-      if constexpr (Dot::kPerWord == 2) {
-        store_some(row + p + j, (vf)pair_bf16(low, high), n);
-      } else {
-        store_some(row + p + j, rounded(low, x), n);
-        store_some(row + P + p + j, rounded(high, x), n);
-      }
-    }
+    const Segment s = pairs.segments[i];
+    const auto take = [&](auto interleaved, auto turned) {
+      each_vector(s.count, [&](int j, int n) {
+        vf low, high;
+        load_pairs<interleaved()>(x, s, j, n, low, high);
+        if constexpr (turned()) turn(low, high, cos + s.column + j, sin + s.column + j, n);
+        if constexpr (Dot::kPerWord == 2) {
+          store_some(row + p + j, (vf)pair_bf16(low, high), n);
+        } else {
+          store_some(row + p + j, rounded(low, x), n);
+          store_some(row + P + p + j, rounded(high, x), n);
+        }
+      });
+    };
+    if (s.column >= 0 && s.interleaved) take(std::true_type{}, std::true_type{});
+    else if (s.column >= 0) take(std::false_type{}, std::true_type{});
+    else if constexpr (Dot::kPerWord == 1) take(std::true_type{}, std::false_type{});
+    else  // adjacent channels that pass through are words already
+      each_vector(s.count, [&](int j, int n) { store_some(row + p + j, load_some(x + s.first + 2 * j, n), n); });
   }
 }
 
@@ -253,13 +262,17 @@ SPE_INLINE void store_row(T* x, const float* cos, const float* sin, const Channe
                           float factor) {
   int p = 0;
   for (int i = 0; i < pairs.count; p += pairs.segments[i++].count) {
-    const Segment& s = pairs.segments[i];
-    for (int j = 0; j < s.count; j += L) {
-      const int n = s.count - j < L ? s.count - j : L;
-      vf low = load(lanes + p + j) * splat(factor), high = load(lanes + P + p + j) * splat(factor);
-      if (s.column >= 0) turn_back(low, high, cos + s.column + j, sin + s.column + j, n);
-      store_pairs(x, s, j, n, low, high);
-    }
+    const Segment s = pairs.segments[i];
+    const auto put = [&](auto interleaved, auto turned) {
+      each_vector(s.count, [&](int j, int n) {
+        vf low = load(lanes + p + j) * splat(factor), high = load(lanes + P + p + j) * splat(factor);
+        if constexpr (turned()) turn_back(low, high, cos + s.column + j, sin + s.column + j, n);
+        store_pairs<interleaved()>(x, s, j, n, low, high);
+      });
+    };
+    if (s.column < 0) put(std::true_type{}, std::false_type{});
+    else if (s.interleaved) put(std::true_type{}, std::true_type{});
+    else put(std::false_type{}, std::true_type{});
   }
 }
 
@@ -310,6 +323,14 @@ struct Packed {
   word* lanes = nullptr;   // at from / kPerWord * Widths::lanes()
 };
 
+// Into L2: D elements that will be read soon. Heads lie side by side, so the next item's rows follow this one's; the
+// hardware does not see that, because a row of a head ends after 2 or 3 cache lines. 45 % on 64-token windows.
+template <class T>
+SPE_INLINE void prefetch_row(const T* x, int D) {
+  const char* p = reinterpret_cast<const char*>(x);
+  for (int64_t b = 0; b < D * static_cast<int64_t>(sizeof(T)) + 63; b += 64) __builtin_prefetch(p + b, 0, 2);
+}
+
 template <class Dot>
 SPE_INLINE void pack_panel(const word* rows, const Widths<Dot>& w, word* panel) {
   for (int u = 0; u < w.words; u += L) {
@@ -346,9 +367,7 @@ void pack(const Source<const T>& source, const Widths<Dot>& w, int64_t from, int
   for (int64_t t = from; t < to; t += L) {
     word* rows = out.rows ? out.rows + t * w.row : scratch;
     const int n = static_cast<int>(to - t < L ? to - t : L);
-    for (int i = 0; i < n; ++i)
-      for (int64_t b = 0; b < w.D * (int64_t)sizeof(T) + 63; b += 64)
-        __builtin_prefetch((const char*)(source.row(t + i) + w.D) + b, 0, 2);
+    for (int i = 0; i < n; ++i) prefetch_row(source.row(t + i) + w.D, w.D);
     for (int i = 0; i < n; ++i)
       load_row<Dot>(source.row(t + i), source.cos_row(t + i), source.sin_row(t + i), *source.pairs, w.P, rows + i * w.row);
     if (n < L && (out.panels || out.lanes)) std::memset(rows + n * w.row, 0, sizeof(word) * (L - n) * w.row);

@@ -64,7 +64,8 @@ SPE_INLINE vf load_first(const void* p, int n) {
 SPE_INLINE void store_first(void* p, vf x, int n) { std::memcpy(p, &x, 4 * static_cast<size_t>(n)); }
 #endif
 
-// The first n floats, or all of them if n >= L: whole stores are the faster ones.
+// The first n floats, or all of them if n >= L, which is faster.
+SPE_INLINE vf load_some(const void* p, int n) { return n >= L ? load(p) : load_first(p, n); }
 SPE_INLINE void store_some(void* p, vf x, int n) {
   if (n >= L) store(p, x);
   else store_first(p, x, n);
@@ -164,6 +165,22 @@ SPE_INLINE vf exp2(vf x) {
   const vf p = exp2_polynomial<Degree>(y - whole) * (vf)((a + 127) << 23) * (vf)((b + 127) << 23);
   return x < low ? splat(0.0f) : p;
 #endif
+}
+
+// Natural logarithm of positive finite x, to 2 float32 steps: m 2^e with m in [2/3, 4/3), then 2 atanh((m-1)/(m+1)).
+// NaN and infinity stay what they are.
+SPE_INLINE vf log(vf x) {
+  const vi bits = (vi)x;
+  const vi e = (bits - 0x3f2aaaab) >> 23;
+  const vf m = (vf)(bits - (e << 23));
+  const vf t = (m - 1.0f) / (m + 1.0f), t2 = t * t;
+  vf p = splat(2.0f / 9);
+  p = fma(p, t2, splat(2.0f / 7));
+  p = fma(p, t2, splat(2.0f / 5));
+  p = fma(p, t2, splat(2.0f / 3));
+  p = fma(p * t2, t, t + t);
+  const vf y = fma(__builtin_convertvector(e, vf), splat(0.69314718f), p);
+  return x < splat(__builtin_inff()) ? y : x;
 }
 
 // ---------------------------------------------------------------------------------------------- two vectors, shuffled

@@ -52,7 +52,8 @@ class GridRecorder:
                 f"attention got {tokens} tokens, {prefix} of them prefix, but no patch grid has {patches} patches "
                 f"(seen: {known}): RoPE needs every patch of the image, in order"
             )
-        if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpointed layer runs again
+        # inside backward: a checkpointed layer runs again (compiled code does not: its recomputation is traced)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             if patches in self.ambiguous:
                 raise RuntimeError(
                     f"gradient checkpointing recomputes a layer with {patches} patches, but two forwards with this "

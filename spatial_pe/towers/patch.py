@@ -52,7 +52,9 @@ def patch(
             parameters are in ``model.parameters()`` and in the state dict. CLS and register tokens are not rotated.
         start: "identity": the model computes at first what it did, and learns to rotate: "axial" has a learnable
             strength that starts at 0, "mixed" frequencies that start at 0; a module given as ``rope`` must rotate by
-            nothing. "full": "axial" is fixed, without parameters, "mixed" starts from random frequencies.
+            nothing. Both pair neighbouring channels, with which the outputs are equal bit for bit to those of
+            ``patch(model)`` on the same backend (a module with ``pairing="half"``: to a rounding on the CPU).
+            "full": "axial" is fixed, without parameters, "mixed" starts from random frequencies.
         keep_absolute: False sets the learned absolute position embedding to zero and freezes it, until ``unpatch``.
         backend: see ``rope_attention``.
         verify: prove each kind of module right before anything is changed, see ``towers/verify.py``. Without it only
@@ -234,7 +236,9 @@ def _encoding(rope: str | nn.Module, start: str, layout: Layout) -> nn.Module:
     if isinstance(rope, nn.Module):
         return copy.deepcopy(rope)
     if rope == "axial":
-        return AxialRoPE(layout.head_dim, strength=0.0 if start == "identity" else None)
+        # Interleaved, not AxialRoPE's "half": the CPU kernel reorders the channels of half pairs, which sums each logit
+        # in another order than without RoPE, and the identity would then be exact to a rounding only.
+        return AxialRoPE(layout.head_dim, pairing="interleaved", strength=0.0 if start == "identity" else None)
     return MixedRoPE(layout.head_dim, layout.heads, init="identity" if start == "identity" else "random")
 
 
@@ -290,8 +294,10 @@ def _report(found: list[Found], proofs: dict[str, Proof], backend: str, rope: An
 
 
 def _serving_backend(module: nn.Module, layout: Layout, backend: str) -> str:
-    """Who serves a call of one sample in the module's dtype and on its device."""
+    """Who serves a call of one sample in the module's dtype and on its device, if that is known by now."""
     weight = next(module.parameters())
+    if weight.is_meta:
+        return backend
 
     def empty(heads: int) -> Tensor:
         return torch.empty(1, 1, heads, layout.head_dim, dtype=weight.dtype, device=weight.device)

@@ -62,7 +62,9 @@ class PatchReport:
         cells: list[tuple[str, ...]] = [("tower", "attention", "layers", "convention", "backend", "error", "its own")]
         for (tower, attention, convention, backend, note), rows in groups.items():
             errors = [max((e for e in column if e is not None), default=None) for column in _columns(rows)]
-            shown = [note or "not verified" if error is None else f"{error:.1e}" for error in errors]
+            shown = ["-" if error is None else f"{error:.1e}" for error in errors]
+            if errors[0] is None:
+                shown[0] = f"not verified: {note}" if note else "not verified"
             cells.append((tower, attention, str(len(rows)), convention, backend, *shown))
         return cells
 

@@ -2,9 +2,12 @@
 """The proof that a patched attention computes what its own forward computes, on a tiny random input.
 
 Three runs of one module: its own forward in float64 (the reference), its own forward as it is, the patched one as it
-is. The rule: error of patched <= 1.5 x error of its own + 4 roundings in the module's dtype, each error relative to the
-reference in the Frobenius norm. The runs use copies that share the weights but no hooks and no mode: the model, the
-random state and the gradients are not touched.
+is. The rule, errors being relative to the reference in the Frobenius norm:
+
+    error of patched <= 1.5 x error of its own + 4 roundings in the module's dtype (float32 for float64)
+
+The runs use copies that share the weights but no hooks and no mode: the model, the random state and the gradients are
+not touched.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ def prove(module: nn.Module, shape: Shape, binding: Binding, packs_images: bool)
     if isinstance(patched, tuple) != isinstance(theirs, tuple) or _first(patched).shape != exact.shape:
         return Proof(failure=f"its own forward returns {_form(theirs)}, the patched one {_form(patched)}")
     error, own_error = _distance(_first(patched), exact), _distance(_first(theirs), exact)
-    allowed = 1.5 * own_error + 4 * torch.finfo(dtype).eps
+    # towers rotate in float32 also when they run in float64: the reference is not better than that
+    allowed = 1.5 * own_error + 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     if error <= allowed:  # false for NaN
         return Proof(error, own_error)
     return Proof(error, own_error, f"relative error {error:.2g}, its own forward has {own_error:.2g} ({dtype})")

@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spatial_pe.towers.adapters import batched, packed, plain
-from spatial_pe.towers.adapters import base
+from spatial_pe.towers.adapters import base, batched, packed, plain
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +33,12 @@ def calls(monkeypatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Tensors here are tiny: a second thread costs more than it does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -8,6 +8,8 @@ import functools
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import types
 
 import pytest
@@ -266,7 +268,7 @@ def test_another_way_of_patching_needs_unpatch_first():
     ],
 )
 def test_wrong_arguments(options, message, tower):
-    model, inputs = tower
+    model, _ = tower
     classes = [type(m) for m in model.modules()]
     with pytest.raises((ValueError, RuntimeError), match=message):
         patch(model, **options)
@@ -309,7 +311,7 @@ def test_weights_on_the_meta_device_cannot_be_verified():
         model = clip_on_meta()
     report = patch(model)
     assert len(report.patched) == 2 and report.patched[0].note == "its weights are not in memory"
-    assert "its weights are not in memory" in str(report)
+    assert "not verified: its weights are not in memory" in str(report) and report.patched[0].backend == "auto"
 
 
 def clip_on_meta():
@@ -385,3 +387,66 @@ def test_an_unknown_class_that_computes_more_is_skipped(extra, reason):
 def test_an_unknown_class_is_not_patched_on_trust():
     with pytest.raises(ValueError, match="needs verify=True"):
         patch(Tower(None), verify=False)
+
+
+# ----------------------------------------------------------------------------------------- calls of one patched module
+
+
+def test_tables_changed_in_place_are_read_again(tower):
+    """A static buffer (CUDA graphs) keeps its identity and changes its values."""
+    model, _ = tower
+    module, plain = attention_of(model)[0], copy.deepcopy(attention_of(model)[0])
+    patch(model)
+    x, angles = randn(1, 20, 64), randn(16, 16).repeat(1, 2)
+    tables_ = (angles.cos(), angles.sin())
+    for _ in range(2):
+        expected = plain(x, position_embeddings=tables_)[0]
+        torch.testing.assert_close(module(x, position_embeddings=tables_)[0], expected, rtol=1e-4, atol=1e-5)
+        for table, new in zip(tables_, ((angles * 3).cos(), (angles * 3).sin()), strict=True):
+            table.copy_(new)
+
+
+def test_tables_that_are_not_two_equal_halves_are_left_to_the_model(tower, calls):
+    model, _ = tower
+    module, plain = attention_of(model)[0], copy.deepcopy(attention_of(model)[0])
+    patch(model)
+    x, angles = randn(1, 20, 64), randn(16, 32)
+    calls.clear()
+    with pytest.warns(UserWarning, match="the halves of cos and sin differ"):
+        found = module(x, position_embeddings=(angles.cos(), angles.sin()))[0]
+    assert not calls and torch.equal(found, plain(x, position_embeddings=(angles.cos(), angles.sin()))[0])
+
+
+def test_a_mask_is_left_to_the_model(calls):
+    model = FAMILIES["clip"].make()
+    module, plain = attention_of(model)[0], copy.deepcopy(attention_of(model)[0])
+    patch(model)
+    x, mask = randn(1, 17, 48), torch.zeros(1, 1, 17, 17)
+    mask[..., 9:] = torch.finfo(torch.float32).min
+    calls.clear()
+    with pytest.warns(UserWarning, match="attention_mask is given"):
+        found = module(x, mask)[0]
+    assert not calls and torch.equal(found, plain(x, mask)[0])
+    assert not torch.equal(found, module(x)[0])
+
+
+def test_transformers_is_not_needed():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import torch
+from spatial_pe.towers import patch
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+    def forward(self, hidden_states):
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)), None
+tower = torch.nn.Sequential()
+tower.add_module("patch_embed", torch.nn.Conv2d(3, 16, 4, 4))
+tower.add_module("attention", Attention())
+print(len(patch(tower).patched))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "1", result.stderr

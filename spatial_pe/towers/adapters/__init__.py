@@ -61,7 +61,7 @@ SHAPES = (
     ),
 )
 
-# Attention classes that tests/towers run, on the oldest and the newest supported transformers.
+# Attention classes that tests/towers run, on the oldest and the newest supported transformers where they exist there.
 TESTED = _names(
     """
     VisionAttention Qwen2_5_VLVisionAttention Qwen3VLVisionAttention Glm4vVisionAttention

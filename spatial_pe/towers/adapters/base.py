@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..grids import GridRecorder
@@ -72,7 +73,12 @@ class Adapter(nn.Module):
         # transformers 4 wraps forward on the instance for as long as it collects attention weights
         if type(self.__dict__.get("forward")) is types.FunctionType:
             return True
-        active = self.collector.get() if self.collector is not None else None
+        if self.collector is None:
+            return False
+        if torch.compiler.is_compiling() and not self._forward_hooks:
+            # a ContextVar would break the graph; without hooks on this module nothing collects its weights either
+            return False
+        active = self.collector.get()
         return active is not None and "attentions" in active
 
     def fall_back(self, reason: str, hidden_states: Tensor, **kwargs: Any) -> Any:
