@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
-import torch
 
-
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.02) -> dict[str, list[float]]:
+def interleaved(
+    variants: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.02
+) -> dict[str, list[float]]:
     """Seconds per call of each variant, one sample a round. Every second round runs in reverse order.
 
     A sample repeats a fast call until ``min_seconds`` have passed, so that clock and scheduler noise stay small.
@@ -35,28 +33,3 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, min_seco
 
 def medians(samples: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def machine() -> dict:
-    """What a result depends on."""
-    return {
-        "cpu": cpu_name(),
-        "cores": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def cpu_name() -> str:
-    """The model, with family and model number: virtual machines shorten the name."""
-    fields: dict[str, str] = {}
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        return platform.processor()
-    return f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family')}, model {fields.get('model')})"

@@ -1,11 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """2D rotary position encoding fused into attention, for vision transformers."""
 
+__version__ = "0.1.0"
+
 from .attention import rope_attention
 from .backends.select import backends
 from .encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
 from .grid import PatchGrid
+from .modules import RoPE2DAttention
 from .rotary import Rotary, apply_rotary
+from .towers import PatchReport, inspect, patch, unpatch
+from .verify import RotaryReport, verify_rotary
 
-__all__ = ["PatchGrid", "Rotary", "apply_rotary", "backends", "rope_attention"]
-__version__ = "0.1.0"
+__all__ = [
+    "CONVENTIONS",
+    "AxialRoPE",
+    "MixedRoPE",
+    "PatchGrid",
+    "PatchReport",
+    "RoPE2DAttention",
+    "Rotary",
+    "RotaryReport",
+    "apply_rotary",
+    "backends",
+    "convention",
+    "inspect",
+    "patch",
+    "rope_attention",
+    "unpatch",
+    "verify_rotary",
+]

@@ -56,6 +56,8 @@ def rope_attention(
         scale = 1.0 / math.sqrt(q.shape[-1])
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
+    if scale < 0:  # kernels take the maximum of a row before scaling
+        q, scale = -q, -scale
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(low), k.to(low), v.to(low)

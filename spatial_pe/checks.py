@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -39,13 +41,14 @@ def check_call(
     if seqlens is not None:
         _check_index(seqlens, "seqlens", q)
         if seqlens.shape[0] != q.shape[0]:
-            raise ValueError(f"seqlens must have one entry for each of the {q.shape[0]} samples, got {seqlens.shape[0]}")
+            raise ValueError(f"seqlens must have an entry for each of the {q.shape[0]} samples, got {seqlens.shape[0]}")
     if rotary is not None:
         batched = q if q.ndim == 4 else q[None]
         check_rotary_fits(batched, rotary, "q")
         if rotary.cos.shape[2] != 1 and k.shape[-2] != q.shape[-2]:
             raise ValueError(
-                f"a rotary with a table per head needs as many key heads as query heads, got {k.shape[-2]} and {q.shape[-2]}"
+                f"rotary has a table per head, which needs as many key heads as query heads, "
+                f"got {k.shape[-2]} and {q.shape[-2]}"
             )
 
 
@@ -86,7 +89,7 @@ def check_cu_seqlens(cu_seqlens: list[int], total: int) -> None:
         raise ValueError(f"cu_seqlens must start at 0, got {cu_seqlens[0]}")
     if cu_seqlens[-1] != total:
         raise ValueError(f"cu_seqlens must end at the number of tokens, {total}, got {cu_seqlens[-1]}")
-    for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(cu_seqlens)):
         if b < a:
             raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at entry {i + 1}")
 

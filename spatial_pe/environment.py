@@ -12,7 +12,7 @@ import torch
 from . import __version__
 
 # Packages whose version can change a result or a timing; those that are not installed are left out.
-PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy", "onnx", "onnxruntime")
+PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy", "onnx", "onnxruntime", "openvino")
 
 
 def versions() -> dict[str, str]:
@@ -27,15 +27,17 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor as it names itself, e.g. "AMD EPYC 9V74"; its architecture where it does not say."""
+    """The processor as it names itself, with family and model: a virtual machine may say no more than "AMD EPYC"."""
+    fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
-                if line.lower().startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+                key, _, value = line.partition(":")
+                fields.setdefault(key.strip().lower(), value.strip())
     except OSError:
         pass  # not Linux
-    return platform.processor() or platform.machine()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
 
 
 def usable_cores() -> int:

@@ -168,7 +168,7 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
     if table_batch not in (1, batch):
         raise ValueError(f"rotary has batch {table_batch}, {name} has {batch}: it must have 1 or {batch}")
     if rotary.device != x.device:
-        raise ValueError(f"rotary is on {rotary.device}, {name} on {x.device}: move it with rotary.to({str(x.device)!r})")
+        raise ValueError(f"rotary is on {rotary.device}, {name} on {x.device}: use rotary.to({str(x.device)!r})")
 
 
 def _has_values(table: Tensor) -> bool:

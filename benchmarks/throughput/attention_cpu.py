@@ -5,13 +5,14 @@
 
 Variants of one shape take turns in one process; ratios are of medians. ``eager`` is what Hugging Face's vision towers
 do: rotate-half in float32, cast back, then torch's SDPA (one call for each window where the sequences are packed).
-``off`` is our kernel without rotation. ``peak`` is the rate of this machine's fused multiply-adds, measured too.
+``off`` is our kernel without rotation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spatial_pe
+from benchmarks.timing import interleaved, medians
 from spatial_pe.backends import cpu
-from benchmarks.timing import interleaved, machine, medians
+from spatial_pe.environment import describe
 
 # (name, batch, heads, tokens, head_dim, windows): with windows, batch sequences are packed into one
 SHAPES = {
@@ -47,7 +49,9 @@ def eager_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)).transpose(-3, -2)
+    return F.scaled_dot_product_attention(q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)).transpose(
+        -3, -2
+    )
 
 
 class Case:
@@ -62,7 +66,9 @@ class Case:
         self.inputs = [x.requires_grad_() for x in qkv.detach().unbind(-3)]
         self.grad = torch.randn(*lead, heads, dim).to(dtype)
         side = round(tokens**0.5)
-        grid = torch.stack(torch.meshgrid(torch.arange(side + 1), torch.arange(side + 1), indexing="ij"), -1).view(-1, 2)
+        grid = torch.stack(torch.meshgrid(torch.arange(side + 1), torch.arange(side + 1), indexing="ij"), -1).view(
+            -1, 2
+        )
         coordinates = grid[:tokens].repeat(batch if packed else 1, 1)
         self.rotary = spatial_pe.AxialRoPE(dim)(coordinates.float())
         table = [t[0, :, 0].repeat(1, 2) for t in (self.rotary.cos, self.rotary.sin)]
@@ -78,7 +84,9 @@ class Case:
         if self.cu_seqlens is None:
             return sdpa(q, k, v)
         length = self.shape[2]
-        return torch.cat([sdpa(*parts) for parts in zip(q.split(length), k.split(length), v.split(length), strict=True)])
+        return torch.cat(
+            [sdpa(*parts) for parts in zip(q.split(length), k.split(length), v.split(length), strict=True)]
+        )
 
     def variants(self) -> dict:
         return {"ours": self.ours(self.rotary), "off": self.ours(None), "eager": self.eager}
@@ -140,13 +148,6 @@ def line(r: dict) -> str:
     )
 
 
-def peak(dtype: torch.dtype, threads: int) -> float:
-    """GF/s of torch's best matrix product: the rate that a matrix kernel can hope for, not the chip's data sheet."""
-    torch.set_num_threads(threads)
-    a, b = torch.randn(1536, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
-    return 2 * 1536**3 / medians(interleaved({"mm": lambda: a @ b}, 7))["mm"] / 1e9
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -157,7 +158,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.manual_seed(0)
-    result = {"machine": machine(), "features": cpu.extension().cpu_features()}
+    result = {"command": " ".join(["python -m benchmarks.throughput.attention_cpu", *sys.argv[1:]]), **describe()}
+    result["cpu_features"] = cpu.extension().cpu_features()
     result["rows"] = measure(options.shapes, options.dtypes, options.threads, options.rounds, not options.forward_only)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Call:
         if self.cu_seqlens is not None:
             bounds = self.cu_seqlens.tolist()
             check_cu_seqlens(bounds, tokens)
-            for start, stop in zip(bounds, bounds[1:], strict=False):
+            for start, stop in pairwise(bounds):
                 yield 0, start, stop
         else:
             lengths = [tokens] * batch

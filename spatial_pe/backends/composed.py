@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,15 +55,15 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     bounds = call.cu_seqlens.tolist()
     check_cu_seqlens(bounds, q.shape[0])
     starts: dict[int, list[int]] = {}
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         if stop > start:
             starts.setdefault(stop - start, []).append(start)
     if not starts:
         return torch.zeros_like(q)
     if len(starts) == 1:  # all windows alike: (T, H, D) -> (windows, length, H, D) is a view
         (length,) = starts
-        parts = [x.unflatten(0, (-1, length)) for x in (q, k, v)]
-        return _sdpa(*parts, call.scale).flatten(0, 1)
+        q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))
+        return _sdpa(q, k, v, call.scale).flatten(0, 1)
     order, outs = [], []
     for length, begin in starts.items():
         index = (torch.tensor(begin)[:, None] + torch.arange(length)).to(q.device)  # (sequences, length)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
@@ -18,10 +19,10 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def extension() -> ModuleType | str:
     """The compiled module, or why there is none."""
     try:
-        from .. import _C
+        module = importlib.import_module("spatial_pe._C")
     except ImportError as error:
         return f"the compiled extension is missing ({error}): reinstall with a C++17 compiler on the PATH"
-    return _C
+    return module
 
 
 def unavailable() -> str | None:
@@ -85,7 +86,8 @@ def _module() -> ModuleType:
 
 def _view(x: Tensor) -> tuple[int, int, int, int]:
     """Address and strides (batch, token, head) in elements; the last stride is 1."""
-    return (x.data_ptr(), *x.stride()[:3])
+    batch, token, head = x.stride()[:3]
+    return x.data_ptr(), batch, token, head
 
 
 def _problem(call: Call) -> dict:

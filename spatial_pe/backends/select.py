@@ -58,7 +58,7 @@ class BackendTable:
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows)
-        return "\n".join(f"{name:<{width}}  {'available' if why is None else 'missing: ' + why}" for name, why in self.rows)
+        return "\n".join(f"{name:<{width}}  {f'missing: {why}' if why else 'available'}" for name, why in self.rows)
 
 
 def backends() -> BackendTable:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target makes .venv and installs what it needs. On a fresh machine: Python, a C++ compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# model weights and other downloads, kept out of the home directory
+export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
+
+.PHONY: demo test test-all lint sanitize bench-cpu wheel clean
+
+demo: $(VENV)/installed
+	$(BIN)/spatial-pe demo --out demo.png --json demo.json
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set, odd shapes.
+sanitize: $(VENV)/installed
+	cmake -S csrc -B build/sanitize -G Ninja -DSPATIAL_PE_SANITIZE=address,undefined -DSPATIAL_PE_CUDA=0 \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/sanitize/install
+	cmake --build build/sanitize
+	cmake --install build/sanitize
+	$(BIN)/python tests/sanitize.py build/sanitize/install/spatial_pe
+
+# Every number of the README's CPU table, and the peers. About 15 minutes.
+bench-cpu: $(VENV)/bench
+	$(BIN)/python -m benchmarks.throughput.attention_cpu --out benchmarks/results/cpu/attention.json
+	$(BIN)/python -m benchmarks.throughput.peers_cpu --out benchmarks/results/cpu/peers.json
+	$(BIN)/python -m benchmarks.throughput.towers_cpu --out benchmarks/results/cpu/towers.json
+
+wheel: $(VENV)/installed
+	$(BIN)/pip wheel --no-deps -w dist .
+
+# torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/pip install --quiet -c constraints.txt "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77"
+	SPATIAL_PE_REQUIRE_EXT=1 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]" --no-build-isolation
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) spatial_pe/_C*.so spatial_pe/_cuda*.so
