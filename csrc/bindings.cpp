@@ -42,16 +42,13 @@ spe::Problem problem(const py::dict& d) {
   p.threads = d["threads"].cast<int>();
   for (const auto& [sample, start, length] : d["sequences"].cast<std::vector<std::array<int64_t, 3>>>())
     if (length > 0) p.sequences.push_back({sample, start, length});
-  int rotary_dim = 0;
-  auto pairing = spe::Pairing::half;
   if (d.contains("cos")) {
-    rotary_dim = d["rotary_dim"].cast<int>();
-    pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
+    p.rotary_dim = d["rotary_dim"].cast<int>();
+    p.pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
                                     {"axis_half", spe::Pairing::axis_half}}, d["pairing"].cast<std::string>(), "pairing");
     const auto cos = view(d["cos"].cast<ViewTuple>()), sin = view(d["sin"].cast<ViewTuple>());
     p.tables = {static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), cos.batch, cos.token, cos.head};
   }
-  p.pairs = spe::channel_pairs(p.head_dim, rotary_dim, pairing);
   return p;
 }
 

@@ -94,7 +94,7 @@ def _flatten(call: Call) -> tuple:
 
 
 def _unflatten(q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlens) -> Call:
-    rotary = None if cos is None else Rotary(cos, sin, pairing)
+    rotary = None if cos is None else Rotary._unchecked(cos, sin, pairing)
     return Call(q, k, v, rotary, scale, cu_seqlens, max_seqlen, seqlens)
 
 

@@ -35,7 +35,8 @@ struct Problem {
   int heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 1.0f;
   Tables tables;
-  ChannelPairs pairs;  // how q and k are paired and turned
+  int rotary_dim = 0;  // channels of q and k that are turned
+  Pairing pairing = Pairing::half;
   std::vector<Sequence> sequences;
   int threads = 1;
 };

@@ -22,8 +22,9 @@ struct ChannelPairs {
   int count = 0;
 };
 
-// rotary_dim is even and <= head_dim, which is even too; rotary_dim / 2 is even for axis_half.
-inline ChannelPairs channel_pairs(int head_dim, int rotary_dim, Pairing pairing) {
+// rotary_dim is even and <= head_dim, which is even too; rotary_dim / 2 is even for axis_half. Channels that pass
+// through can be paired in any way: with their neighbours if `neighbours`, else first half with second half.
+inline ChannelPairs channel_pairs(int head_dim, int rotary_dim, Pairing pairing, bool neighbours) {
   ChannelPairs out;
   const int half = rotary_dim / 2, quarter = rotary_dim / 4;
   if (rotary_dim > 0) {
@@ -36,8 +37,8 @@ inline ChannelPairs channel_pairs(int head_dim, int rotary_dim, Pairing pairing)
         break;
     }
   }
-  if (rotary_dim < head_dim)
-    out.segments[out.count++] = {rotary_dim, rotary_dim + 1, (head_dim - rotary_dim) / 2, -1, true};
+  const int rest = (head_dim - rotary_dim) / 2;
+  if (rest > 0) out.segments[out.count++] = {rotary_dim, rotary_dim + (neighbours ? 1 : rest), rest, -1, neighbours};
   return out;
 }
 

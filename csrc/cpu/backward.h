@@ -19,8 +19,9 @@ template <class Dot, class T>
 class Backward {
  public:
   Backward(const Problem& problem, const BackwardTensors& tensors)
-      : p_(problem), t_(tensors), w_(problem.head_dim), plain_(channel_pairs(problem.head_dim, 0, Pairing::half)) {
+      : p_(problem), t_(tensors), w_(problem.head_dim), turned_(pairs_of<Dot>(problem, problem.rotary_dim)), plain_(pairs_of<Dot>(problem, 0)) {
     for (const Sequence& s : p_.sequences) longest_ = s.length > longest_ ? s.length : longest_;
+    at_ = lay_out();
   }
 
   int phases() const { return 3; }
@@ -31,12 +32,11 @@ class Backward {
     return phase == 1 ? key_blocks(n) : (n + kRows - 1) / kRows * group();
   }
 
-  size_t item_bytes() const { return lay_out(nullptr, nullptr, group()); }
+  size_t item_bytes() const { return at_.query + static_cast<size_t>(group()) * at_.query_bytes; }
   size_t thread_bytes() const { return sizeof(Thread) + 2 * sizeof(float) * kKeys * w_.lanes(); }
 
   void part(const Item& item, int phase, int64_t part, bool together, char* item_memory, char* thread_memory) const {
-    Operands ops;
-    lay_out(&ops, item_memory, 0);
+    const Operands ops = operands(item_memory);
     Thread& thread = *reinterpret_cast<Thread*>(thread_memory);
     float* const dk = reinterpret_cast<float*>(thread_memory + sizeof(Thread));
     if (phase == 0) {
@@ -72,44 +72,49 @@ class Backward {
   int group() const { return p_.heads / p_.kv_heads; }
   int64_t padded() const { return longest_ + L + kScoreRows; }  // rows of whole tiles
 
-  size_t lay_out(Operands* out, char* memory, int heads) const {
+  // Where the operands lie in an item's memory, in bytes: those of the key head, then those of each query head, relative
+  // to its part.
+  struct Offsets {
+    size_t k_panels, k_lanes, v_panels, query;
+    size_t q_rows, q_lanes, dout_rows, dout_lanes, dq, lse, delta, query_bytes;
+  };
+
+  Offsets lay_out() const {
     size_t used = 0;
-    const auto take = [&](int64_t words) {
-      word* at = reinterpret_cast<word*>(memory + used);
+    const auto take = [&used](int64_t words) {
+      const size_t at = used;
       used += Scratch::bytes_of<word>(static_cast<size_t>(words));
       return at;
     };
-    const Operands ops{take(w_.panels(longest_)), take(w_.lane_words(longest_)), take(w_.panels(longest_))};
-    if (out) *out = ops;
-    for (int i = 0; i < heads; ++i) used += lay_out_query(nullptr, nullptr);
-    return used;
+    Offsets o;
+    o.k_panels = take(w_.panel_words(longest_));
+    o.k_lanes = take(w_.lane_words(longest_));
+    o.v_panels = take(w_.panel_words(longest_));
+    o.query = used;
+    used = 0;
+    o.q_rows = take(padded() * w_.row);
+    o.dout_rows = take(padded() * w_.row);
+    // float lanes are rows
+    o.q_lanes = Dot::kPerWord == 1 ? o.q_rows : take(w_.lane_words(longest_));
+    o.dout_lanes = Dot::kPerWord == 1 ? o.dout_rows : take(w_.lane_words(longest_));
+    o.dq = take(padded() * w_.lanes());
+    o.lse = take(padded());
+    o.delta = take(padded());
+    o.query_bytes = used;
+    return o;
   }
 
-  size_t lay_out_query(QueryOperands* out, char* memory) const {
-    size_t used = 0;
-    const auto take = [&](int64_t words) {
-      word* at = reinterpret_cast<word*>(memory + used);
-      used += Scratch::bytes_of<word>(static_cast<size_t>(words));
-      return at;
-    };
-    QueryOperands q;
-    q.q_rows = take(padded() * w_.row);
-    q.q_lanes = take(w_.lane_words(longest_));
-    q.dout_rows = take(padded() * w_.row);
-    q.dout_lanes = take(w_.lane_words(longest_));
-    q.dq = reinterpret_cast<float*>(take(padded() * w_.lanes()));
-    q.lse = reinterpret_cast<float*>(take(padded()));
-    q.delta = reinterpret_cast<float*>(take(padded()));
-    if (out) *out = q;
-    return used;
+  Operands operands(char* memory) const {
+    const auto at = [memory](size_t offset) { return reinterpret_cast<word*>(memory + offset); };
+    return {at(at_.k_panels), at(at_.k_lanes), at(at_.v_panels)};
   }
 
   QueryOperands query_operands(char* memory, int in_group) const {
-    Operands ignored;
-    const size_t keys = lay_out(&ignored, memory, 0);
-    QueryOperands q;
-    lay_out_query(&q, memory + keys + static_cast<size_t>(in_group) * lay_out_query(nullptr, nullptr));
-    return q;
+    char* const mine = memory + at_.query + static_cast<size_t>(in_group) * at_.query_bytes;
+    const auto at = [mine](size_t offset) { return reinterpret_cast<word*>(mine + offset); };
+    const auto floats = [mine](size_t offset) { return reinterpret_cast<float*>(mine + offset); };
+    return {at(at_.q_rows),  at(at_.q_lanes),  at(at_.dout_rows), at(at_.dout_lanes),
+            floats(at_.dq), floats(at_.lse), floats(at_.delta)};
   }
 
   // ------------------------------------------------------------------------------------------------------- phase 0
@@ -118,7 +123,7 @@ class Backward {
     const Sequence& s = item.sequence;
     const int64_t n = s.length, to = from + kSlice < n ? from + kSlice : n;
     alignas(64) word scratch[L * (256 / Dot::kPerWord)];
-    pack(source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
+    pack(source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, turned_), w_, from, to,
          Packed{nullptr, ops.k_panels, ops.k_lanes}, scratch);
     pack(source<const T>(p_, t_.v, s, item.kv_head, 0, plain_), w_, from, to, Packed{nullptr, ops.v_panels, nullptr},
          scratch);
@@ -127,7 +132,7 @@ class Backward {
       const QueryOperands q = query_operands(memory, g);
       const auto dout = source<const T>(p_, t_.dout, s, head, 0, plain_);
       const auto out = source<const T>(p_, t_.out, s, head, 0, plain_);
-      pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, to, Packed{q.q_rows, nullptr, q.q_lanes}, scratch);
+      pack(source<const T>(p_, t_.q, s, head, head, turned_), w_, from, to, Packed{q.q_rows, nullptr, q.q_lanes}, scratch);
       pack(dout, w_, from, to, Packed{q.dout_rows, nullptr, q.dout_lanes}, scratch);
       const float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start;
       for (int64_t i = from; i < to; ++i) {
@@ -176,11 +181,11 @@ class Backward {
         if (with_dq) add_dq(q, from, rows, keys, ops, thread);
       }
     }
-    const auto to_k = source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, p_.pairs);
+    const auto to_k = source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, turned_);
     const auto to_v = source<T>(p_, t_.dv, s, item.kv_head, 0, plain_);
     for (int i = 0; i < keys.count; ++i) {
       const int64_t token = keys.from + i;
-      store_row(to_k.row(token), to_k.cos_row(token), to_k.sin_row(token), p_.pairs, w_.P, dk + i * w_.lanes(), p_.scale);
+      store_row(to_k.row(token), to_k.cos_row(token), to_k.sin_row(token), turned_, w_.P, dk + i * w_.lanes(), p_.scale);
       store_row(to_v.row(token), nullptr, nullptr, plain_, w_.P, dv + i * w_.lanes(), 1.0f);
     }
   }
@@ -196,9 +201,9 @@ class Backward {
       add_dq(q, from, rows, keys, ops, thread);
     }
     const int head = item.kv_head * group() + in_group;
-    const auto to = source<T>(p_, t_.dq, s, head, head, p_.pairs);
+    const auto to = source<T>(p_, t_.dq, s, head, head, turned_);
     for (int64_t i = from; i < from + rows; ++i)
-      store_row(to.row(i), to.cos_row(i), to.sin_row(i), p_.pairs, w_.P, q.dq + i * w_.lanes(), p_.scale);
+      store_row(to.row(i), to.cos_row(i), to.sin_row(i), turned_, w_.P, q.dq + i * w_.lanes(), p_.scale);
   }
 
   void add_dq(const QueryOperands& q, int64_t from, int rows, const Keys& keys, const Operands& ops, Thread& thread) const {
@@ -262,8 +267,9 @@ class Backward {
   const Problem& p_;
   const BackwardTensors& t_;
   const Widths<Dot> w_;
-  const ChannelPairs plain_;
+  const ChannelPairs turned_, plain_;
   int64_t longest_ = 0;
+  Offsets at_;
 };
 
 }  // namespace spe::SPE_ISA

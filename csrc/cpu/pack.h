@@ -5,7 +5,8 @@
 //   row words    operand A:  FloatDot: D floats, low 0..P-1 then high 0..P-1;  Bf16Dot: P words (low p, high p)
 //   panels       operand B over tokens: [token / L][word of the row][token % L], the transpose of L row words
 //   lanes        operand B over channels: [token / kPerWord][channel lane], lanes low 0..P-1 then high 0..P-1, a word
-//                holding one token (FloatDot) or two consecutive ones (Bf16Dot); also the order of float results
+//                holding one token (FloatDot: the same as its row words) or two consecutive ones (Bf16Dot); also the
+//                order of float results
 // Any order of channels would do for the scores, as long as q and k share it; this one makes loads and stores straight.
 #pragma once
 
@@ -250,8 +251,8 @@ SPE_INLINE void load_row(const T* x, const float* cos, const float* sin, const C
     };
     if (s.column >= 0 && s.interleaved) take(std::true_type{}, std::true_type{});
     else if (s.column >= 0) take(std::false_type{}, std::true_type{});
-    else if constexpr (Dot::kPerWord == 1) take(std::true_type{}, std::false_type{});
-    else  // adjacent channels that pass through are words already
+    else if constexpr (Dot::kPerWord == 1) take(std::false_type{}, std::false_type{});
+    else  // neighbours that pass through are words already
       each_vector(s.count, [&](int j, int n) { store_some(row + p + j, load_some(x + s.first + 2 * j, n), n); });
   }
 }
@@ -270,7 +271,8 @@ SPE_INLINE void store_row(T* x, const float* cos, const float* sin, const Channe
         store_pairs<interleaved()>(x, s, j, n, low, high);
       });
     };
-    if (s.column < 0) put(std::true_type{}, std::false_type{});
+    if (s.column < 0 && s.interleaved) put(std::true_type{}, std::false_type{});
+    else if (s.column < 0) put(std::false_type{}, std::false_type{});
     else if (s.interleaved) put(std::true_type{}, std::true_type{});
     else put(std::false_type{}, std::true_type{});
   }
@@ -311,12 +313,13 @@ struct Widths {
       : D(head_dim), P(head_dim / 2), words(head_dim / Dot::kPerWord), row((words + L - 1) / L * L),
         vectors((head_dim + L - 1) / L) {}
   int lanes() const { return vectors * L; }
-  int64_t panels(int64_t tokens) const { return (tokens + L - 1) / L * L * words; }
-  int64_t lane_words(int64_t tokens) const { return (tokens + 1) / Dot::kPerWord * lanes() + L; }
+  static int64_t whole(int64_t tokens) { return (tokens + L - 1) / L * L; }
+  int64_t panel_words(int64_t tokens) const { return whole(tokens) * words; }
+  int64_t lane_words(int64_t tokens) const { return whole(tokens) / Dot::kPerWord * lanes() + L; }
 };
 
 // Tokens [from, to) of a source in the forms asked for; from is a multiple of L. Tokens past the end are zero in the
-// last panel and the last lanes.
+// last panel and the last lanes. Float lanes are rows: ask for one of the two.
 struct Packed {
   word* rows = nullptr;    // at from * Widths::row
   word* panels = nullptr;  // at from * Widths::words
@@ -345,34 +348,33 @@ SPE_INLINE void pack_panel(const word* rows, const Widths<Dot>& w, word* panel) 
   }
 }
 
+// Of bfloat16 rows: two tokens to a word. (Rows of floats are lanes already.)
 template <class Dot>
 SPE_INLINE void pack_lanes(const word* rows, const Widths<Dot>& w, int tokens, word* lanes) {
-  if constexpr (Dot::kPerWord == 1) {
-    for (int i = 0; i < tokens; ++i)
-      for (int u = 0; u < w.D; u += L) store(lanes + i * w.lanes() + u, load(rows + i * w.row + u));
-  } else {
-    for (int i = 0; i < tokens; i += 2) {
-      const word *even = rows + i * w.row, *odd = even + w.row;
-      word* to = lanes + i / 2 * w.lanes();
-      // lows first: their last vector may run over into the highs
-      for (int u = 0; u < w.P; u += L) store(to + u, (vf)(((vw)load(even + u) & 0xffffu) | ((vw)load(odd + u) << 16)));
-      for (int u = 0; u < w.P; u += L)
-        store_some(to + w.P + u, (vf)(((vw)load(even + u) >> 16) | ((vw)load(odd + u) & 0xffff0000u)), w.P - u);
-    }
+  for (int i = 0; i < tokens; i += 2) {
+    const word *even = rows + i * w.row, *odd = even + w.row;
+    word* to = lanes + i / 2 * w.lanes();
+    // lows first: their last vector may run over into the highs
+    for (int u = 0; u < w.P; u += L) store(to + u, (vf)(((vw)load(even + u) & 0xffffu) | ((vw)load(odd + u) << 16)));
+    for (int u = 0; u < w.P; u += L)
+      store_some(to + w.P + u, (vf)(((vw)load(even + u) >> 16) | ((vw)load(odd + u) & 0xffff0000u)), w.P - u);
   }
 }
 
 template <class Dot, class T>
 void pack(const Source<const T>& source, const Widths<Dot>& w, int64_t from, int64_t to, Packed out, word* scratch) {
   for (int64_t t = from; t < to; t += L) {
-    word* rows = out.rows ? out.rows + t * w.row : scratch;
+    word* rows = scratch;
+    if (out.rows) rows = out.rows + t * w.row;
+    else if (Dot::kPerWord == 1 && out.lanes) rows = out.lanes + t * w.row;
     const int n = static_cast<int>(to - t < L ? to - t : L);
     for (int i = 0; i < n; ++i) prefetch_row(source.row(t + i) + w.D, w.D);
     for (int i = 0; i < n; ++i)
       load_row<Dot>(source.row(t + i), source.cos_row(t + i), source.sin_row(t + i), *source.pairs, w.P, rows + i * w.row);
     if (n < L && (out.panels || out.lanes)) std::memset(rows + n * w.row, 0, sizeof(word) * (L - n) * w.row);
     if (out.panels) pack_panel<Dot>(rows, w, out.panels + t * w.words);
-    if (out.lanes) pack_lanes<Dot>(rows, w, n, out.lanes + t / Dot::kPerWord * w.lanes());
+    if constexpr (Dot::kPerWord == 2)
+      if (out.lanes) pack_lanes<Dot>(rows, w, n, out.lanes + t / 2 * w.lanes());
   }
 }
 

@@ -166,6 +166,8 @@ def test_an_encoding_without_parameters_is_shared_and_its_table_made_once(calls)
     calls.clear()
     outputs(model, FAMILIES["clip"].inputs())
     assert calls[0][0][3] is calls[1][0][3]
+    grids = next(m._spatial_pe.grids for m in model.modules() if getattr(m, "rope", None) is first)
+    assert grids.cached is not None and copy.deepcopy(grids).cached is None
     assert not [key for key in model.state_dict() if "rope" in key]
 
 

@@ -119,18 +119,35 @@ def test_packed_towers_read_the_fused_projection_in_place_and_once(name, calls):
         assert len(windows) > len(images) == 5
 
 
+def small_weights(model, bias):
+    """As of a fresh model: logits near zero make attention uniform, and hide a rotation from low precision."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or name.endswith("bias"):
+                parameter.mul_(0.02 if parameter.ndim > 1 else bias)
+    return model
+
+
 @pytest.mark.parametrize("name", WITH_TABLES)
+@pytest.mark.parametrize(
+    "case", ["float32", "bfloat16 kernel, small weights", "bfloat16, biases outweigh the attention"]
+)
 @pytest.mark.parametrize("fault", ["turned the other way", "not turned", "bounds ignored"])
-def test_verification_notices_a_wrong_attention(name, fault, monkeypatch):
-    family = FAMILIES[name]
-    model = family.make()
+def test_verification_notices_a_wrong_attention(name, fault, case, monkeypatch):
     if fault == "bounds ignored" and name == "dinov3":
         pytest.skip("one sequence has no bounds")
+    family = FAMILIES[name]
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    model = family.make()
+    if dtype == torch.bfloat16:
+        model = small_weights(model, bias=1 if "biases" in case else 0).to(dtype)
     for module in (packed, batched):
         original = module.rope_attention
 
         def wrong(q, k, v, rotary, *, original=original, **kwargs):
-            if fault == "turned the other way":
+            if "kernel" in case and q.dtype != dtype:
+                pass  # right in float64: the module's own precision must show it
+            elif fault == "turned the other way":
                 rotary = rotary.inverse()
             elif fault == "not turned":
                 rotary = None
@@ -139,27 +156,50 @@ def test_verification_notices_a_wrong_attention(name, fault, monkeypatch):
             return original(q, k, v, rotary, **kwargs)
 
         monkeypatch.setattr(module, "rope_attention", wrong)
-    classes, before = [type(m) for m in model.modules()], outputs(model, family.inputs())
+    inputs = to(family.inputs(), dtype)
+    classes, before = [type(m) for m in model.modules()], outputs(model, inputs)
     with pytest.raises(RuntimeError, match=r"computes something else when patched: relative error"):
         patch(model)
     assert [type(m) for m in model.modules()] == classes
-    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, family.inputs()), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
+
+
+def test_a_proof_that_could_not_fail_says_so():
+    model = FAMILIES["dinov3"].make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    report = patch(model)
+    assert [row.error for row in report.patched] == [None, None]
+    assert report.patched[0].note == "its output does not depend on the rotation"
 
 
 @pytest.mark.parametrize("name", ["clip", "dinov2", "dinov3", "pixtral", "vit"])
+@pytest.mark.parametrize("asked", ["in the call", "in the config"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_weights_come_from_the_models_own_forward(name, implementation, calls):
+def test_attention_weights_come_from_the_models_own_forward(name, implementation, asked, calls):
     family = FAMILIES[name]
     model, inputs = family.make(implementation=implementation), family.inputs()
+    if asked == "in the config" and implementation == "sdpa":
+        pytest.skip("transformers refuses this config")
+
+    def weights():
+        if asked == "in the call":
+            return model(**inputs, output_attentions=True).attentions
+        model.config.output_attentions = True
+        result = model(**inputs).attentions
+        model.config.output_attentions = False
+        return result
+
     with torch.no_grad():
-        before = model(**inputs, output_attentions=True).attentions
+        before = weights()
         patch(model)
         calls.clear()
-        after = model(**inputs, output_attentions=True).attentions
+        after = weights()
         assert not calls
         model(**inputs)
         assert len(calls) == family.layers  # and back to the fused op
-    before, after = ([w for w in weights or () if w is not None] for weights in (before, after))
+    before, after = ([w for w in found or () if w is not None] for found in (before, after))
     assert len(before) == len(after) == (family.layers if implementation == "eager" else 0)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
