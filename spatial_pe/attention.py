@@ -58,6 +58,8 @@ def rope_attention(
         raise ValueError(f"scale must be a finite number, got {scale}")
     if scale < 0:  # kernels take the maximum of a row before scaling
         q, scale = -q, -scale
+    if scale < torch.finfo(torch.float32).tiny:  # kernels mask with scores of -inf, and 0 times that is NaN
+        q, scale = q * 0, 1.0
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(low), k.to(low), v.to(low)
@@ -135,6 +137,9 @@ def _autograd_backward(ctx, dout: Tensor, _dlse) -> tuple:
     )
     dcos = dsin = None
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0
+            exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
+            q, k = torch.where(exists, q, 0), torch.where(exists, k, 0)
         dphi = _angle_gradient(q, dq, cos, ctx.pairing) + _angle_gradient(k, dk, cos, ctx.pairing)
         dcos, dsin = -sin * dphi, cos * dphi
     return dq, dk, dv, dcos, dsin, None, None, None, None, None, None

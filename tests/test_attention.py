@@ -12,8 +12,22 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oracles import CPU_KERNELS, KERNELS, Case, Inputs, Kernel, check, check_bound, distinct_kernels, exact, make, run
-from oracles import generator, pair_channels, threads
+from oracles import (
+    CPU_KERNELS,
+    KERNELS,
+    Case,
+    Inputs,
+    Kernel,
+    check,
+    check_bound,
+    distinct_kernels,
+    exact,
+    generator,
+    make,
+    pair_channels,
+    run,
+    threads,
+)
 from spatial_pe import Rotary, apply_rotary, rope_attention
 from spatial_pe.rotary import PAIRINGS
 

@@ -27,7 +27,9 @@ namespace portable { extern const KernelTable kTable; }
 
 // ------------------------------------------------------------------------------------------------------ the CPU
 
-std::vector<std::string> cpu_flags() {
+namespace {
+
+std::vector<std::string> read_cpu_flags() {
   std::vector<std::string> flags;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -53,8 +55,6 @@ std::vector<std::string> cpu_flags() {
   return flags;
 }
 
-namespace {
-
 bool has(const std::vector<std::string>& flags, std::initializer_list<const char*> names) {
   for (const char* name : names) {
     bool found = false;
@@ -67,7 +67,7 @@ bool has(const std::vector<std::string>& flags, std::initializer_list<const char
 std::vector<const KernelTable*> usable_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(SPE_BUILD_X86)
-  const auto flags = cpu_flags();
+  const auto flags = read_cpu_flags();
   const bool avx2 = has(flags, {"avx2", "fma", "f16c"});
   const bool avx512 = avx2 && has(flags, {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
   if (avx512 && has(flags, {"avx512_bf16"})) tables.push_back(&avx512_bf16::kTable);
@@ -96,6 +96,11 @@ Kernel pick(Kernel const (KernelTable::*row)[3], DType dtype) {
 }
 
 }  // namespace
+
+const std::vector<std::string>& cpu_flags() {
+  static const auto flags = read_cpu_flags();  // in a virtual machine cpuid takes 10 us
+  return flags;
+}
 
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;

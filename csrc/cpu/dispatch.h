@@ -23,7 +23,7 @@ struct KernelTable {
 std::vector<std::string> usable_isas();
 std::string current_isa();
 void use_isa(const std::string& isa);  // throws std::invalid_argument
-std::vector<std::string> cpu_flags();
+const std::vector<std::string>& cpu_flags();
 
 void forward(const Problem& problem, const ForwardTensors& tensors);
 void backward(const Problem& problem, const BackwardTensors& tensors);

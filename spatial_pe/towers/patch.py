@@ -52,8 +52,9 @@ def patch(
             parameters are in ``model.parameters()`` and in the state dict. CLS and register tokens are not rotated.
         start: "identity": the model computes at first what it did, and learns to rotate: "axial" has a learnable
             strength that starts at 0, "mixed" frequencies that start at 0; a module given as ``rope`` must rotate by
-            nothing. Both pair neighbouring channels, with which the outputs are equal bit for bit to those of
-            ``patch(model)`` on the same backend (a module with ``pairing="half"``: to a rounding on the CPU).
+            nothing. cos is then 1 and sin 0, and the outputs are those of ``patch(model)`` on the same backend: bit
+            for bit if it sums the channels in one order with and without RoPE (composed, reference), else to a
+            rounding (the cpu kernels order them by pairs, which depends on pairing and dtype).
             "full": "axial" is fixed, without parameters, "mixed" starts from random frequencies.
         keep_absolute: False sets the learned absolute position embedding to zero and freezes it, until ``unpatch``.
         backend: see ``rope_attention``.
@@ -236,9 +237,7 @@ def _encoding(rope: str | nn.Module, start: str, layout: Layout) -> nn.Module:
     if isinstance(rope, nn.Module):
         return copy.deepcopy(rope)
     if rope == "axial":
-        # Interleaved, not AxialRoPE's "half": the CPU kernel reorders the channels of half pairs, which sums each logit
-        # in another order than without RoPE, and the identity would then be exact to a rounding only.
-        return AxialRoPE(layout.head_dim, pairing="interleaved", strength=0.0 if start == "identity" else None)
+        return AxialRoPE(layout.head_dim, strength=0.0 if start == "identity" else None)
     return MixedRoPE(layout.head_dim, layout.heads, init="identity" if start == "identity" else "random")
 
 

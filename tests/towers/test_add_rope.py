@@ -40,7 +40,7 @@ def shaken(model, seed=3):
 # -------------------------------------------------------------------------------------------------- start="identity"
 
 
-@pytest.mark.parametrize("backend", ["auto", "composed", "reference"])
+@pytest.mark.parametrize("backend", ["composed", "reference"])
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
 @pytest.mark.parametrize("name", WITHOUT_ROPE)
 def test_identity_start_is_exact_and_learns(name, rope, backend):
@@ -51,15 +51,40 @@ def test_identity_start_is_exact_and_learns(name, rope, backend):
     assert len(report.patched) == family.layers and all(rope in row.convention for row in report.patched)
     expected, found = outputs(plain, inputs), outputs(model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    sum(x.square().sum() for x in found).backward()
+    learn(report, plain, model, expected, found)
+
+
+@pytest.mark.parametrize("rope", ["axial", "mixed"])
+@pytest.mark.parametrize("name", WITHOUT_ROPE)
+def test_identity_start_on_the_backend_that_auto_takes(name, rope, calls):
+    """Tables that are exactly 1 and 0; the outputs to the rounding of one order of summation or another."""
+    family = FAMILIES[name]
+    plain, model, inputs = family.make(), family.make(), family.inputs()
+    exact = outputs(family.make().double(), {**inputs, "pixel_values": inputs["pixel_values"].double()})
+    patch(plain)
+    report = patch(model, rope=rope)
+    expected = outputs(plain, inputs)
+    calls.clear()
+    found = outputs(model, inputs)
+    assert all(bool((args[3].cos == 1).all() and (args[3].sin == 0).all()) for args, _ in calls)
+    for ours, theirs, truth in zip(found, expected, exact, strict=True):
+        rounding = 2 * torch.finfo(torch.float32).eps * truth.norm()
+        assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm() + rounding
+    learn(report, plain, model, expected, found)
+
+
+def learn(report, plain, model, expected, found):
+    """Each encoding gets a gradient, and the rest of the model the one that it had."""
+    for result in (expected, found):
+        sum(x.square().sum() for x in result).backward()
     added = list(report.parameters())
-    assert len(added) == family.layers  # one parameter per layer: strength, or frequencies
+    assert len(added) == len(report.patched)  # one parameter per layer: strength, or frequencies
     for parameter in added:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0
-    sum(x.square().sum() for x in expected).backward()
+    everything = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm()
     for key, parameter in plain.named_parameters():
-        if parameter.grad is not None:  # the rest of the model learns as it did
-            assert torch.equal(parameter.grad, model.get_parameter(key).grad), key
+        if parameter.grad is not None:
+            assert (parameter.grad - model.get_parameter(key).grad).norm() < 1e-5 * everything, key
 
 
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
@@ -87,7 +112,7 @@ def test_a_training_step_moves_the_encoding_and_the_output(rope):
 def by_hand(model, family, inputs, prefix, height, width):
     """The unpatched model, q and k of every layer turned by a rotation written out here, between its own projections.
 
-    Axial: channels 2j and 2j + 1 are a pair; the first D/4 pairs turn with the row, the others with the column, at
+    Axial: channels j and j + D/2 are a pair; the first D/4 pairs turn with the row, the others with the column, at
     10000^(-i / (D/4)) radians per patch.
     """
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -99,8 +124,8 @@ def by_hand(model, family, inputs, prefix, height, width):
 
     def rotate(module, args, output):
         heads = output.unflatten(-1, (-1, dim))
-        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2))) * turn
-        return torch.view_as_real(pairs).flatten(-3)
+        pairs = torch.complex(*heads.chunk(2, dim=-1)) * turn
+        return torch.cat([pairs.real, pairs.imag], dim=-1).flatten(-2)
 
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("q_proj", "k_proj", "query", "key"):
