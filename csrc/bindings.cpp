@@ -43,11 +43,12 @@ spe::Problem problem(const py::dict& d) {
   for (const auto& [sample, start, length] : d["sequences"].cast<std::vector<std::array<int64_t, 3>>>())
     if (length > 0) p.sequences.push_back({sample, start, length});
   if (d.contains("cos")) {
-    p.rotary_dim = d["rotary_dim"].cast<int>();
-    p.pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
-                                    {"axis_half", spe::Pairing::axis_half}}, d["pairing"].cast<std::string>(), "pairing");
     const auto cos = view(d["cos"].cast<ViewTuple>()), sin = view(d["sin"].cast<ViewTuple>());
     p.tables = {static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), cos.batch, cos.token, cos.head};
+    const auto pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
+                                               {"axis_half", spe::Pairing::axis_half}},
+                                              d["pairing"].cast<std::string>(), "pairing");
+    p.pairs = spe::channel_pairs(d["rotary_dim"].cast<int>(), pairing);
   }
   return p;
 }

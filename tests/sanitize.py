@@ -38,6 +38,7 @@ def load(path: str) -> None:
 def cases():
     """Every length and every head_dim for every dtype; the rest goes around."""
     from oracles import Case
+
     from spatial_pe.rotary import PAIRINGS
 
     rotations = itertools.cycle(itertools.product(PAIRINGS, ("shared", "both"), (0, 4, 12, None)))

@@ -70,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     result = {"command": " ".join(["python -m benchmarks.throughput.towers_cpu", *sys.argv[1:]]), **describe()}
-    result |= {"cpu_features": cpu.extension().cpu_features(), "rows": []}
+    result |= {"cpu_features": cpu.FEATURES, "rows": []}
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name in options.towers:

@@ -35,8 +35,7 @@ struct Problem {
   int heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 1.0f;
   Tables tables;
-  int rotary_dim = 0;  // channels of q and k that are turned
-  Pairing pairing = Pairing::half;
+  ChannelPairs pairs;  // of q and k; none if they are not turned
   std::vector<Sequence> sequences;
   int threads = 1;
 };

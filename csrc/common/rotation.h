@@ -8,37 +8,34 @@ namespace spe {
 
 enum class Pairing { half, interleaved, axis_half };
 
-// `count` pairs in a row. Pair i of a segment is the channels
+// `count` pairs in a row, turned by columns column, column + 1, ... of the table. Pair i is the channels
 //   interleaved: (first + 2i, first + 2i + 1)      otherwise: (first + i, second + i)
-// and is turned by column + i of the table, or passes through if column < 0.
 struct Segment {
   int first, second, count, column;
   bool interleaved;
 };
 
-// All head_dim / 2 channel pairs of a head as at most three segments, in the order in which kernels store them.
+// The pairs of a head as at most two segments. Channels from rotary_dim on pass through.
 struct ChannelPairs {
-  Segment segments[3];
+  Segment segments[2];
   int count = 0;
+  int rotary_dim = 0;
 };
 
-// rotary_dim is even and <= head_dim, which is even too; rotary_dim / 2 is even for axis_half. Channels that pass
-// through can be paired in any way: with their neighbours if `neighbours`, else first half with second half.
-inline ChannelPairs channel_pairs(int head_dim, int rotary_dim, Pairing pairing, bool neighbours) {
+// rotary_dim is even; rotary_dim / 2 is even too for axis_half.
+inline ChannelPairs channel_pairs(int rotary_dim, Pairing pairing) {
   ChannelPairs out;
+  out.rotary_dim = rotary_dim;
+  if (rotary_dim == 0) return out;
   const int half = rotary_dim / 2, quarter = rotary_dim / 4;
-  if (rotary_dim > 0) {
-    switch (pairing) {
-      case Pairing::half: out.segments[out.count++] = {0, half, half, 0, false}; break;
-      case Pairing::interleaved: out.segments[out.count++] = {0, 1, half, 0, true}; break;
-      case Pairing::axis_half:
-        out.segments[out.count++] = {0, quarter, quarter, 0, false};
-        out.segments[out.count++] = {half, half + quarter, quarter, quarter, false};
-        break;
-    }
+  switch (pairing) {
+    case Pairing::half: out.segments[out.count++] = {0, half, half, 0, false}; break;
+    case Pairing::interleaved: out.segments[out.count++] = {0, 1, half, 0, true}; break;
+    case Pairing::axis_half:
+      out.segments[out.count++] = {0, quarter, quarter, 0, false};
+      out.segments[out.count++] = {half, half + quarter, quarter, quarter, false};
+      break;
   }
-  const int rest = (head_dim - rotary_dim) / 2;
-  if (rest > 0) out.segments[out.count++] = {rotary_dim, rotary_dim + (neighbours ? 1 : rest), rest, -1, neighbours};
   return out;
 }
 

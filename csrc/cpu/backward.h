@@ -19,7 +19,7 @@ template <class Dot, class T>
 class Backward {
  public:
   Backward(const Problem& problem, const BackwardTensors& tensors)
-      : p_(problem), t_(tensors), w_(problem.head_dim), turned_(pairs_of<Dot>(problem, problem.rotary_dim)), plain_(pairs_of<Dot>(problem, 0)) {
+      : p_(problem), t_(tensors), w_(problem.head_dim) {
     for (const Sequence& s : p_.sequences) longest_ = s.length > longest_ ? s.length : longest_;
     at_ = lay_out();
   }
@@ -123,7 +123,7 @@ class Backward {
     const Sequence& s = item.sequence;
     const int64_t n = s.length, to = from + kSlice < n ? from + kSlice : n;
     alignas(64) word scratch[L * (256 / Dot::kPerWord)];
-    pack(source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, turned_), w_, from, to,
+    pack(source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
          Packed{nullptr, ops.k_panels, ops.k_lanes}, scratch);
     pack(source<const T>(p_, t_.v, s, item.kv_head, 0, plain_), w_, from, to, Packed{nullptr, ops.v_panels, nullptr},
          scratch);
@@ -132,7 +132,7 @@ class Backward {
       const QueryOperands q = query_operands(memory, g);
       const auto dout = source<const T>(p_, t_.dout, s, head, 0, plain_);
       const auto out = source<const T>(p_, t_.out, s, head, 0, plain_);
-      pack(source<const T>(p_, t_.q, s, head, head, turned_), w_, from, to, Packed{q.q_rows, nullptr, q.q_lanes}, scratch);
+      pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, to, Packed{q.q_rows, nullptr, q.q_lanes}, scratch);
       pack(dout, w_, from, to, Packed{q.dout_rows, nullptr, q.dout_lanes}, scratch);
       const float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start;
       for (int64_t i = from; i < to; ++i) {
@@ -181,12 +181,12 @@ class Backward {
         if (with_dq) add_dq(q, from, rows, keys, ops, thread);
       }
     }
-    const auto to_k = source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, turned_);
+    const auto to_k = source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, p_.pairs);
     const auto to_v = source<T>(p_, t_.dv, s, item.kv_head, 0, plain_);
     for (int i = 0; i < keys.count; ++i) {
       const int64_t token = keys.from + i;
-      store_row(to_k.row(token), to_k.cos_row(token), to_k.sin_row(token), turned_, w_.P, dk + i * w_.lanes(), p_.scale);
-      store_row(to_v.row(token), nullptr, nullptr, plain_, w_.P, dv + i * w_.lanes(), 1.0f);
+      store_row(to_k.row(token), to_k.cos_row(token), to_k.sin_row(token), p_.pairs, w_.D, dk + i * w_.lanes(), p_.scale);
+      store_row(to_v.row(token), nullptr, nullptr, plain_, w_.D, dv + i * w_.lanes(), 1.0f);
     }
   }
 
@@ -201,9 +201,9 @@ class Backward {
       add_dq(q, from, rows, keys, ops, thread);
     }
     const int head = item.kv_head * group() + in_group;
-    const auto to = source<T>(p_, t_.dq, s, head, head, turned_);
+    const auto to = source<T>(p_, t_.dq, s, head, head, p_.pairs);
     for (int64_t i = from; i < from + rows; ++i)
-      store_row(to.row(i), to.cos_row(i), to.sin_row(i), turned_, w_.P, q.dq + i * w_.lanes(), p_.scale);
+      store_row(to.row(i), to.cos_row(i), to.sin_row(i), p_.pairs, w_.D, q.dq + i * w_.lanes(), p_.scale);
   }
 
   void add_dq(const QueryOperands& q, int64_t from, int rows, const Keys& keys, const Operands& ops, Thread& thread) const {
@@ -267,7 +267,7 @@ class Backward {
   const Problem& p_;
   const BackwardTensors& t_;
   const Widths<Dot> w_;
-  const ChannelPairs turned_, plain_;
+  const ChannelPairs plain_{};  // v, out and dout are not turned
   int64_t longest_ = 0;
   Offsets at_;
 };

@@ -29,11 +29,6 @@ constexpr int kPanels = 128 / L;
 constexpr int kScoreWidth = kRegisters == 32 ? 4 : 2;
 constexpr int kScoreRows = rows_of(kScoreWidth);
 
-template <class Dot>
-ChannelPairs pairs_of(const Problem& p, int rotary_dim) {
-  return channel_pairs(p.head_dim, rotary_dim, p.pairing, Dot::kPerWord == 2);
-}
-
 // Calls f(width, first panel) for tiles of nearly equal width, at most kScoreWidth; width is a compile-time constant.
 template <class F>
 SPE_INLINE void each_score_tile(int panels, F&& f) {
@@ -66,7 +61,7 @@ template <class Dot, class T>
 class Forward {
  public:
   Forward(const Problem& problem, const ForwardTensors& tensors)
-      : p_(problem), t_(tensors), w_(problem.head_dim), turned_(pairs_of<Dot>(problem, problem.rotary_dim)), plain_(pairs_of<Dot>(problem, 0)) {
+      : p_(problem), t_(tensors), w_(problem.head_dim) {
     for (const Sequence& s : p_.sequences) longest_ = s.length > longest_ ? s.length : longest_;
   }
 
@@ -89,7 +84,7 @@ class Forward {
     word* const scratch = reinterpret_cast<word*>(thread_memory + sizeof(Thread));
     if (phase == 0) {
       const int64_t from = part * kSlice, n = item.sequence.length, to = from + kSlice < n ? from + kSlice : n;
-      pack(source<const T>(p_, t_.k, item.sequence, item.kv_head, item.kv_head, turned_), w_, from, to,
+      pack(source<const T>(p_, t_.k, item.sequence, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
            Packed{nullptr, panels, nullptr}, scratch);
       pack(source<const T>(p_, t_.v, item.sequence, item.kv_head, 0, plain_), w_, from, to,
            Packed{nullptr, nullptr, lanes}, scratch);
@@ -125,7 +120,7 @@ class Forward {
     const int rows = static_cast<int>(s.length - from < kRows ? s.length - from : kRows);
     word* const q = scratch;                                                             // (rows, w_.row)
     float* const o = reinterpret_cast<float*>(scratch + (kRows + kScoreRows) * w_.row);  // (rows, lanes)
-    pack(source<const T>(p_, t_.q, s, head, head, turned_), w_, from, from + rows, Packed{q - from * w_.row}, q);
+    pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, from + rows, Packed{q - from * w_.row}, q);
     sweep<Purpose::first>(s.length, q, rows, panels, lanes, thread, o);
     if (!totals_in_range(thread, rows)) {
       for (int r = 0; r < rows; ++r) thread.shift[r] = -kInfinity;
@@ -209,7 +204,7 @@ class Forward {
   void store_rows(const Sequence& s, int head, int64_t from, int rows, const Thread& thread, const float* o) const {
     const auto out = source<T>(p_, t_.out, s, head, 0, plain_);
     for (int r = 0; r < rows; ++r)
-      store_row(out.row(from + r), nullptr, nullptr, plain_, w_.P, o + r * w_.lanes(), 1.0f / thread.total[r]);
+      store_row(out.row(from + r), nullptr, nullptr, plain_, w_.D, o + r * w_.lanes(), 1.0f / thread.total[r]);
     float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start + from;
     for (int r = 0; r < rows; r += L)
       store_some(lse + r, fma(load(thread.shift + r), splat(p_.scale), log(load(thread.total + r))), rows - r);
@@ -218,7 +213,7 @@ class Forward {
   const Problem& p_;
   const ForwardTensors& t_;
   const Widths<Dot> w_;
-  const ChannelPairs turned_, plain_;  // of q and k; of v and out
+  const ChannelPairs plain_{};  // v and out are not turned
   int64_t longest_ = 0;
 };
 

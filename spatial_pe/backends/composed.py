@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_cu_seqlens
-from ..rotary import apply_rotary
+from ..checks import check_cu_seqlens, check_seqlens
+from ..rotary import _has_values, apply_rotary
 from .call import Call
 
 
@@ -27,6 +27,8 @@ def attention(call: Call) -> Tensor:
     q, k, v = call.q, call.k, call.v
     valid = None
     if call.seqlens is not None:
+        if _has_values(call.seqlens):
+            check_seqlens(call.seqlens.tolist(), q.shape[1])
         # what lies behind a sample's end may be anything, NaN included: it must not meet a zero weight
         valid = torch.arange(q.shape[1], device=q.device) < call.seqlens[:, None]  # (B, N)
         q, k, v = (torch.where(valid[:, :, None, None], x, 0) for x in (q, k, v))
@@ -59,7 +61,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if stop > start:
             starts.setdefault(stop - start, []).append(start)
     if not starts:
-        return torch.zeros_like(q)
+        return q + k.sum() + v.sum()  # no tokens, so no elements; but differentiable
     if len(starts) == 1:  # all windows alike: (T, H, D) -> (windows, length, H, D) is a view
         (length,) = starts
         q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from types import ModuleType
 
@@ -15,19 +14,21 @@ from .call import Call
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-@functools.cache
-def extension() -> ModuleType | str:
-    """The compiled module, or why there is none."""
+def _load() -> ModuleType | str:
     try:
-        module = importlib.import_module("spatial_pe._C")
+        return importlib.import_module("spatial_pe._C")
     except ImportError as error:
         return f"the compiled extension is missing ({error}): reinstall with a C++17 compiler on the PATH"
-    return module
+
+
+# Loaded here and not on first use: torch.compile traces through the functions below, but not through an import.
+EXTENSION: ModuleType | str = _load()
+# What the CPU can do and how the extension was compiled; empty without it.
+FEATURES: dict = {} if isinstance(EXTENSION, str) else EXTENSION.cpu_features()
 
 
 def unavailable() -> str | None:
-    module = extension()
-    return module if isinstance(module, str) else None
+    return EXTENSION if isinstance(EXTENSION, str) else None
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -78,10 +79,9 @@ def _allocator(call: Call):
 
 
 def _module() -> ModuleType:
-    module = extension()
-    if isinstance(module, str):
-        raise RuntimeError(f'backend "cpu" is not available: {module}')
-    return module
+    if isinstance(EXTENSION, str):
+        raise RuntimeError(f'backend "cpu" is not available: {EXTENSION}')
+    return EXTENSION
 
 
 def _view(x: Tensor) -> tuple[int, int, int, int]:

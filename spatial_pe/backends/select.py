@@ -39,10 +39,9 @@ def _slower(name: str, call: Call) -> str | None:
     """Where a backend could serve, but what the user had is faster or not measured against: auto stays away."""
     if name != "cpu":
         return None
-    features = cpu.extension().cpu_features()  # type: ignore[union-attr]
-    if features["isa"] == "portable":
+    if cpu.FEATURES["isa"] == "portable":
         return "this CPU has neither AVX2 nor AVX-512: torch's own attention is likely faster"
-    if {"amx_bf16", "amx_fp16"} & set(features["flags"]) and call.q.dtype.itemsize == 2:
+    if {"amx_bf16", "amx_fp16"} & set(cpu.FEATURES["flags"]) and call.q.dtype.itemsize == 2:
         return "this CPU has AMX, which torch uses for 16-bit matrix products and these kernels do not"
     return None
 

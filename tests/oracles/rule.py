@@ -55,4 +55,4 @@ def _compare(name: str, got: Tensor, value: Tensor, allowed: float, inputs: Inpu
     assert got.shape == value.shape, f"{where}: shape {tuple(got.shape)}, not {tuple(value.shape)}"
     assert torch.isfinite(got).all(), f"{where}: {int((~torch.isfinite(got)).sum())} elements are not finite"
     error = _distance(got, value)
-    assert error <= allowed, f"{where}: error {error:.3g} > {allowed:.3g} allowed; the result has norm {value.norm():.3g}"
+    assert error <= allowed, f"{where}: error {error:.3g} > {allowed:.3g}; the result has norm {value.norm():.3g}"
