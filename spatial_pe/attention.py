@@ -60,8 +60,9 @@ def rope_attention(
         q, scale = -q, -scale
     if scale < torch.finfo(torch.float32).tiny:  # kernels mask with scores of -inf, and 0 times that is NaN
         q, scale = q * 0, 1.0
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        low = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type  # meta has no autocast, and asking about it raises
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        low = torch.get_autocast_dtype(device)
         q, k, v = q.to(low), k.to(low), v.to(low)
     packed = cu_seqlens is not None
     if packed:

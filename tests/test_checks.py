@@ -182,7 +182,7 @@ class TestSequences:
         for lengths, error, message in [
             (int32(10, 11), ValueError, r"^seqlens must lie between 0 and the 10 tokens of q, got 11 for sample 1$"),
             (int32(-1, 10), ValueError, r"^seqlens must lie between 0 and the 10 tokens of q, got -1 for sample 0$"),
-            (int32(10), ValueError, r"^seqlens must have one entry for each of the 2 samples, got 1$"),
+            (int32(10), ValueError, r"^seqlens must have an entry for each of the 2 samples, got 1$"),
             (torch.tensor([1, 2]), TypeError, r"^seqlens must be int32, got torch.int64: use seqlens.int\(\)"),
             ((1, 2), TypeError, r"^seqlens must be an int32 torch.Tensor, got tuple"),
             (int32(1, 2)[:, None], ValueError, r"^seqlens must have one dimension, got shape \(2, 1\)"),

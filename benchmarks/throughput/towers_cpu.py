@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -53,6 +54,11 @@ def qwen2_5_vl() -> tuple[nn.Module, Callable[[nn.Module, torch.dtype], Tensor]]
 TOWERS = {"dinov2_small_518": dinov2_small_518, "qwen2_5_vl": qwen2_5_vl}
 
 
+@torch.no_grad()
+def run(forward: Callable, model: nn.Module, dtype: torch.dtype) -> Tensor:
+    return forward(model, dtype)
+
+
 def sdpa_share(run: Callable[[], object]) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
@@ -80,14 +86,14 @@ def main() -> None:
                 after = copy.deepcopy(before)
                 report = spatial_pe.patch(after)
 
-                def call(m: nn.Module, forward=forward, dtype=dtype):
-                    with torch.no_grad():
-                        return forward(m, dtype)
-
-                samples = interleaved({"before": lambda: call(before), "after": lambda: call(after)}, options.rounds)
+                calls = {
+                    "before": functools.partial(run, forward, before, dtype),
+                    "after": functools.partial(run, forward, after, dtype),
+                }
+                samples = interleaved(calls, options.rounds)
                 median = medians(samples)
                 row = {"tower": name, "what": TOWERS[name].__doc__, "dtype": dtype_name, "threads": threads}
-                row |= {"speedup": median["before"] / median["after"], "sdpa_share": sdpa_share(lambda: call(before))}
+                row |= {"speedup": median["before"] / median["after"], "sdpa_share": sdpa_share(calls["before"])}
                 result["rows"].append(row | {"patched": len(report.patched), "seconds": samples})
                 print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
     if options.out:

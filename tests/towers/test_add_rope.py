@@ -45,7 +45,7 @@ def shaken(model, seed=3):
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
 @pytest.mark.parametrize("name", WITHOUT_ROPE)
 def test_identity_start_is_exact_and_learns(name, rope, backend, dtype):
-    """To the last bit what the same backend computes without RoPE: cos = 1 and sin = 0 change neither value nor order."""
+    """To the last bit what the backend computes without RoPE: cos = 1 and sin = 0 change neither value nor order."""
     family = FAMILIES[name]
     plain, model = family.make().to(dtype), family.make().to(dtype)
     inputs = family.inputs()

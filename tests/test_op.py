@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op inside torch: schema, fake tensors, compilation, autocast, checkpointing, autograd."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from oracles import Case, exact, make, run, threads
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from spatial_pe import Rotary, rope_attention
+from spatial_pe.backends import cpu
+
+BACKENDS = ["reference", *([] if cpu.unavailable() else ["cpu"])]
+CASES = {
+    "dense": Case(batch=2, tokens=20, dim=24, kv_heads=1),
+    "packed": Case(lengths=(0, 7, 1, 12), dim=24, pairing="interleaved", table="head"),
+    "padded": Case(batch=3, tokens=10, seqlens=(10, 0, 3), dim=24, rotary_dim=16, table="sample"),
+    "plain": Case(batch=2, tokens=20, dim=24, rotary_dim=0, scale=0.3),
+    "view": Case(batch=2, tokens=20, dim=24, layout="fused"),
+}
+OP = torch.ops.spatial_pe.rope_attention
+BACKWARD = torch.ops.spatial_pe.rope_attention_backward
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with threads(1):
+        yield
+
+
+def arguments(case: Case, backend: str, tables_want_grad: bool = True) -> tuple:
+    """Of the op, as leaves."""
+    inputs = make(case)
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    if case.seqlens:  # opcheck compares bit by bit, and NaN is not equal to itself
+        q, k, v = (x.nan_to_num() for x in (q, k, v))
+    if case.lengths:
+        q, k, v = q[None], k[None], v[None]
+    rotary = inputs.rotary()
+    tables = (None, None) if rotary is None else (rotary.cos.detach(), rotary.sin.detach())
+    for table in tables:
+        if table is not None:
+            table.requires_grad_(tables_want_grad)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    return q, k, v, *tables, case.pairing, inputs.scale, inputs.cu_seqlens, None, inputs.seqlens, backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tables_want_grad", [True, False])
+def test_opcheck(name, backend, tables_want_grad):
+    """Schema, autograd registration, fake tensors, and compiled gradients with static and dynamic shapes."""
+    args = arguments(CASES[name], backend, tables_want_grad)
+    done = torch.library.opcheck(OP, args)
+    assert set(done.values()) == {"SUCCESS"} and len(done) >= 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_backward(name, backend):
+    args = arguments(CASES[name], backend)
+    out, lse = (x.detach() for x in OP(*args))
+    args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
+    dout = torch.randn_like(out)
+    # its own autograd raises: what compiles is the forward op, tested above
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    done = torch.library.opcheck(BACKWARD, (dout, out, lse, *args), test_utils=tests)
+    assert set(done.values()) == {"SUCCESS"}
+
+
+# -------------------------------------------------------------------------------------------------- without values
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "composed"])
+@pytest.mark.parametrize("name", ["dense", "view", "plain"])
+def test_fake_and_meta_tensors(name, backend):
+    """Shape, dtype, device and strides are those of the real call; no kernel could run."""
+    inputs = make(CASES[name])
+    real = inputs.call(backend)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = [mode.from_tensor(x.detach()) for x in (inputs.q, inputs.k, inputs.v)]
+        angles = None if inputs.angles is None else mode.from_tensor(inputs.angles.detach())
+        rotary = None if angles is None else Rotary.from_angles(angles)
+        out = rope_attention(*fake, rotary, backend=backend)
+    meta = [x.detach().to("meta") for x in (inputs.q, inputs.k, inputs.v)]
+    rotary = None if inputs.angles is None else Rotary.from_angles(inputs.angles.detach().to("meta"))
+    for got in (out, rope_attention(*meta, rotary, backend=backend)):
+        assert (got.shape, got.dtype, got.stride()) == (real.shape, real.dtype, real.stride())
+    assert out.device.type == "cpu"
+
+
+# ----------------------------------------------------------------------------------------------------- torch.compile
+
+
+def compiled_equals_eager(case: Case, compiler: str, backend: str = "auto", dynamic: bool = False) -> None:
+    def attention(q, k, v, angles, cu_seqlens, seqlens):
+        rotary = None if angles is None else Rotary.from_angles(angles, case.pairing)
+        out = rope_attention(
+            q * 1.5, k, v, rotary, scale=case.scale, cu_seqlens=cu_seqlens, seqlens=seqlens, backend=backend
+        )
+        return out.sin()  # something before and after, so that the op is inside a graph
+
+    inputs = make(case)
+    leaves = list(inputs.leaves.values())
+    args = (inputs.q, inputs.k, inputs.v, inputs.angles, inputs.cu_seqlens, inputs.seqlens)
+    torch._dynamo.reset()
+    fast = torch.compile(attention, fullgraph=True, backend=compiler, dynamic=dynamic)
+    out, expected = fast(*args), attention(*args)
+    torch.testing.assert_close(out, expected)
+    got, grads = (torch.autograd.grad(x, leaves, inputs.dout.nan_to_num()) for x in (out, expected))
+    for name, a, b in zip(inputs.leaves, got, grads, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_a_graph_break(name, backend):
+    """fullgraph=True raises on a graph break; choosing the backend must not be one."""
+    compiled_equals_eager(CASES[name], "aot_eager", backend)
+
+
+def test_compiles_for_dynamic_shapes():
+    compiled_equals_eager(CASES["dense"], "aot_eager", dynamic=True)
+
+
+def test_compiled_once_for_several_lengths():
+    """Marked dynamic, the number of tokens does not recompile."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    attention = torch.compile(lambda q, angles: rope_attention(q, q, q, Rotary.from_angles(angles)),
+                              backend=counter, fullgraph=True, dynamic=True)  # fmt: skip
+    for tokens in (20, 33, 57):
+        q, angles = torch.randn(1, tokens, 2, 24), torch.randn(tokens, 12)
+        torch.testing.assert_close(attention(q, angles), rope_attention(q, q, q, Rotary.from_angles(angles)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_inductor():
+    compiled_equals_eager(CASES["dense"], "inductor")
+
+
+# ----------------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS, "composed"])
+def test_autocast(backend):
+    """float32 in, computed and returned in bfloat16; gradients arrive in float32. float64 is left alone."""
+    inputs = make(Case(batch=2, tokens=40, dim=32))
+    q, k, v = (x.detach().bfloat16() for x in (inputs.q, inputs.k, inputs.v))
+    expected = rope_attention(q, k, v, inputs.rotary(), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = inputs.call(backend)
+        double = rope_attention(*(x.detach().double() for x in (inputs.q, inputs.k, inputs.v)), inputs.rotary())
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert double.dtype == torch.float64
+    grads = torch.autograd.grad(out, list(inputs.leaves.values()), inputs.dout.bfloat16())
+    truth = exact(inputs)
+    for (name, leaf), grad in zip(inputs.leaves.items(), grads, strict=True):
+        assert grad.dtype == leaf.dtype == torch.float32
+        assert (grad.double() - truth.values[name]).norm() < 0.02 * truth.values[name].norm()
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(backend, reentrant):
+    inputs = make(Case(batch=2, tokens=40, dim=32))
+    expected = run(inputs, backend)
+
+    def block(q, k, v, angles):
+        return rope_attention(q, k, v, Rotary.from_angles(angles), backend=backend)
+
+    out = checkpoint(block, inputs.q, inputs.k, inputs.v, inputs.angles, use_reentrant=reentrant)
+    out.backward(inputs.dout)
+    assert all(torch.equal(leaf.grad, expected[name]) for name, leaf in inputs.leaves.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_raises(backend):
+    inputs = make(Case(tokens=10, dim=32))
+    (dq,) = torch.autograd.grad(inputs.call(backend), inputs.q, inputs.dout, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'rope_attention has no double backward: use backend="composed" for it'):
+        dq.sum().backward()
+
+
+def test_double_backward_of_composed():
+    """What the message above recommends."""
+    inputs = make(Case(tokens=6, heads=1, dim=8, dtype=torch.float64))
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v: rope_attention(q, k, v, inputs.rotary(), backend="composed").square(),
+        (inputs.q, inputs.k, inputs.v),
+    )
+
+
+def test_gradient_of_the_angles_by_finite_differences():
+    """Through cos and sin, in float64: for a table of one's own, a frequency per pair, and cos and sin apart."""
+    inputs = make(Case(batch=2, tokens=5, dim=8, dtype=torch.float64, table="both", pairing="axis_half"))
+
+    def of_angles(angles):
+        return rope_attention(
+            inputs.q, inputs.k, inputs.v, Rotary.from_angles(angles, "axis_half"), backend="reference"
+        )
+
+    assert torch.autograd.gradcheck(of_angles, inputs.angles)
+    positions = torch.arange(5.0, dtype=torch.float64)[:, None]
+    assert torch.autograd.gradcheck(lambda f: of_angles((positions * f)[None, :, None]),
+                                    torch.rand(4, dtype=torch.float64, requires_grad=True))  # fmt: skip
+
+
+def test_gradients_of_cos_and_sin_are_along_the_circle():
+    """dcos = -sin dφ and dsin = cos dφ, as documented, so that cos dcos + sin dsin = 0."""
+    inputs = make(Case(tokens=20, dim=24))
+    cos, sin = (f(inputs.angles).detach().requires_grad_() for f in (torch.cos, torch.sin))
+    out = rope_attention(inputs.q, inputs.k, inputs.v, Rotary(cos, sin), backend="reference")
+    dcos, dsin = torch.autograd.grad(out, (cos, sin), inputs.dout)
+    dphi = run(inputs, "reference")["angles"]
+    torch.testing.assert_close(dcos, -sin * dphi)
+    torch.testing.assert_close(dsin, cos * dphi)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend):
+    """A table that wants no gradient gets none, q alone can want one, and no_grad records nothing."""
+    inputs = make(Case(tokens=20, dim=24))
+    expected = run(inputs, backend)
+    q, k, v, rotary = inputs.q, inputs.k.detach(), inputs.v.detach(), Rotary.from_angles(inputs.angles.detach())
+    rope_attention(q, k, v, rotary, backend=backend).backward(inputs.dout)
+    assert torch.equal(q.grad, expected["q"])
+    assert k.grad is v.grad is rotary.cos.grad is None
+    out = rope_attention(q.detach(), k, v, inputs.rotary(), backend=backend)
+    (dangles,) = torch.autograd.grad(out, inputs.angles, inputs.dout)
+    torch.testing.assert_close(dangles, expected["angles"])
+    with torch.no_grad():
+        assert not inputs.call(backend).requires_grad
+
+
+# --------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_deepcopy_and_pickle_of_rotary(tmp_path):
+    """A module that keeps a Rotary is copied (EMA, swa_utils) and saved."""
+    rotary = Rotary.from_angles(torch.randn(3, 8, 2, 6), "interleaved")
+    torch.save(rotary, tmp_path / "rotary.pt")
+    for other in (copy.deepcopy(rotary), torch.load(tmp_path / "rotary.pt", weights_only=False)):
+        assert other.pairing == "interleaved"
+        assert torch.equal(other.cos, rotary.cos) and torch.equal(other.sin, rotary.sin)
+        assert other.cos.data_ptr() != rotary.cos.data_ptr()
+        other.cos.zero_()
+        assert rotary.cos.abs().sum() > 0
+
+
+def test_scale_default_is_that_of_the_head_dim():
+    inputs = make(Case(tokens=20, dim=24, scale=None))
+    explicit = rope_attention(inputs.q, inputs.k, inputs.v, inputs.rotary(), scale=1 / math.sqrt(24))
+    assert torch.equal(inputs.call("auto"), explicit)
+    assert not torch.equal(
+        inputs.call("auto"), rope_attention(inputs.q, inputs.k, inputs.v, inputs.rotary(), scale=0.2)
+    )
+
+
+def test_max_seqlen_is_a_hint_only():
+    inputs = make(CASES["packed"])
+    for backend in ["auto", *BACKENDS, "composed"]:
+        got = rope_attention(inputs.q, inputs.k, inputs.v, inputs.rotary(), cu_seqlens=inputs.cu_seqlens,
+                             max_seqlen=12, backend=backend)  # fmt: skip
+        assert torch.equal(got, inputs.call(backend))
