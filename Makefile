@@ -24,7 +24,7 @@ lint: $(VENV)/installed
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set, odd shapes.
 sanitize: $(VENV)/installed
-	cmake -S csrc -B build/sanitize -G Ninja -DSPATIAL_PE_SANITIZE=address,undefined -DSPATIAL_PE_CUDA=0 \
+	cmake --fresh -S csrc -B build/sanitize -G Ninja -DSPATIAL_PE_SANITIZE=address,undefined -DSPATIAL_PE_CUDA=0 \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/sanitize/install
 	cmake --build build/sanitize

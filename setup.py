@@ -27,7 +27,8 @@ class CMakeBuild(build_ext):
     def run(self):
         package = Path(self.get_ext_fullpath("spatial_pe._C")).resolve().parent
         package.mkdir(parents=True, exist_ok=True)
-        (package / FAILURE).unlink(missing_ok=True)
+        for stale in self.built(package):  # of a build with other options
+            stale.unlink()
         reason = self.missing_tool() or self.cmake(package)
         if reason is None:
             return
@@ -52,7 +53,8 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            *("cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja"),
+            # fresh: the cache of an earlier build names tools of its own isolated environment, gone by now
+            *("cmake", "--fresh", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={package.parent}",
@@ -66,9 +68,12 @@ class CMakeBuild(build_ext):
                 return f"{' '.join(map(str, command[:2]))} failed: {(errors or done.stdout.splitlines() or ['?'])[0]}"
         return None
 
+    @staticmethod
+    def built(package):
+        return [path for pattern in ("_C.*", "_cuda.*", FAILURE) for path in package.glob(pattern)]
+
     def get_outputs(self):
-        package = Path(self.get_ext_fullpath("spatial_pe._C")).parent
-        return [str(p) for p in (*package.glob("_C*"), *package.glob("_cuda*"), *package.glob(FAILURE))]
+        return [str(path) for path in self.built(Path(self.get_ext_fullpath("spatial_pe._C")).parent)]
 
     def get_source_files(self):
         return [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()]

@@ -61,6 +61,10 @@ class RoPE2DAttention(nn.Module):
     ) -> Tensor:
         if x.ndim not in (2, 3):
             raise ValueError(f"x must be (B, N, C) or packed (T, C), got shape {tuple(x.shape)}")
+        if x.ndim == 3 and isinstance(grid, PatchGrid) and len(grid.images) > 1:
+            raise ValueError(
+                f"grid packs {len(grid.images)} images: x must be packed (T, C), got shape {tuple(x.shape)}"
+            )
         rotary = self._rotary(grid, x)
         if x.ndim == 2 and cu_seqlens is None:
             if not isinstance(grid, PatchGrid):

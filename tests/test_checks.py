@@ -74,7 +74,7 @@ class TestTensors:
         q, k, v = qkv()
         refuses(ValueError, r"^q, k and v must be on one device, got q on cpu, k on meta", q, k.to("meta"), v,
                 backend=backend)  # fmt: skip
-        refuses(ValueError, r"^rotary is on meta, q on cpu: move it with rotary.to\('cpu'\)", q, k, v,
+        refuses(ValueError, r"^rotary is on meta, q on cpu: use rotary.to\('cpu'\)", q, k, v,
                 table(device="meta"), backend=backend)  # fmt: skip
         message = r"^seqlens is on meta, q on cpu: they must be on one device"
         refuses(ValueError, message, q, k, v, seqlens=int32(1, 2).to("meta"), backend=backend)
@@ -147,7 +147,7 @@ class TestRotary:
         refuses(
             ValueError, r"^rotary has batch 3, q has 2: it must have 1 or 2", *qkv(), table(batch=3), backend=backend
         )
-        refuses(ValueError, r"^a rotary with a table per head needs as many key heads as query heads, got 2 and 4",
+        refuses(ValueError, r"^rotary has a table per head, which needs as many key heads as query heads, got 2 and 4",
                 *qkv(kv_heads=2), table(heads=4), backend=backend)  # fmt: skip
 
 

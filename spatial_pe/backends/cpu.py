@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -18,7 +19,9 @@ def _load() -> ModuleType | str:
     try:
         return importlib.import_module("spatial_pe._C")
     except ImportError as error:
-        return f"the compiled extension is missing ({error}): reinstall with a C++17 compiler on the PATH"
+        failure = Path(__file__).parents[1] / "_build_failure.txt"  # left by setup.py
+        why = failure.read_text(encoding="utf-8").strip() if failure.exists() else str(error)
+        return f"the compiled extension is missing ({why}): reinstall with a C++17 compiler on the PATH"
 
 
 # Loaded here and not on first use: torch.compile traces through the functions below, but not through an import.

@@ -31,7 +31,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         q, k, v = _rotated(call, b, start, stop)
         scores = _scores(q, k) * call.scale  # (H, n, n)
         row = torch.logsumexp(scores, dim=-1)
-        out[b, start:stop] = torch.einsum("hnm,mhd->nhd", torch.softmax(scores, dim=-1), v).to(out.dtype)
+        out[b, start:stop] = _einsum("hnm,mhd->nhd", torch.softmax(scores, dim=-1), v).to(out.dtype)
         lse[b, :, start:stop] = row.float()
     return out, lse
 
@@ -49,12 +49,12 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
         q, k, v = _rotated(call, b, start, stop)
         g = dout[b, start:stop].to(wide)
         p = torch.softmax(_scores(q, k) * call.scale, dim=-1)
-        dp = torch.einsum("nhd,mhd->hnm", g, v)
+        dp = _einsum("nhd,mhd->hnm", g, v)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * call.scale
-        dq[b, start:stop] = torch.einsum("hnm,mhd->nhd", ds, k)
+        dq[b, start:stop] = _einsum("hnm,mhd->nhd", ds, k)
         # (n, H, D) -> (n, Hkv, group, D): query heads that share a key head add up
-        dk[b, start:stop] = torch.einsum("hnm,nhd->mhd", ds, q).unflatten(1, (-1, group)).sum(2)
-        dv[b, start:stop] = torch.einsum("hnm,nhd->mhd", p, g).unflatten(1, (-1, group)).sum(2)
+        dk[b, start:stop] = _einsum("hnm,nhd->mhd", ds, q).unflatten(1, (-1, group)).sum(2)
+        dv[b, start:stop] = _einsum("hnm,nhd->mhd", p, g).unflatten(1, (-1, group)).sum(2)
     if call.rotary is not None:
         back = call.rotary.inverse()
         dq, dk = apply_rotary(dq, back), apply_rotary(dk, back)
@@ -65,8 +65,13 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):  # which would multiply in bfloat16
+        return torch.einsum(equation, a, b)
+
+
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    return torch.einsum("nhd,mhd->hnm", q, k)
+    return _einsum("nhd,mhd->hnm", q, k)
 
 
 def _rotated(call: Call, b: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
