@@ -68,7 +68,7 @@ class Rotary:
 
     @classmethod
     def _unchecked(cls, cos: Tensor, sin: Tensor, pairing: Pairing) -> Rotary:
-        """From canonical (B|1, N, H|1, R/2) tables that came out of a Rotary: a second look for NaN would cost 50 us."""
+        """From canonical (B|1, N, H|1, R/2) tables of a Rotary: a second look for NaN would cost 50 us."""
         rotary = object.__new__(cls)
         for name, value in (("cos", cos), ("sin", sin), ("pairing", pairing)):
             object.__setattr__(rotary, name, value)

@@ -187,7 +187,7 @@ def test_mixed_learns():
     """Each token shall give its right neighbour (the last of a row its first): attention without positions cannot, and
     the frequencies that the rotation starts from do not. New data in every step, so that nothing is learned by heart.
     """
-    torch.manual_seed(2)
+    torch.manual_seed(1)
     grid = PatchGrid(4, 4)
     losses = {}
     for name, rope in (("mixed", MixedRoPE(16, 2)), ("none", None)):
@@ -195,18 +195,18 @@ def test_mixed_learns():
         start = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
         losses[name] = []
-        for _ in range(150):
-            x = torch.randn(16, 4, 4, 32)
+        for _ in range(280):
+            x = torch.randn(8, 4, 4, 32)
             loss = nn.functional.mse_loss(model(x.flatten(1, 2), grid), x.roll(-1, dims=2).flatten(1, 2))
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses[name].append(loss.item())
         moved = [(p - q).abs().max() for p, q in zip(model.parameters(), start, strict=True)]
         assert all(distance > 1e-3 for distance in moved)
-        print(name, losses[name][::20], moved)
-    assert losses["none"][-1] > 0.9
-    assert losses["mixed"][-1] < 0.8
+    assert losses["none"][-1] > 0.8
+    assert losses["mixed"][-1] < 0.2
 
 
 def test_state_dict_and_copies():

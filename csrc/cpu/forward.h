@@ -203,8 +203,10 @@ class Forward {
 
   void store_rows(const Sequence& s, int head, int64_t from, int rows, const Thread& thread, const float* o) const {
     const auto out = source<T>(p_, t_.out, s, head, 0, plain_);
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
+      prefetch_row<true>(out.row(from + r) + w_.D, w_.D);
       store_row(out.row(from + r), nullptr, nullptr, plain_, w_.D, o + r * w_.lanes(), 1.0f / thread.total[r]);
+    }
     float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start + from;
     for (int r = 0; r < rows; r += L)
       store_some(lse + r, fma(load(thread.shift + r), splat(p_.scale), log(load(thread.total + r))), rows - r);
