@@ -345,7 +345,8 @@ def test_only_differences_of_angles_matter(case, kernel):
     shifted = replace(inputs, angles=(inputs.angles + shift).detach().requires_grad_())
     with kernel.selected() as backend:
         here, there = run(inputs, backend), run(shifted, backend)
-    assert not torch.equal(here["out"], there["out"])
+    # 16 bits may hide that anything was computed anew
+    assert case.dtype != torch.float32 or not torch.equal(here["out"], there["out"])
     check_bound(there, truth, inputs)
     # but turning the queries alone matters: the table is not ignored
     other = replace(inputs, q=apply_rotary(inputs.q, Rotary.from_angles(shift.expand(case.tokens, -1))).detach())

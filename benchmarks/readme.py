@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrites the README's tables from benchmarks/results/cpu/*.json.
+
+    python -m benchmarks.readme [--check]
+
+``--check`` writes nothing and fails if the README is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def demo() -> str:
+    result = load("demo")
+    rows = [
+        [
+            f"{row['dtype']}, {row['size']} px",
+            f"{row['error']['relative']:.1e}",
+            "" if row["relative_error_to_float32"] is None else f"{row['relative_error_to_float32']['before']:.1e}",
+            f"{row['error']['cosine_mean']:.6f}",
+            f"{row['images_per_second']['before']:.2f}",
+            f"{row['images_per_second']['after']:.2f}",
+            f"**{row['speed_up']:.2f}x**",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["", "relative error", "bf16's own", "cosine", "images/s before", "after", "speed-up"]
+    return table(header, rows) + f"\n\n`make demo`; {machine(result['environment'])}."
+
+
+def results() -> str:
+    return "\n\n".join([attention(), peers(), towers()])
+
+
+def attention() -> str:
+    result = load("attention")
+    cases: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["dtype"], row["shape"]), {"size": row["size"]})[row["direction"], row["threads"]] = row
+    rows = []
+    for (dtype, _), case in cases.items():
+        batch, heads, tokens, dim = case["size"]
+        windows = f"{batch} windows of {tokens}, {heads} heads, {dim}"
+        cells = [dtype, windows if case["forward", 1]["shape"] == "windows" else f"{batch}, {heads}, {tokens}, {dim}"]
+        for direction in ("forward", "backward"):
+            one, two = case[direction, 1], case[direction, 2]
+            cells += [f"{one['gflops']['ours']:.0f} / {two['gflops']['ours']:.0f}"]
+            cells += [f"**{one['speedup']:.2f}x** / {two['speedup']:.2f}x"]
+        cells += [f"{case['forward', 1]['rotation_cost']:+.1%}"]
+        rows.append(cells)
+    header = ["", "batch, heads, tokens, head_dim", "forward, GF/s", "against eager", "backward, GF/s", "against eager"]
+    intro = (
+        "The CPU kernel, one / two threads, against what Hugging Face's towers do (rotate-half in float32, then "
+        "torch's SDPA, a call for each window); last column: the forward's rotation on against off.\n\n"
+    )
+    return intro + table([*header, "rotation"], rows) + f"\n\n`{result['command']}`; {machine(result)}."
+
+
+def peers() -> str:
+    result = load("peers")
+    rows = []
+    for row in result["rows"]:
+        rates = row["gflops"]
+        cells = [row["dtype"], row["shape"], str(row["threads"]), f"{rates['ours']:.0f}", f"{rates['openvino']:.0f}"]
+        cells += [f"{rates['onnxruntime']:.0f}" if "onnxruntime" in rates else "–"]
+        cells += [f"**{row['against_best_peer']:.2f}x**"]
+        rows.append(cells)
+    intro = "Forward in GF/s against OpenVINO and ONNX Runtime. They do not rotate; we do.\n\n"
+    header = ["", "tokens", "threads", "spatial_pe", "OpenVINO", "ONNX Runtime", "against the best peer"]
+    return intro + table(header, rows) + f"\n\n`{result['command']}`; {machine(result)}."
+
+
+def towers() -> str:
+    result = load("towers")
+    rows = [[r["what"], r["dtype"], f"{r['sdpa_share']:.0%}", f"**{r['speedup']:.2f}x**"] for r in result["rows"]]
+    intro = "Whole towers, two threads, patched against unpatched.\n\n"
+    header = ["tower", "", "SDPA's share before", "speed-up"]
+    return intro + table(header, rows) + f"\n\n`{result['command']}`; {machine(result)}."
+
+
+def machine(result: dict) -> str:
+    versions = result["versions"]
+    names = ("torch", "transformers", "openvino", "onnxruntime")
+    peers = [f"{name} {versions[name]}" for name in names if name in versions]
+    return ", ".join([result["cpu"], *peers])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the README is stale")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for name, make in (("demo", demo), ("results", results)):
+        block = f"<!-- {name}: written by `python -m benchmarks.readme` -->\n{make()}\n<!-- end of {name} -->"
+        stale = re.compile(rf"<!-- {name}: .*?<!-- end of {name} -->", re.DOTALL)
+        text, count = stale.subn(lambda _, block=block: block, text)
+        if count != 1:
+            sys.exit(f"README.md must hold one block of {name}, found {count}")
+    if check and text != path.read_text():
+        sys.exit("README.md is stale: run python -m benchmarks.readme")
+    if not check:
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
