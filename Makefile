@@ -25,11 +25,10 @@ lint: $(VENV)/installed
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set, odd shapes.
 sanitize: $(VENV)/installed
 	cmake --fresh -S csrc -B build/sanitize -G Ninja -DSPATIAL_PE_SANITIZE=address,undefined -DSPATIAL_PE_CUDA=0 \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
-	  -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/sanitize/install
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build build/sanitize
-	cmake --install build/sanitize
-	$(BIN)/python tests/sanitize.py build/sanitize/install/spatial_pe
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_C*.so
 
 # Every number of the README's CPU table, and the peers. About 15 minutes.
 bench-cpu: $(VENV)/bench

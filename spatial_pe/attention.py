@@ -163,7 +163,10 @@ torch.library.register_autograd(
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError('rope_attention has no double backward: use backend="composed" for it')
+    raise RuntimeError(
+        'rope_attention has no double backward: use backend="composed" under '
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+    )
 
 
 torch.library.register_autograd("spatial_pe::rope_attention_backward", _no_double_backward, lib=_LIBRARY)

@@ -17,6 +17,7 @@ import itertools
 import random
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ def cases():
     rng = random.Random(0)
     for dtype in DTYPES:
         pairs = [(n, rng.choice(DIMS)) for n in TOKENS] + [(rng.choice(TOKENS), dim) for dim in DIMS]
+        pairs += [(128, dim) for dim in DIMS]  # a full block of keys: its last row ends the working memory
         for tokens, dim in pairs:
             pairing, table, left = next(rotations)
             # 0: none; None: all channels; else that many fewer than all
@@ -56,8 +58,14 @@ def cases():
                 table = "sample"
             if pairing == "axis_half" and rotary_dim % 4:
                 rotary_dim -= 2
-            rotation = {"rotary_dim": rotary_dim, "pairing": pairing, "table": table}
-            common = {"dim": dim, "dtype": dtype, "heads": heads, "kv_heads": kv_heads, "layout": next(layouts)}
+            rotation: dict[str, Any] = {"rotary_dim": rotary_dim, "pairing": pairing, "table": table}
+            common: dict[str, Any] = {
+                "dim": dim,
+                "dtype": dtype,
+                "heads": heads,
+                "kv_heads": kv_heads,
+                "layout": next(layouts),
+            }
             yield Case(tokens=tokens, **common, **rotation)
         rotation = {"dim": 40, "rotary_dim": 38, "dtype": dtype}
         yield Case(lengths=(0, 1, 17, 0, 130, 2, 0), layout="fused", **rotation)
@@ -76,7 +84,8 @@ def main(path: str) -> None:
     for kernel in CPU_KERNELS:
         with kernel.selected() as backend:
             for i, case in enumerate(cases()):
-                with threads(1 + i % 3):  # 2 and 3 share the heads that are left over
+                # 1: the last item ends the working memory; 2 and 3 share the heads that are left over
+                with threads(1 + i % 3):
                     for name, x in run(make(case), backend).items():
                         assert torch.isfinite(x).all(), f"{kernel}: {name} of {case} holds NaN"
                 done += 1

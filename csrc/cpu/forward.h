@@ -7,7 +7,7 @@
 //
 // The softmax of a row is taken relative to its maximum over the first tile of keys, not to a running maximum: weights
 // above 1 are as exact as those below in floating point, so nothing has to be rescaled. Only if a row's sum leaves
-// float's comfortable range (scores that grow by more than 40 nats, NaN, Inf) is its block of rows computed again,
+// float's comfortable range (scores that grow by more than 22 nats, NaN, Inf) is its block of rows computed again,
 // relative to the true maximum.
 #pragma once
 
@@ -18,6 +18,8 @@ namespace spe::SPE_ISA {
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
+// Rows whose weights sum to more are computed again: 2^32 leaves values up to 2^90 room in float.
+constexpr float kLargestSum = 0x1p32f;
 constexpr float kInfinity = __builtin_inff();
 
 // Query rows of a block: a multiple of every tile height (5, 6, 8 -> 120; 4, 6, 8 -> 24). 120 x 128 weights are 30 KB
@@ -181,12 +183,9 @@ class Forward {
       const vf scale = splat(c), offset = splat(-shift[r] * c);
       vf sum = purpose == Purpose::first ? vf{} : load(thread.sum[row + r]);
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        s[r][w] = exp2<Dot::kExpDegree>(fma(s[r][w], scale, offset));
-        sum += s[r][w];
-      }
+      for (int w = 0; w < W; ++w) s[r][w] = exp2<Dot::kExpDegree>(fma(s[r][w], scale, offset));
+      sum = store_weights<Dot>(thread.weights[row + r] + panel * L / Dot::kPerWord, s[r], sum);
       store(thread.sum[row + r], sum);
-      store_weights<Dot>(thread.weights[row + r] + panel * L / Dot::kPerWord, s[r]);
     }
   }
 
@@ -196,7 +195,7 @@ class Forward {
     bool good = true;
     for (int r = 0; r < rows; ++r) {
       thread.total[r] = sum_of(load(thread.sum[r]));
-      good = good && thread.total[r] < 0x1p60f;
+      good = good && thread.total[r] < kLargestSum;
     }
     return good;
   }

@@ -20,19 +20,28 @@ namespace spe::SPE_ISA {
 template <class Dot>
 using Operand = std::conditional_t<Dot::kPerWord == 2, bf16, float>;
 
-// Weights of one row of a tile as operand A: floats, or bfloat16 in pairs of neighbours.
+// Weights of one row of a tile as operand A, and added to the row's sum: as rounded for the product with V, or a heavy
+// weight would be divided by another than itself. The sum of bfloat16 weights is their dot product with ones.
 template <class Dot, int W>
-SPE_INLINE void store_weights(word* to, const vf (&x)[W]) {
+SPE_INLINE vf store_weights(word* to, const vf (&x)[W], vf sum) {
   if constexpr (Dot::kPerWord == 1) {
-    for (int w = 0; w < W; ++w) store(to + w * L, x[w]);
+    for (int w = 0; w < W; ++w) {
+      store(to + w * L, x[w]);
+      sum += x[w];
+    }
   } else {
-    int w = 0;
 #if defined(__AVX512BF16__)
-    for (; w + 2 <= W; w += 2)
-      store(to + w * L / 2, (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)x[w + 1], (__m512)x[w]));
+    const vf ones = (vf)(vw{} + 0x3f803f80u);
+    for (int w = 0; w < W; w += 2) {
+      const vf next = w + 1 < W ? x[w + 1] : vf{};
+      const vf packed = (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)x[w]);
+      if (w + 1 < W) store(to + w * L / 2, packed);
+      else store_first(to + w * L / 2, packed, L / 2);
+      sum = Dot::multiply_add(packed, ones, sum);
+    }
 #endif
-    for (; w < W; ++w) narrow(reinterpret_cast<bf16*>(to) + w * L, x[w], L);
   }
+  return sum;
 }
 
 // ------------------------------------------------------------------------------------------------------- one row, pairs

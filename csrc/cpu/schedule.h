@@ -34,7 +34,7 @@ void run(const Kernel& kernel, const Problem& p) {
   const int64_t alone = items / threads * threads;
   // neighbouring heads to one thread, as far as that leaves 8 turns each to even out: they share cache lines
   const int64_t turns = alone / threads / 8;
-  const int chunk = static_cast<int>(turns < 1 ? 1 : turns < p.kv_heads ? turns : p.kv_heads);
+  [[maybe_unused]] const int chunk = static_cast<int>(turns < 1 ? 1 : turns < p.kv_heads ? turns : p.kv_heads);
   const auto item_at = [&p](int64_t i) {
     return Item{p.sequences[static_cast<size_t>(i / p.kv_heads)], static_cast<int>(i % p.kv_heads)};
   };

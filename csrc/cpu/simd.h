@@ -39,7 +39,7 @@ using word = uint32_t;  // 32 bits of an operand: one float, or two bfloat16
 typedef float vf __attribute__((vector_size(4 * L)));
 typedef int32_t vi __attribute__((vector_size(4 * L)));
 typedef uint32_t vw __attribute__((vector_size(4 * L)));
-typedef float vf_unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef float vf_unaligned __attribute__((vector_size(4 * L), aligned(1), may_alias));
 
 SPE_INLINE vf splat(float x) { return x - vf{}; }
 SPE_INLINE vf load(const void* p) { return *static_cast<const vf_unaligned*>(p); }

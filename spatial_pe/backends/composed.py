@@ -23,7 +23,7 @@ def cannot_serve(call: Call) -> str | None:
 
 
 def attention(call: Call) -> Tensor:
-    """Returns out (B, N, H, D). Unlike the fused backends it keeps q̂ and k̂ in memory and supports double backward."""
+    """Returns out (B, N, H, D). Unlike the fused backends it keeps q̂ and k̂ in memory."""
     q, k, v = call.q, call.k, call.v
     valid = None
     if call.seqlens is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
+from .inputs import Case, Inputs
 
 
 @dataclass
@@ -73,10 +73,11 @@ def exact(inputs: Inputs) -> Exact:
                 shared = x.unflatten(1, (-1, group)).sum(2) if name in ("k", "v") else x
                 at[name][b, rows] += shared
             if angles is not None:
-                turned = 0
-                for x, name in ((qr, "q"), (kr, "k")):
-                    turned = turned + _angle_noise(x.transpose(0, 1), parts[name].transpose(0, 1), case)
-                at["angles"][table_sample, rows] += turned.sum_to_size(angles.shape)  # type: ignore[attr-defined]
+                turned = [
+                    _angle_noise(x.transpose(0, 1), parts[name].transpose(0, 1), case).sum_to_size(angles.shape)
+                    for x, name in ((qr, "q"), (kr, "k"))
+                ]
+                at["angles"][table_sample, rows] += turned[0] + turned[1]
     if packed:
         out = out[0]
     # tokens that do not exist hold NaN, and are not part of out
@@ -121,7 +122,7 @@ def _noise(q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, scale: float) 
     }
 
 
-def _angle_noise(x: Tensor, dx_noise: Tensor, case) -> Tensor:
+def _angle_noise(x: Tensor, dx_noise: Tensor, case: Case) -> Tensor:
     """Of dφ = x1 dx2 - x2 dx1, the same in turned channels; (n, H, R/2)."""
     first, second = pair_channels(2 * case.pairs, case.pairing)
     return x[..., first].square() * dx_noise[..., second] + x[..., second].square() * dx_noise[..., first]

@@ -124,7 +124,7 @@ def make(case: Case, device: str = "cpu") -> Inputs:
             for b, n in enumerate(case.seqlens):
                 x[b, n:] = torch.nan
     values = [x.to(device, case.dtype) for x in values]
-    *qkv, dout = _laid_out(values, case.layout)
+    q, k, v, dout = _laid_out(values, case.layout)
     angles = None
     if case.pairs:
         samples = case.batch if case.table in ("sample", "both") and case.lengths is None else 1
@@ -135,7 +135,7 @@ def make(case: Case, device: str = "cpu") -> Inputs:
         angles[:, tokens - case.suffix :] = 0
         wide = torch.float64 if case.dtype == torch.float64 else torch.float32
         angles = angles.to(device, wide).requires_grad_()
-    inputs = Inputs(case, *(x.requires_grad_() for x in qkv), dout, angles)  # type: ignore[arg-type]
+    inputs = Inputs(case, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, angles)
     if case.lengths is not None:
         inputs.cu_seqlens = torch.tensor([0, *case.lengths], device=device).cumsum(0).to(torch.int32)
     if case.seqlens is not None:
@@ -149,7 +149,7 @@ def _laid_out(values: list[Tensor], layout: str) -> list[Tensor]:
         return values
     if layout == "fused":  # as a qkv projection writes them; an odd first channel, so that nothing is aligned
         q, k, v, dout = values
-        heads = (q.shape[-2], k.shape[-2], v.shape[-2])
+        heads = [q.shape[-2], k.shape[-2], v.shape[-2]]
         buffer = q.new_full((*q.shape[:-3], q.shape[-3] + 2, sum(heads) + 1, q.shape[-1] + 3), torch.nan)
         parts = buffer[..., 1:-1, :-1, 1:-2].split(heads, dim=-2)
         for part, x in zip(parts, (q, k, v), strict=True):
@@ -158,8 +158,8 @@ def _laid_out(values: list[Tensor], layout: str) -> list[Tensor]:
     if layout == "wide":  # every other token and head of a buffer
         outs = []
         for x in values:
-            *rows, tokens, heads, dim = x.shape
-            buffer = x.new_full((*rows, 2 * tokens + 1, 2 * heads + 1, dim + 5), torch.nan)
+            *rows, n, h, dim = x.shape
+            buffer = x.new_full((*rows, 2 * n + 1, 2 * h + 1, dim + 5), torch.nan)
             view = buffer[..., 1::2, 1::2, 2:-3]
             view.copy_(x)
             outs.append(view)

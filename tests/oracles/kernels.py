@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,25 +27,16 @@ class Kernel:
         if self.isa is None:
             yield self.backend
             return
-        from spatial_pe import _C
-
-        before = _C.cpu_features()["isa"]
-        _C.use_isa(self.isa)
+        extension: Any = cpu.EXTENSION
+        before = extension.cpu_features()["isa"]
+        extension.use_isa(self.isa)
         try:
             yield self.backend
         finally:
-            _C.use_isa(before)
+            extension.use_isa(before)
 
 
-def _cpu_kernels() -> list[Kernel]:
-    if cpu.unavailable():
-        return []
-    from spatial_pe import _C
-
-    return [Kernel("cpu", isa) for isa in _C.cpu_features()["usable_isas"]]
-
-
-CPU_KERNELS = _cpu_kernels()
+CPU_KERNELS = [Kernel("cpu", isa) for isa in cpu.FEATURES.get("usable_isas", [])]
 KERNELS = [*CPU_KERNELS, Kernel("reference"), Kernel("composed")]
 
 
