@@ -84,7 +84,8 @@ def main() -> None:
                 else:
                     calls["openvino"] = openvino_attention(*size, threads, "f32")
                     calls["onnxruntime"] = onnxruntime_attention(*size, threads)
-                samples = interleaved(calls, options.rounds if name != "4096" else max(3, options.rounds // 3))
+                rounds = options.rounds if name != "4096" else max(3, options.rounds // 3)
+                samples = interleaved(calls, rounds, settle=0.1)
                 median = medians(samples)
                 rates = {variant: case.flops / seconds / 1e9 for variant, seconds in median.items()}
                 best = min(seconds for variant, seconds in median.items() if variant != "ours")
