@@ -45,7 +45,9 @@ class PatchGrid:
             raise ValueError("images is empty: give at least one (height, width) pair")
         for pair in pairs:
             if len(pair) != 2:
-                raise ValueError(f"images must hold (height, width) pairs, got {pair}: repeat one for each video frame")
+                raise ValueError(
+                    f"images must hold (height, width) pairs, got {pair}: repeat a pair for each video frame"
+                )
         grid = cls.__new__(cls)
         grid._set(pairs, prefix, suffix, merge_size)
         return grid
