@@ -131,7 +131,7 @@ TOWER = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3, "i
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """A hub id fails at once, and in the same way, with and without a network."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
