@@ -34,7 +34,9 @@ sanitize: $(VENV)/installed
 bench-cpu: $(VENV)/bench
 	mkdir -p build && $(CXX) -O3 -march=native -std=c++17 benchmarks/throughput/peak_cpu.cpp -o build/peak_cpu
 	build/peak_cpu
-	$(BIN)/python -m benchmarks.throughput.attention_cpu --rounds 5 --out benchmarks/results/cpu/attention.json
+	$(BIN)/python -m benchmarks.throughput.attention_cpu --rounds 9 --threads 1 2 --out benchmarks/results/cpu/attention.json
+	$(BIN)/python -m benchmarks.throughput.attention_cpu --threads 1 --rounds 31 --forward-only --shapes 196 729 1024 \
+	  --out benchmarks/results/cpu/rotation.json
 	$(BIN)/python -m benchmarks.throughput.peers_cpu --rounds 7 --out benchmarks/results/cpu/peers.json
 	$(BIN)/python -m benchmarks.throughput.towers_cpu --rounds 5 --out benchmarks/results/cpu/towers.json
 	$(BIN)/spatial-pe demo --out docs/demo.png --json benchmarks/results/cpu/demo.json
