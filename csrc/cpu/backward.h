@@ -49,7 +49,6 @@ class Backward {
   }
 
  private:
-  static constexpr int kSlice = 8 * L;
   static constexpr int kKeys = kPanels * L;
 
   // Operands of a key head, then of each of its query heads.

@@ -17,7 +17,6 @@
 namespace spe::SPE_ISA {
 
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
 // Rows whose weights sum to more are computed again: 2^32 leaves values up to 2^90 room in float.
 constexpr float kLargestSum = 0x1p32f;
 constexpr float kInfinity = __builtin_inff();
@@ -27,6 +26,8 @@ constexpr float kInfinity = __builtin_inff();
 constexpr int kRows = 120;
 // Keys of a block, as panels of L: 128 keys.
 constexpr int kPanels = 128 / L;
+// Tokens packed as one part of an item.
+constexpr int kSlice = 8 * L;
 // Widest score tile in vectors. Every score tile has kScoreRows rows, whatever its width.
 constexpr int kScoreWidth = kRegisters == 32 ? 4 : 2;
 constexpr int kScoreRows = rows_of(kScoreWidth);
@@ -97,8 +98,6 @@ class Forward {
   }
 
  private:
-  static constexpr int kSlice = 8 * L;  // tokens packed as one part
-
   struct Thread {
     word weights[kRows + kScoreRows][kPanels * L / Dot::kPerWord];
     float sum[kRows + kScoreRows][L];  // of the weights, by lane

@@ -99,7 +99,7 @@ SPE_INLINE void turn_back(vf& low, vf& high, const float* cos_at, const float* s
 }
 
 // Calls f(j, n) for the vectors of `count` pairs: n is the constant L but for the last one, so that after inlining only
-// that one pays for masks (a row costs 20 cycles instead of 33 at D = 64).
+// that one pays for masks.
 template <class F>
 SPE_INLINE void each_vector(int count, F&& f) {
   int j = 0;

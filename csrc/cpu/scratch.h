@@ -13,8 +13,7 @@ namespace spe {
 // Allocated once, in pieces of whole cache lines, zeroed: garbage in unused rows would be harmless, denormals slow.
 class Scratch {
  public:
-  Scratch() = default;
-  explicit Scratch(size_t bytes) : size_(bytes) {
+  explicit Scratch(size_t bytes) {
     if (bytes == 0) return;
     data_ = static_cast<char*>(std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine));
     if (!data_) throw std::bad_alloc();
@@ -38,7 +37,7 @@ class Scratch {
  private:
   static constexpr size_t kLine = 64;
   char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
+  size_t used_ = 0;
 };
 
 }  // namespace spe
