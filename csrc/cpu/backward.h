@@ -82,7 +82,7 @@ class Backward {
     size_t used = 0;
     const auto take = [&used](int64_t words) {
       const size_t at = used;
-      used += Scratch::bytes_of<word>(static_cast<size_t>(words));
+      used += whole_lines(static_cast<size_t>(words) * sizeof(word));
       return at;
     };
     Offsets o;
