@@ -6,12 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import composed, cpu, reference
+from . import composed, cpu, reference, triton
 from .call import Call
 
 # In the order in which "auto" asks them. The reference serves only when it is named: it builds N x N scores.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "composed": composed, "reference": reference}
-AUTO = ("cpu", "composed")
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "composed": composed,
+    "reference": reference,
+}
+AUTO = ("cpu", "triton", "composed")
 
 
 def select(call: Call, backend: str) -> str:
@@ -37,6 +42,8 @@ def refusal(name: str, call: Call) -> str | None:
 
 def _slower(name: str, call: Call) -> str | None:
     """Where a backend could serve, but what the user had is faster or not measured against: auto stays away."""
+    if name == "triton" and call.q.device.type == "cpu":
+        return "Triton's interpreter is for tests"
     if name != "cpu":
         return None
     if cpu.FEATURES["isa"] == "portable":

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels: fused forward and backward on a GPU, without a compiler on the user's machine.
+
+    pieces.py     heads in powers of two, loading and turning them, products: what all kernels are made of
+    sequences.py  which tokens a program works on: dense, packed, padded
+    attention.py, attention_backward.py   sequences of any length
+    windows.py    forward and backward of sequences of at most 128 tokens
+    rotate.py     rotary alone
+    plan.py       from a call to the launches that serve it; configs.py: their tile sizes
+
+This file answers what a backend must answer, and imports nothing of Triton until it is known to be there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's interpreter runs the kernels on the CPU, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux; comes with torch's CUDA and ROCm builds)"
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "no GPU that torch can use"
+
+
+def cannot_serve(call: Call) -> str | None:
+    device = call.q.device
+    dim = call.q.shape[-1]
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"q is on {device}: this backend computes on a GPU"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}: needs sm_80 (Ampere) or newer"
+    if call.q.dtype not in DTYPES:
+        return f"no {call.q.dtype} kernel: float32, bfloat16 and float16 only"
+    if dim % 8 or not 16 <= dim <= 128:
+        return f"head_dim is {dim}: must be a multiple of 8 from 16 to 128"
+    if call.q.shape[2] > 65535:
+        return f"q has {call.q.shape[2]} heads: at most 65,535, the limit of a launch's second dimension"
+    return None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
+    from .plan import plan_forward
+
+    plan = plan_forward(call)
+    plan.run(call.q.device)
+    out, lse = plan.results
+    return out, lse
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv, contiguous."""
+    from .plan import plan_backward
+
+    plan = plan_backward(call, out, lse, dout)
+    plan.run(call.q.device)
+    dq, dk, dv = plan.results
+    return dq, dk, dv

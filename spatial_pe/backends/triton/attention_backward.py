@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward, deterministic: no atomics, each gradient is summed by one program in a fixed order.
+
+P = softmax(S), dP = dO Vᵀ, dS = P (dP - delta), delta = rowsum(dO O): dq̂ = dS k̂ scale, dk̂ = dSᵀ q̂ scale, dV = Pᵀ dO.
+
+``query_kernel`` has BM queries of a head and runs over the keys, which rotate.py has turned before. It turns its own
+queries, keeps them and delta for the next kernel, and turns dq̂ back in float32 before it is rounded.
+``key_kernel`` has BN keys of a key head and runs over the queries of every head that shares it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pieces import (
+    dot_over_channels,
+    dot_to_channels,
+    kept,
+    load_operand,
+    load_pieces,
+    load_turned,
+    scaled,
+    store_operand,
+    store_pieces,
+    store_turned,
+    zeros,
+)
+from .sequences import locate
+
+
+@triton.jit
+def query_kernel(
+    q, turned_k, v, out, dout, lse, dq, turned_q, delta, cos, sin, bounds,
+    sequences, tokens, rows_in_all, heads, group, scale,
+    q_batch, q_token, q_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
+    table_batch, table_token, table_head,
+    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out and dq (B, N, H, D) contiguous, dout with strides g; turned_q (H, B N, padded D), turned_k likewise by key head,
+    in operand order; lse and delta (B, H, N)."""
+    head = tl.cast(tl.program_id(1), tl.int64)
+    sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    sample = tl.cast(sample, tl.int64)
+    start = tl.cast(start, tl.int64)
+    row = first + tl.arange(0, BM)
+    exists = row < length
+    rows = start + row
+    width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
+
+    cos += sample * table_batch + head * table_head
+    sin += sample * table_batch + head * table_head
+    stride = heads * D
+    q += sample * q_batch + head * q_head
+    queries = load_turned(q, rows, q_token, cos, sin, rows, table_token, exists, D, R, PAIRING, START, WIDTH)
+    store_operand(turned_q + head * rows_in_all * width, sample * tokens + rows, exists, queries, START, WIDTH)
+    grads = load_pieces(dout + sample * g_batch + head * g_head, rows, g_token, exists, D, START, WIDTH)
+    outs = load_pieces(out + sample * tokens * stride + head * D, rows, stride, exists, D, START, WIDTH)
+    row_delta = tl.full((BM,), 0.0, tl.float32)
+    for i in tl.static_range(len(WIDTH)):
+        row_delta += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)
+    at_row = (sample * heads + head) * tokens + rows
+    tl.store(delta + at_row, row_delta, mask=exists)
+    log2_total = tl.load(lse + at_row, mask=exists, other=float("inf")) * 1.4426950408889634
+
+    turned_k += (head // group) * rows_in_all * width
+    v += sample * v_batch + (head // group) * v_head
+    c = scale * 1.4426950408889634
+    acc = zeros(BM, WIDTH)
+    for at in tl.range(0, tl.where(first < length, length, 0), BN, num_stages=STAGES):
+        key = at + tl.arange(0, BN)
+        key_exists = key < length
+        keys = load_operand(turned_k, sample * tokens + start + key, key_exists, START, WIDTH)
+        values = load_pieces(v, start + key, v_token, key_exists, D, START, WIDTH)
+        weights = tl.exp2(dot_over_channels(queries, keys, BM, BN, WIDTH) * c - log2_total[:, None])
+        # a key past the end is 0 and adds 0, unless its weight, exp(0 - lse), is infinite
+        weights = tl.where(key_exists[None, :], weights, 0.0)
+        dscores = weights * (dot_over_channels(grads, values, BM, BN, WIDTH) - row_delta[:, None])
+        acc = dot_to_channels(dscores.to(q.dtype.element_ty), keys, acc, WIDTH)
+
+    written = row < tokens if FORM == "padded" else exists
+    dq += sample * tokens * stride + head * D
+    store_turned(
+        dq, rows, stride, cos, sin, rows, table_token, written, scaled(acc, scale, WIDTH), -1.0,
+        D, R, PAIRING, START, WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def key_kernel(
+    turned_q, turned_k, v, dout, lse, delta, dk, dv, cos, sin, bounds,
+    sequences, tokens, rows_in_all, heads, kv_heads, group, scale,
+    v_batch, v_token, v_head, g_batch, g_token, g_head, table_batch, table_token, table_head,
+    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (B, N, Hkv, D) contiguous; the rest as query_kernel has left it."""
+    kv_head = tl.cast(tl.program_id(1), tl.int64)
+    sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BN)
+    sample = tl.cast(sample, tl.int64)
+    start = tl.cast(start, tl.int64)
+    row = first + tl.arange(0, BN)
+    exists = row < length
+    rows = start + row
+    width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
+
+    keys = load_operand(turned_k + kv_head * rows_in_all * width, sample * tokens + rows, exists, START, WIDTH)
+    values = load_pieces(v + sample * v_batch + kv_head * v_head, rows, v_token, exists, D, START, WIDTH)
+    c = scale * 1.4426950408889634
+    dkeys = zeros(BN, WIDTH)
+    dvalues = zeros(BN, WIDTH)
+    length_here = tl.where(first < length, length, 0)
+    for head in range(kv_head * group, kv_head * group + group):
+        head_q = turned_q + head * rows_in_all * width
+        head_g = dout + sample * g_batch + head * g_head
+        for at in tl.range(0, length_here, BM, num_stages=STAGES):
+            query = at + tl.arange(0, BM)
+            query_exists = query < length
+            at_row = (sample * heads + head) * tokens + start + query
+            queries = load_operand(head_q, sample * tokens + start + query, query_exists, START, WIDTH)
+            grads = load_pieces(head_g, start + query, g_token, query_exists, D, START, WIDTH)
+            # past the end: weight exp(-inf) = 0
+            log2_total = tl.load(lse + at_row, mask=query_exists, other=float("inf")) * 1.4426950408889634
+            row_delta = tl.load(delta + at_row, mask=query_exists, other=0.0)
+            weights = tl.exp2(dot_over_channels(keys, queries, BN, BM, WIDTH) * c - log2_total[None, :])
+            dvalues = dot_to_channels(weights.to(v.dtype.element_ty), grads, dvalues, WIDTH)
+            dscores = weights * (dot_over_channels(values, grads, BN, BM, WIDTH) - row_delta[None, :])
+            dkeys = dot_to_channels(dscores.to(v.dtype.element_ty), queries, dkeys, WIDTH)
+
+    written = exists
+    if FORM == "padded":
+        dkeys = kept(dkeys, exists, WIDTH)
+        dvalues = kept(dvalues, exists, WIDTH)
+        written = row < tokens
+    stride = kv_heads * D
+    dk += sample * tokens * stride + kv_head * D
+    dv += sample * tokens * stride + kv_head * D
+    cos += sample * table_batch + kv_head * table_head
+    sin += sample * table_batch + kv_head * table_head
+    store_turned(
+        dk, rows, stride, cos, sin, rows, table_token, written, scaled(dkeys, scale, WIDTH), -1.0,
+        D, R, PAIRING, START, WIDTH,
+    )  # fmt: skip
+    store_pieces(dv, rows, stride, written, dvalues, D, START, WIDTH)
