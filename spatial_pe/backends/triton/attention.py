@@ -38,21 +38,25 @@ def forward_kernel(
     (Hkv, B N, padded D) in operand order."""
     head = tl.cast(tl.program_id(1), tl.int64)
     sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
-    sample = tl.cast(sample, tl.int64)
-    start = tl.cast(start, tl.int64)
-    row = first + tl.arange(0, BM)
-    exists = row < length
-    rows = start + row  # int64: a tensor may hold more than 2^31 elements
+    sample = tl.cast(sample, tl.int64)  # a tensor may hold more than 2^31 elements
+    token = tl.cast(start + first, tl.int64)
+    row = tl.arange(0, BM)
+    exists = first + row < length
 
     cos += sample * table_batch + head * table_head
     sin += sample * table_batch + head * table_head
-    q += sample * q_batch + head * q_head
-    v += sample * v_batch + (head // group) * v_head
+    q += sample * q_batch + token * q_token + head * q_head
+    v += sample * v_batch + start * v_token + (head // group) * v_head
     if ROTATE_K:
-        k += sample * k_batch + (head // group) * k_head
+        k += sample * k_batch + start * k_token + (head // group) * k_head
     else:
-        k += k_head * (head // group)  # a head's rows, of all samples
-    turned_q = load_turned(q, rows, q_token, cos, sin, rows, table_token, exists, D, R, PAIRING, START, WIDTH)
+        k += (sample * tokens + start) * k_token + (head // group) * k_head
+    turned_q = load_turned(
+        q, row, q_token, cos + token * table_token, sin + token * table_token, table_token, exists,
+        D, R, PAIRING, START, WIDTH,
+    )  # fmt: skip
+    cos += start * table_token
+    sin += start * table_token
 
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.full((BM,), 0.0, tl.float32)
@@ -62,12 +66,12 @@ def forward_kernel(
     whole = keys // BN * BN
     for at in tl.range(0, whole, BN, num_stages=STAGES):
         acc, top, total = _add_keys(
-            acc, top, total, turned_q, k, v, cos, sin, at, keys, start, sample, tokens, c, k_token, v_token,
+            acc, top, total, turned_q, k, v, cos, sin, at, keys, c, k_token, v_token,
             table_token, False, ROTATE_K, D, R, PAIRING, START, WIDTH, BM, BN,
         )  # fmt: skip
     for at in tl.range(whole, keys, BN, num_stages=1):
         acc, top, total = _add_keys(
-            acc, top, total, turned_q, k, v, cos, sin, at, keys, start, sample, tokens, c, k_token, v_token,
+            acc, top, total, turned_q, k, v, cos, sin, at, keys, c, k_token, v_token,
             table_token, True, ROTATE_K, D, R, PAIRING, START, WIDTH, BM, BN,
         )  # fmt: skip
 
@@ -75,28 +79,32 @@ def forward_kernel(
     written = exists
     if FORM == "padded":  # tokens that do not exist are 0
         acc = kept(acc, exists, WIDTH)
-        written = row < tokens
+        written = first + row < tokens
     stride = heads * D
-    store_pieces(out + sample * tokens * stride + head * D, rows, stride, written, acc, D, START, WIDTH)
+    out += (sample * tokens + token) * stride + head * D
+    store_pieces(out, row, stride, written, acc, D, START, WIDTH)
     log_total = tl.where(exists, top * scale + tl.log(total), 0.0)
-    tl.store(lse + (sample * heads + head) * tokens + rows, log_total, mask=written)
+    tl.store(lse + (sample * heads + head) * tokens + token + row, log_total, mask=written)
 
 
 @triton.jit
 def _add_keys(
-    acc, top, total, turned_q, k, v, cos, sin, at, keys, start, sample, tokens, c, k_token, v_token, table_token,
+    acc, top, total, turned_q, k, v, cos, sin, at, keys, c, k_token, v_token, table_token,
     TAIL: tl.constexpr, ROTATE_K: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys."""
-    key = at + tl.arange(0, BN)
-    exists = key < keys if TAIL else key >= 0
-    rows = start + key
+    row = tl.arange(0, BN)
+    exists = at + row < keys if TAIL else row >= 0
+    first = tl.cast(at, tl.int64)
     if ROTATE_K:
-        turned_k = load_turned(k, rows, k_token, cos, sin, rows, table_token, exists, D, R, PAIRING, START, WIDTH)
+        turned_k = load_turned(
+            k + first * k_token, row, k_token, cos + first * table_token, sin + first * table_token, table_token, exists,
+            D, R, PAIRING, START, WIDTH,
+        )  # fmt: skip
     else:
-        turned_k = load_operand(k, sample * tokens + rows, exists, START, WIDTH)
+        turned_k = load_operand(k + first * k_token, row, exists, START, WIDTH)
     scores = dot_over_channels(turned_q, turned_k, BM, BN, WIDTH)
     if TAIL:
         scores = tl.where(exists[None, :], scores, float("-inf"))
@@ -104,6 +112,6 @@ def _add_keys(
     shrink = tl.exp2((top - new_top) * c)
     weights = tl.exp2(scores * c - (new_top * c)[:, None])
     total = total * shrink + tl.sum(weights, 1)
-    values = load_pieces(v, rows, v_token, exists, D, START, WIDTH)
+    values = load_pieces(v + first * v_token, row, v_token, exists, D, START, WIDTH)
     acc = dot_to_channels(weights.to(v.dtype.element_ty), values, scaled(acc, shrink[:, None], WIDTH), WIDTH)
     return acc, new_top, total

@@ -43,46 +43,49 @@ def query_kernel(
     head = tl.cast(tl.program_id(1), tl.int64)
     sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
     sample = tl.cast(sample, tl.int64)
-    start = tl.cast(start, tl.int64)
-    row = first + tl.arange(0, BM)
-    exists = row < length
-    rows = start + row
+    token = tl.cast(start + first, tl.int64)
+    row = tl.arange(0, BM)
+    exists = first + row < length
     width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
 
-    cos += sample * table_batch + head * table_head
-    sin += sample * table_batch + head * table_head
+    cos += sample * table_batch + token * table_token + head * table_head
+    sin += sample * table_batch + token * table_token + head * table_head
     stride = heads * D
-    q += sample * q_batch + head * q_head
-    queries = load_turned(q, rows, q_token, cos, sin, rows, table_token, exists, D, R, PAIRING, START, WIDTH)
-    store_operand(turned_q + head * rows_in_all * width, sample * tokens + rows, exists, queries, START, WIDTH)
-    grads = load_pieces(dout + sample * g_batch + head * g_head, rows, g_token, exists, D, START, WIDTH)
-    outs = load_pieces(out + sample * tokens * stride + head * D, rows, stride, exists, D, START, WIDTH)
+    q += sample * q_batch + token * q_token + head * q_head
+    queries = load_turned(q, row, q_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH)
+    turned_q += (head * rows_in_all + sample * tokens + token) * width
+    store_operand(turned_q, row, exists, queries, START, WIDTH)
+    grads = load_pieces(
+        dout + sample * g_batch + token * g_token + head * g_head, row, g_token, exists, D, START, WIDTH
+    )
+    at_block = (sample * tokens + token) * stride + head * D
+    outs = load_pieces(out + at_block, row, stride, exists, D, START, WIDTH)
     row_delta = tl.full((BM,), 0.0, tl.float32)
     for i in tl.static_range(len(WIDTH)):
         row_delta += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)
-    at_row = (sample * heads + head) * tokens + rows
+    at_row = (sample * heads + head) * tokens + token + row
     tl.store(delta + at_row, row_delta, mask=exists)
     log2_total = tl.load(lse + at_row, mask=exists, other=float("inf")) * 1.4426950408889634
 
-    turned_k += (head // group) * rows_in_all * width
-    v += sample * v_batch + (head // group) * v_head
+    turned_k += ((head // group) * rows_in_all + sample * tokens + start) * width
+    v += sample * v_batch + start * v_token + (head // group) * v_head
     c = scale * 1.4426950408889634
     acc = zeros(BM, WIDTH)
     for at in tl.range(0, tl.where(first < length, length, 0), BN, num_stages=STAGES):
-        key = at + tl.arange(0, BN)
-        key_exists = key < length
-        keys = load_operand(turned_k, sample * tokens + start + key, key_exists, START, WIDTH)
-        values = load_pieces(v, start + key, v_token, key_exists, D, START, WIDTH)
+        key = tl.arange(0, BN)
+        key_exists = at + key < length
+        first_key = tl.cast(at, tl.int64)
+        keys = load_operand(turned_k + first_key * width, key, key_exists, START, WIDTH)
+        values = load_pieces(v + first_key * v_token, key, v_token, key_exists, D, START, WIDTH)
         weights = tl.exp2(dot_over_channels(queries, keys, BM, BN, WIDTH) * c - log2_total[:, None])
         # a key past the end is 0 and adds 0, unless its weight, exp(0 - lse), is infinite
         weights = tl.where(key_exists[None, :], weights, 0.0)
         dscores = weights * (dot_over_channels(grads, values, BM, BN, WIDTH) - row_delta[:, None])
         acc = dot_to_channels(dscores.to(q.dtype.element_ty), keys, acc, WIDTH)
 
-    written = row < tokens if FORM == "padded" else exists
-    dq += sample * tokens * stride + head * D
+    written = first + row < tokens if FORM == "padded" else exists
     store_turned(
-        dq, rows, stride, cos, sin, rows, table_token, written, scaled(acc, scale, WIDTH), -1.0,
+        dq + at_block, row, stride, cos, sin, table_token, written, scaled(acc, scale, WIDTH), -1.0,
         D, R, PAIRING, START, WIDTH,
     )  # fmt: skip
 
@@ -99,27 +102,29 @@ def key_kernel(
     kv_head = tl.cast(tl.program_id(1), tl.int64)
     sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BN)
     sample = tl.cast(sample, tl.int64)
-    start = tl.cast(start, tl.int64)
-    row = first + tl.arange(0, BN)
-    exists = row < length
-    rows = start + row
+    token = tl.cast(start + first, tl.int64)
+    row = tl.arange(0, BN)
+    exists = first + row < length
     width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
 
-    keys = load_operand(turned_k + kv_head * rows_in_all * width, sample * tokens + rows, exists, START, WIDTH)
-    values = load_pieces(v + sample * v_batch + kv_head * v_head, rows, v_token, exists, D, START, WIDTH)
+    turned_k += (kv_head * rows_in_all + sample * tokens + token) * width
+    keys = load_operand(turned_k, row, exists, START, WIDTH)
+    v += sample * v_batch + token * v_token + kv_head * v_head
+    values = load_pieces(v, row, v_token, exists, D, START, WIDTH)
     c = scale * 1.4426950408889634
     dkeys = zeros(BN, WIDTH)
     dvalues = zeros(BN, WIDTH)
     length_here = tl.where(first < length, length, 0)
-    for head in range(kv_head * group, kv_head * group + group):
-        head_q = turned_q + head * rows_in_all * width
-        head_g = dout + sample * g_batch + head * g_head
+    for head in tl.range(kv_head * group, kv_head * group + group, num_stages=1):
+        head_q = turned_q + (head * rows_in_all + sample * tokens + start) * width
+        head_g = dout + sample * g_batch + start * g_token + head * g_head
         for at in tl.range(0, length_here, BM, num_stages=STAGES):
-            query = at + tl.arange(0, BM)
-            query_exists = query < length
-            at_row = (sample * heads + head) * tokens + start + query
-            queries = load_operand(head_q, sample * tokens + start + query, query_exists, START, WIDTH)
-            grads = load_pieces(head_g, start + query, g_token, query_exists, D, START, WIDTH)
+            query = tl.arange(0, BM)
+            query_exists = at + query < length
+            first_query = tl.cast(at, tl.int64)
+            at_row = (sample * heads + head) * tokens + start + first_query + query
+            queries = load_operand(head_q + first_query * width, query, query_exists, START, WIDTH)
+            grads = load_pieces(head_g + first_query * g_token, query, g_token, query_exists, D, START, WIDTH)
             # past the end: weight exp(-inf) = 0
             log2_total = tl.load(lse + at_row, mask=query_exists, other=float("inf")) * 1.4426950408889634
             row_delta = tl.load(delta + at_row, mask=query_exists, other=0.0)
@@ -132,14 +137,13 @@ def key_kernel(
     if FORM == "padded":
         dkeys = kept(dkeys, exists, WIDTH)
         dvalues = kept(dvalues, exists, WIDTH)
-        written = row < tokens
+        written = first + row < tokens
     stride = kv_heads * D
-    dk += sample * tokens * stride + kv_head * D
-    dv += sample * tokens * stride + kv_head * D
-    cos += sample * table_batch + kv_head * table_head
-    sin += sample * table_batch + kv_head * table_head
+    at_block = (sample * tokens + token) * stride + kv_head * D
+    cos += sample * table_batch + token * table_token + kv_head * table_head
+    sin += sample * table_batch + token * table_token + kv_head * table_head
     store_turned(
-        dk, rows, stride, cos, sin, rows, table_token, written, scaled(dkeys, scale, WIDTH), -1.0,
+        dk + at_block, row, stride, cos, sin, table_token, written, scaled(dkeys, scale, WIDTH), -1.0,
         D, R, PAIRING, START, WIDTH,
     )  # fmt: skip
-    store_pieces(dv, rows, stride, written, dvalues, D, START, WIDTH)
+    store_pieces(dv + at_block, row, stride, written, dvalues, D, START, WIDTH)

@@ -1,20 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes: for each kernel, rows of data with a reason. All of them are modelled, not measured: no GPU was at hand.
+"""Tile sizes: rows of data, by kernel, kind of GPU, width of the dtype and head_dim.
 
-What a row must satisfy on sm_80, sm_90 and sm_100 (no spills, shared memory within the chip) is checked by compiling
-every one of them offline: tests/triton/test_budget.py prints the table that docs/triton_budget.md holds.
+All rows are modelled, none is measured: no GPU was at hand. What each of them must satisfy (no spills, shared memory
+within the chip, tensor cores used) is checked by compiling it for its GPU offline: tests/triton/test_budget.py, and
+docs/triton_budget.md holds the table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+Family = Literal["ampere", "hopper", "blackwell", "cdna"]
+
+
+def family_of(device: torch.device) -> Family:
+    """The kind of GPU; "hopper" for Triton's interpreter, so that tests run what most users run."""
+    if device.type != "cuda":
+        return "hopper"
+    if torch.version.hip is not None:
+        return "cdna"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "ampere" if major == 8 else "hopper" if major == 9 else "blackwell"
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM queries by BN keys."""
+    """BM queries by BN keys; how many loads ahead."""
 
     bm: int
     bn: int
@@ -22,50 +36,82 @@ class Tile:
     stages: int
 
 
-# Sequences up to this long are one tile (windows.py).
-LONGEST_WINDOW = 128
-# K is turned in the loop up to here, by a kernel of its own above: turning a tile again for every block of queries costs
-# 18 / BM of the attention whatever N is; the extra kernel costs a launch, and reading and writing K, which falls with 1 / N
-# (model: equal at 1,200 tokens for BM = 128).
-ROTATE_K_IN_LOOP = 1200
-# Tokens that a program of rotate.py turns.
-ROTATE_BLOCK = 64
-
-
-def forward_tile(dtype: torch.dtype, dim: int) -> Tile:
-    if dtype == torch.float32:  # products on the ordinary units: small tiles, or the accumulators spill
-        return Tile(32, 32, 4, 1) if dim > 64 else Tile(64, 32, 4, 1)
-    if dim > 64:
-        return Tile(128, 64, 8, 2)
-    return Tile(128, 64, 4, 3)
-
-
-def query_tile(dtype: torch.dtype, dim: int) -> Tile:
-    """Of the backward, for dq."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4, 2) if dim > 64 else Tile(128, 64, 8, 2)
-
-
-def key_tile(dtype: torch.dtype, dim: int) -> Tile:
-    """Of the backward, for dk and dv: two accumulators of BN x D."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4, 2) if dim > 64 else Tile(64, 128, 8, 2)
-
-
 @dataclass(frozen=True)
 class Window:
-    """Sequences per program, one after another, and how many loads ahead."""
+    """Sequences per program, one after another; how many loads ahead."""
 
     per_program: int
     warps: int
     stages: int
 
 
-def window(dtype: torch.dtype, block: int, backward: bool) -> Window:
-    if dtype == torch.float32:
-        return Window(1, 8 if block == 128 else 4, 1)
-    if backward:
-        return Window(2, 8 if block == 128 else 4, 1)
-    return Window(4, 8 if block == 128 else 4, 2)
+# Tokens that a program of rotate.py turns.
+ROTATE_BLOCK = 64
+
+# K is turned in the loop for sequences up to this long, and by a kernel of its own above. Turning a tile for every block
+# of queries costs 18 / BM of the attention whatever N is; the extra kernel reads and writes K, which falls with 1 / N
+# (model: equal at N = 1,200 for BM = 128). Never on Ampere, where the turned tile stays in registers as an operand of
+# mma.sync: every warp turns all of it, and spills.
+ROTATE_K_UP_TO: dict[Family, int] = {"ampere": 0, "hopper": 1200, "blackwell": 1200, "cdna": 1200}
+
+# Rows: head_dim up to which a tile serves. float32 multiplies on the ordinary units, in small tiles.
+_FLOAT32 = ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)))
+_FORWARD: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((128, Tile(128, 64, 8, 2)),),
+    "hopper": ((64, Tile(128, 64, 4, 3)), (128, Tile(128, 64, 8, 2))),
+    "blackwell": ((64, Tile(128, 64, 4, 3)), (128, Tile(128, 64, 8, 2))),
+    "cdna": ((128, Tile(64, 64, 8, 1)),),
+}
+_QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "hopper": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "blackwell": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "cdna": ((128, Tile(64, 64, 8, 1)),),
+}
+_KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((64, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "hopper": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "blackwell": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "cdna": ((128, Tile(64, 64, 8, 1)),),
+}
+# Rows: (longest sequence, head_dim) up to which windows.py serves. What is missing spills, and goes to attention.py.
+_WINDOW_FORWARD: dict[Family, tuple[tuple[int, int, Window], ...]] = {
+    "ampere": (),
+    "hopper": ((64, 64, Window(4, 4, 2)), (64, 128, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1))),
+    "blackwell": (
+        (64, 64, Window(4, 4, 2)), (64, 128, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1)),
+    ),
+    "cdna": ((64, 64, Window(4, 8, 1)),),
+}  # fmt: skip
+_WINDOW_BACKWARD: dict[Family, tuple[tuple[int, int, Window], ...]] = {
+    "ampere": (),
+    "hopper": ((64, 80, Window(1, 8, 1)),),
+    "blackwell": ((64, 80, Window(1, 8, 1)),),
+    "cdna": ((64, 64, Window(1, 8, 1)),),
+}
+
+
+def forward_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
+    return _first(_FLOAT32 if dtype == torch.float32 else _FORWARD[family], dim)
+
+
+def query_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
+    """Of the backward, for dq."""
+    return _first(_FLOAT32 if dtype == torch.float32 else _QUERY[family], dim)
+
+
+def key_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
+    """Of the backward, for dk and dv: two accumulators of BN x D."""
+    return _first(_FLOAT32 if dtype == torch.float32 else _KEY[family], dim)
+
+
+def window(family: Family, dtype: torch.dtype, longest: int, dim: int, backward: bool) -> Window | None:
+    """How windows.py serves sequences of at most `longest` tokens, or None if it does not."""
+    if dtype == torch.float32:  # a whole tile in registers, and no tensor cores: attention.py's small tiles serve it
+        return None
+    rows = (_WINDOW_BACKWARD if backward else _WINDOW_FORWARD)[family]
+    return next((row for length, width, row in rows if longest <= length and dim <= width), None)
+
+
+def _first(rows: tuple[tuple[int, Tile], ...], dim: int) -> Tile:
+    return next(tile for width, tile in rows if dim <= width)

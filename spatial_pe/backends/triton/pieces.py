@@ -7,6 +7,9 @@ same with four empty pairs, 112 = 64 + 32 + 16.
 
 q and k appear in the products in *operand order*: pair by pair, first and second channel side by side. Scores do not
 depend on the order of channels, as long as q and k agree. v and the output keep their own order, cut at the same widths.
+
+Everywhere below, ``base`` points at the first token of a block, so that ``rows``, the tokens' places in the block, times
+a stride fit 32 bits: 64-bit offsets for every element cost registers until the backward spills.
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ def load_angles(cos, sin, rows, stride, exists, pair, R: tl.constexpr):
 
 @triton.jit
 def load_turned(
-    base, rows, stride, cos, sin, table_rows, table_stride, exists,
+    base, rows, stride, cos, sin, table_stride, exists,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
     TURN: tl.constexpr = True,
 ):  # fmt: skip
@@ -126,7 +129,7 @@ def load_turned(
             x1 = tl.load(row + first_channel(pair, D, R, PAIRING)[None, :], mask=mask, other=0.0)
             x2 = tl.load(row + second_channel(pair, D, R, PAIRING)[None, :], mask=mask, other=0.0)
         if TURN and R > 0:
-            c, s = load_angles(cos, sin, table_rows, table_stride, exists, pair, R)
+            c, s = load_angles(cos, sin, rows, table_stride, exists, pair, R)
             low = x1.to(tl.float32)
             high = x2.to(tl.float32)
             x1 = (low * c - high * s).to(base.dtype.element_ty)
@@ -137,7 +140,7 @@ def load_turned(
 
 @triton.jit
 def store_turned(
-    base, rows, stride, cos, sin, table_rows, table_stride, exists, pieces, sign,
+    base, rows, stride, cos, sin, table_stride, exists, pieces, sign,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Pieces in operand order, turned by sign times the angles and stored in the channels' own order.
@@ -149,7 +152,7 @@ def store_turned(
         piece = pieces[i]
         x1, x2 = tl.split(tl.reshape(piece, (piece.shape[0], WIDTH[i] // 2, 2)))
         if R > 0:
-            c, s = load_angles(cos, sin, table_rows, table_stride, exists, pair, R)
+            c, s = load_angles(cos, sin, rows, table_stride, exists, pair, R)
             low = x1.to(tl.float32)
             high = x2.to(tl.float32)
             x1 = low * c - high * (sign * s)

@@ -43,11 +43,12 @@ class Shape:
     form: str
     bounds: Tensor  # cu_seqlens, seqlens, or any tensor where there are none
     sequences: int
+    family: configs.Family
     tables: tuple[Tensor, Tensor]
     table_strides: tuple[int, int, int]
 
     @classmethod
-    def of(cls, call: Call) -> Shape:
+    def of(cls, call: Call, family: configs.Family | None) -> Shape:
         q = call.q
         bounds = call.cu_seqlens if call.cu_seqlens is not None else call.seqlens
         form = PACKED if call.cu_seqlens is not None else PADDED if call.seqlens is not None else DENSE
@@ -56,7 +57,7 @@ class Shape:
             tables, strides = (q, q), (0, 0, 0)
         else:
             tables, strides = tables_of(call.rotary)
-        return cls(call, form, q if bounds is None else bounds, sequences, tables, strides)
+        return cls(call, form, q if bounds is None else bounds, sequences, family or configs.family_of(q.device), tables, strides)
 
     @property
     def tokens(self) -> int:
@@ -75,10 +76,12 @@ class Shape:
     def kv_heads(self) -> int:
         return self.call.k.shape[2]
 
-    @property
-    def longest(self) -> int | None:
-        """No sequence is longer; None if only the device knows."""
-        return self.tokens if self.form != PACKED or self.tokens <= configs.LONGEST_WINDOW else self.call.max_seqlen
+    def window(self, backward: bool) -> tuple[int, configs.Window] | None:
+        """(tile, configuration) if windows.py serves the call. How long packed sequences are, only max_seqlen says."""
+        q = self.call.q
+        longest = self.call.max_seqlen if self.form == PACKED and self.call.max_seqlen else self.tokens
+        found = configs.window(self.family, q.dtype, longest, q.shape[-1], backward)
+        return found and (max(16, triton.next_power_of_2(longest)), found)
 
     def constants(self) -> dict:
         rotary = self.call.rotary
@@ -114,19 +117,20 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------------------------------------------- forward
 
 
-def plan_forward(call: Call) -> Plan:
-    shape = Shape.of(call)
+def plan_forward(call: Call, family: configs.Family | None = None) -> Plan:
+    """family: plan for another kind of GPU than that of the tensors."""
+    shape = Shape.of(call, family)
     q, k, v = call.q, call.k, call.v
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.heads, shape.tokens), dtype=torch.float32, device=q.device)
     sizes = (shape.sequences, shape.tokens, shape.heads, shape.heads // shape.kv_heads, call.scale)
-    if shape.longest is not None and shape.longest <= configs.LONGEST_WINDOW:
+    if window := shape.window(backward=False):
         arguments = (q, k, v, out, lse, *shape.tables, shape.bounds, *sizes)
         arguments += (*strides(q), *strides(k), *strides(v), *shape.table_strides)
-        return Plan((_windows(window_forward_kernel, shape, arguments, shape.heads),), (out, lse))
+        return Plan((_windows(window_forward_kernel, shape, window, arguments, shape.heads),), (out, lse))
 
-    tile = configs.forward_tile(q.dtype, q.shape[-1])
-    in_loop = call.rotary is not None and shape.tokens <= configs.ROTATE_K_IN_LOOP
+    tile = configs.forward_tile(shape.family, q.dtype, q.shape[-1])
+    in_loop = call.rotary is not None and shape.tokens <= configs.ROTATE_K_UP_TO[shape.family]
     launches, keys, key_strides = (), k, strides(k)
     if not in_loop and call.rotary is not None:
         turn, keys, key_strides = turned(k, shape)
@@ -144,11 +148,11 @@ def plan_forward(call: Call) -> Plan:
 
 
 def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int]]:
-    """R(x) in operand order, (H, B N, padded D), the launch that makes it, and its strides (0, 0, head)."""
+    """R(x) in operand order, (H, B N, padded D), the launch that makes it, and its strides (0, token, head)."""
     heads, dim = x.shape[2:]
     out = torch.empty((heads, shape.rows, sum(widths(dim))), dtype=x.dtype, device=x.device)
     launch = rotation(x, out, (0, 0, out.stride(0)), shape.call.rotary, shape, to_operand=True)
-    return launch, out, (0, 0, out.stride(0))
+    return launch, out, (0, out.stride(1), out.stride(0))
 
 
 def rotation(x: Tensor, out: Tensor, out_strides, rotary: Rotary | None, shape: Shape, to_operand: bool) -> Launch:
@@ -162,40 +166,40 @@ def rotation(x: Tensor, out: Tensor, out_strides, rotary: Rotary | None, shape: 
     )
 
 
-def _windows(kernel, shape: Shape, arguments: tuple, heads: int) -> Launch:
-    assert shape.longest is not None
-    block = max(16, triton.next_power_of_2(shape.longest))
-    window = configs.window(shape.call.q.dtype, block, kernel is window_backward_kernel)
+def _windows(kernel, shape: Shape, window: tuple[int, configs.Window], arguments: tuple, heads: int) -> Launch:
+    block, config = window
     return Launch(
         kernel,
-        (triton.cdiv(shape.sequences, window.per_program), heads),
+        (triton.cdiv(shape.sequences, config.per_program), heads),
         arguments,
-        shape.constants() | {"BLOCK": block, "PER_PROGRAM": window.per_program, "STAGES": window.stages},
-        window.warps,
+        shape.constants() | {"BLOCK": block, "PER_PROGRAM": config.per_program, "STAGES": config.stages},
+        config.warps,
     )
 
 
 # --------------------------------------------------------------------------------------------------------- backward
 
 
-def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> Plan:
-    shape = Shape.of(call)
+def plan_backward(
+    call: Call, out: Tensor, lse: Tensor, dout: Tensor, family: configs.Family | None = None
+) -> Plan:
+    shape = Shape.of(call, family)
     q, k, v = call.q, call.k, call.v
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     group = shape.heads // shape.kv_heads
-    if shape.longest is not None and shape.longest <= configs.LONGEST_WINDOW:
+    if window := shape.window(backward=True):
         arguments = (q, k, v, out, dout, lse, dq, dk, dv, *shape.tables, shape.bounds)
         arguments += (shape.sequences, shape.tokens, shape.heads, shape.kv_heads, group, call.scale)
         arguments += (*strides(q), *strides(k), *strides(v), *strides(dout), *shape.table_strides)
-        return Plan((_windows(window_backward_kernel, shape, arguments, shape.kv_heads),), (dq, dk, dv))
+        return Plan((_windows(window_backward_kernel, shape, window, arguments, shape.kv_heads),), (dq, dk, dv))
 
     turn, turned_k, _ = turned(k, shape)
     turned_q = turned_k.new_empty((shape.heads, shape.rows, turned_k.shape[-1]))
     delta = torch.empty_like(lse)
     constants = shape.constants()
-    tile = configs.query_tile(q.dtype, q.shape[-1])
+    tile = configs.query_tile(shape.family, q.dtype, q.shape[-1])
     by_query = Launch(
         query_kernel,
         shape.grid(tile.bm, shape.heads),
@@ -205,7 +209,7 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> Plan:
         constants | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
     )
-    tile = configs.key_tile(q.dtype, q.shape[-1])
+    tile = configs.key_tile(shape.family, q.dtype, q.shape[-1])
     by_key = Launch(
         key_kernel,
         shape.grid(tile.bn, shape.kv_heads),

@@ -23,20 +23,19 @@ def rotate_kernel(
     head = tl.cast(tl.program_id(1), tl.int64)
     blocks = tl.cdiv(tokens, BLOCK)
     sample = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    exists = row < tokens
-    rows = tl.cast(row, tl.int64)
-    cos += sample * table_batch + head * table_head
-    sin += sample * table_batch + head * table_head
-    x += sample * x_batch + head * x_head
+    first = (tl.program_id(0) % blocks) * BLOCK
+    token = tl.cast(first, tl.int64)
+    row = tl.arange(0, BLOCK)
+    exists = first + row < tokens
+    cos += sample * table_batch + token * table_token + head * table_head
+    sin += sample * table_batch + token * table_token + head * table_head
+    x += sample * x_batch + token * x_token + head * x_head
     if TO_OPERAND:
-        pieces = load_turned(x, rows, x_token, cos, sin, rows, table_token, exists, D, R, PAIRING, START, WIDTH)
+        pieces = load_turned(x, row, x_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH)
         width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
-        store_operand(out + head * rows_in_all * width, sample * tokens + rows, exists, pieces, START, WIDTH)
+        store_operand(out + (head * rows_in_all + sample * tokens + token) * width, row, exists, pieces, START, WIDTH)
     else:
         # as it is, in operand order; turned on the way out
-        pieces = load_turned(x, rows, x_token, cos, sin, rows, table_token, exists, D, R, PAIRING, START, WIDTH, False)
-        out += sample * out_batch + head * out_head
-        store_turned(
-            out, rows, out_token, cos, sin, rows, table_token, exists, pieces, sign, D, R, PAIRING, START, WIDTH
-        )
+        pieces = load_turned(x, row, x_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH, False)
+        out += sample * out_batch + token * out_token + head * out_head
+        store_turned(out, row, out_token, cos, sin, table_token, exists, pieces, sign, D, R, PAIRING, START, WIDTH)

@@ -43,18 +43,18 @@ def window_forward_kernel(
     for index in tl.range(begin, tl.minimum(begin + PER_PROGRAM, sequences), num_stages=STAGES):
         sample, start, length = whole_sequence(index, bounds, tokens, FORM)
         sample = tl.cast(sample, tl.int64)
-        rows = tl.cast(start, tl.int64) + row
+        start = tl.cast(start, tl.int64)
         exists = row < length
-        table = sample * table_batch + head * table_head
+        table = sample * table_batch + start * table_token + head * table_head
         queries = load_turned(
-            q + sample * q_batch + head * q_head, rows, q_token, cos + table, sin + table, rows, table_token, exists,
+            q + sample * q_batch + start * q_token + head * q_head, row, q_token, cos + table, sin + table, table_token, exists,
             D, R, PAIRING, START, WIDTH,
         )  # fmt: skip
         keys = load_turned(
-            k + sample * k_batch + (head // group) * k_head, rows, k_token, cos + table, sin + table, rows, table_token,
+            k + sample * k_batch + start * k_token + (head // group) * k_head, row, k_token, cos + table, sin + table, table_token,
             exists, D, R, PAIRING, START, WIDTH,
         )  # fmt: skip
-        values = load_pieces(v + sample * v_batch + (head // group) * v_head, rows, v_token, exists, D, START, WIDTH)
+        values = load_pieces(v + sample * v_batch + start * v_token + (head // group) * v_head, row, v_token, exists, D, START, WIDTH)
 
         scores = dot_over_channels(queries, keys, BLOCK, BLOCK, WIDTH)
         scores = tl.where(exists[None, :], scores, float("-inf"))
@@ -68,9 +68,9 @@ def window_forward_kernel(
         if FORM == "padded":  # tokens that do not exist are 0
             acc = kept(acc, exists, WIDTH)
             written = row < tokens
-        store_pieces(out + sample * tokens * stride + head * D, rows, stride, written, acc, D, START, WIDTH)
+        store_pieces(out + (sample * tokens + start) * stride + head * D, row, stride, written, acc, D, START, WIDTH)
         log_total = tl.where(exists, top * scale + tl.log(total), 0.0)
-        tl.store(lse + (sample * heads + head) * tokens + rows, log_total, mask=written)
+        tl.store(lse + (sample * heads + head) * tokens + start + row, log_total, mask=written)
 
 
 @triton.jit
@@ -92,29 +92,29 @@ def window_backward_kernel(
     for index in tl.range(begin, tl.minimum(begin + PER_PROGRAM, sequences), num_stages=STAGES):
         sample, start, length = whole_sequence(index, bounds, tokens, FORM)
         sample = tl.cast(sample, tl.int64)
-        rows = tl.cast(start, tl.int64) + row
+        start = tl.cast(start, tl.int64)
         exists = row < length
         written = row < tokens if FORM == "padded" else exists
-        k_table = sample * table_batch + kv_head * table_head
+        k_table = sample * table_batch + start * table_token + kv_head * table_head
         keys = load_turned(
-            k + sample * k_batch + kv_head * k_head, rows, k_token, cos + k_table, sin + k_table, rows, table_token,
+            k + sample * k_batch + start * k_token + kv_head * k_head, row, k_token, cos + k_table, sin + k_table, table_token,
             exists, D, R, PAIRING, START, WIDTH,
         )  # fmt: skip
-        values = load_pieces(v + sample * v_batch + kv_head * v_head, rows, v_token, exists, D, START, WIDTH)
+        values = load_pieces(v + sample * v_batch + start * v_token + kv_head * v_head, row, v_token, exists, D, START, WIDTH)
         dkeys = zeros(BLOCK, WIDTH)
         dvalues = zeros(BLOCK, WIDTH)
-        for head in range(kv_head * group, kv_head * group + group):
-            table = sample * table_batch + head * table_head
-            queries = load_turned(
-                q + sample * q_batch + head * q_head, rows, q_token, cos + table, sin + table, rows, table_token, exists,
-                D, R, PAIRING, START, WIDTH,
-            )  # fmt: skip
-            grads = load_pieces(dout + sample * g_batch + head * g_head, rows, g_token, exists, D, START, WIDTH)
-            outs = load_pieces(out + sample * tokens * stride + head * D, rows, stride, exists, D, START, WIDTH)
+        for head in tl.range(kv_head * group, kv_head * group + group, num_stages=1):
+            grads = load_pieces(dout + sample * g_batch + start * g_token + head * g_head, row, g_token, exists, D, START, WIDTH)
+            outs = load_pieces(out + (sample * tokens + start) * stride + head * D, row, stride, exists, D, START, WIDTH)
             delta = tl.full((BLOCK,), 0.0, tl.float32)
             for i in tl.static_range(len(WIDTH)):
                 delta += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)
-            at_row = (sample * heads + head) * tokens + rows
+            table = sample * table_batch + start * table_token + head * table_head
+            queries = load_turned(
+                q + sample * q_batch + start * q_token + head * q_head, row, q_token, cos + table, sin + table, table_token, exists,
+                D, R, PAIRING, START, WIDTH,
+            )  # fmt: skip
+            at_row = (sample * heads + head) * tokens + start + row
             log2_total = tl.load(lse + at_row, mask=exists, other=float("inf")) * 1.4426950408889634
 
             weights = tl.exp2(dot_over_channels(queries, keys, BLOCK, BLOCK, WIDTH) * c - log2_total[:, None])
@@ -126,12 +126,12 @@ def window_backward_kernel(
             dkeys = dot_to_channels(tl.trans(low_dscores), queries, dkeys, WIDTH)
             dqueries = dot_to_channels(low_dscores, keys, zeros(BLOCK, WIDTH), WIDTH)
             store_turned(
-                dq + sample * tokens * stride + head * D, rows, stride, cos + table, sin + table, rows, table_token,
+                dq + (sample * tokens + start) * stride + head * D, row, stride, cos + table, sin + table, table_token,
                 written, scaled(dqueries, scale, WIDTH), -1.0, D, R, PAIRING, START, WIDTH,
             )  # fmt: skip
-        at = sample * tokens * kv_stride + kv_head * D
+        at = (sample * tokens + start) * kv_stride + kv_head * D
         store_turned(
-            dk + at, rows, kv_stride, cos + k_table, sin + k_table, rows, table_token,
+            dk + at, row, kv_stride, cos + k_table, sin + k_table, table_token,
             written, scaled(dkeys, scale, WIDTH), -1.0, D, R, PAIRING, START, WIDTH,
         )  # fmt: skip
-        store_pieces(dv + at, rows, kv_stride, written, dvalues, D, START, WIDTH)
+        store_pieces(dv + at, row, kv_stride, written, dvalues, D, START, WIDTH)
