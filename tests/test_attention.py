@@ -28,6 +28,8 @@ from oracles import (
     run,
     threads,
 )
+from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
+from torch import Tensor
 
 from spatial_pe import Rotary, apply_rotary, rope_attention
 from spatial_pe.rotary import PAIRINGS
@@ -80,63 +82,6 @@ def check_kernel(case: Case, kernel: Kernel) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the error rule
-
-LENGTHS = [
-    # small ones with many heads: the rule compares norms of random errors
-    Case(batch=4, tokens=1, heads=8, dim=64),
-    Case(batch=2, tokens=7, heads=6, dim=80),
-    Case(batch=2, tokens=64, heads=3, dim=72),
-    Case(batch=2, tokens=196, dim=64),
-    Case(tokens=257, dim=88, prefix=1),
-    Case(tokens=576, dim=72),
-    Case(tokens=577, heads=1, dim=128, prefix=1),
-    Case(tokens=729, heads=1, dim=72),
-    Case(tokens=1025, heads=1, dim=16, suffix=1),
-]
-# 150 tokens: two blocks of rows and two of keys
-HEAD_DIMS = [Case(tokens=150, dim=dim, pairing="interleaved") for dim in (16, 64, 72, 80, 88, 96, 104, 128, 256)]
-ROTATIONS = [
-    Case(batch=2, tokens=37, dim=dim, rotary_dim=rotary_dim, pairing=pairing, table=table)
-    for dim, rotary_dim, pairing, table in [
-        (64, 64, "half", "head"),
-        (64, 64, "interleaved", "sample"),
-        (64, 64, "axis_half", "both"),
-        (72, 72, "axis_half", "shared"),
-        (80, 78, "half", "shared"),  # 39 pairs: no vector holds a whole number of them
-        (80, 78, "interleaved", "both"),
-        (80, 76, "axis_half", "head"),
-        (80, 2, "half", "shared"),
-        (64, 4, "axis_half", "sample"),
-        (104, 54, "interleaved", "shared"),
-        (256, 130, "half", "both"),
-        (64, 0, "half", "shared"),
-    ]
-]
-SEQUENCES = [
-    Case(lengths=(64,) * 5, dim=80),
-    Case(lengths=(0, 1, 37, 0, 0, 130, 1, 16, 0), dim=72, prefix=1),
-    Case(lengths=(1, 1, 1, 1, 1, 1, 1, 1, 1), heads=4, dim=64),
-    Case(lengths=(257,), dim=64, table="head"),
-    Case(lengths=(0, 50), heads=4, kv_heads=2, dim=64),
-    Case(batch=4, tokens=40, seqlens=(40, 0, 1, 23), dim=64),
-    Case(batch=3, tokens=140, seqlens=(0, 139, 121), dim=80, table="sample"),
-    Case(batch=2, tokens=33, seqlens=(20, 33), heads=4, kv_heads=1, dim=64),
-]
-VIEWS = [
-    Case(batch=2, tokens=37, dim=72, layout="fused"),
-    Case(batch=2, tokens=130, heads=3, dim=64, layout="wide", pairing="interleaved"),
-    Case(batch=2, tokens=50, heads=3, dim=88, layout="heads_first"),
-    Case(tokens=37, heads=6, kv_heads=2, dim=80, layout="fused", pairing="axis_half"),
-    Case(lengths=(0, 20, 1, 65), dim=40, rotary_dim=38, layout="fused"),
-    Case(lengths=(5, 16), dim=24, layout="wide", pairing="interleaved"),
-    Case(batch=3, tokens=20, seqlens=(3, 20, 0), dim=64, layout="fused"),
-    Case(batch=3, tokens=20, seqlens=(20, 7, 19), dim=64, layout="wide"),
-]
-GROUPS = [
-    Case(batch=2, tokens=70, heads=8, kv_heads=2, dim=64),
-    Case(tokens=130, heads=5, kv_heads=1, dim=72, pairing="interleaved"),
-]
-SCALES = [Case(batch=2, tokens=37, scale=scale) for scale in (-0.2, 0.0, 1.0, 1e-30)]
 
 
 @by_kernel(in_dtypes(LENGTHS + HEAD_DIMS + ROTATIONS + SEQUENCES + VIEWS + GROUPS + SCALES))
@@ -282,6 +227,17 @@ POISON = {
 }
 
 
+def poisoned(poison: str, dtype: torch.dtype) -> tuple[Inputs, Tensor]:
+    """Inputs with one bad element, and what SDPA makes of them in float32."""
+    inputs = make(Case(tokens=150, dim=32, rotary_dim=16, dtype=dtype))
+    name, at, value = POISON[poison]
+    with torch.no_grad():
+        getattr(inputs, name)[at] = value
+        turned = [apply_rotary(x.float(), inputs.rotary()) for x in (inputs.q, inputs.k)]
+        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (*turned, inputs.v.float())))
+    return inputs, expected.transpose(1, 2)
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("poison", POISON)
@@ -289,15 +245,10 @@ def test_nan_and_inf_propagate(poison, dtype, kernel):
     """As in SDPA of float32: rows with NaN, infinities with their sign, and the rest untouched."""
     if kernel.backend == "composed" and dtype != torch.float32:
         pytest.skip("this is torch's SDPA, which in 16 bits gives 0 for some rows that are NaN in float32")
-    inputs = make(Case(tokens=150, dim=32, rotary_dim=16, dtype=dtype))
-    name, at, value = POISON[poison]
-    with torch.no_grad():
-        getattr(inputs, name)[at] = value
-        turned = [apply_rotary(x.float(), inputs.rotary()) for x in (inputs.q, inputs.k)]
-        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (*turned, inputs.v.float())))
-        expected = expected.transpose(1, 2)
-        with kernel.selected() as backend:
-            got = inputs.call(backend).float()
+    inputs, expected = poisoned(poison, dtype)
+    name = POISON[poison][0]
+    with torch.no_grad(), kernel.selected() as backend:
+        got = inputs.call(backend).float()
     bad = expected.isnan()
     assert bad.any() or expected.isinf().any() or name != "v"
     assert torch.equal(got.isnan().any(-1), bad.any(-1))

@@ -75,7 +75,18 @@ def cases(family: Family) -> dict[str, list[Launch]]:
 
 
 def launches(
-    family, dtype, dim, tokens, *, heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False
+    family,
+    dtype,
+    dim,
+    tokens,
+    *,
+    heads=4,
+    kv_heads=4,
+    rotary_dim=None,
+    pairing="half",
+    windows=0,
+    hint=True,
+    padded=False,
 ) -> list[Launch]:
     """Those of the forward and of the backward of a call on 16 heads' worth of a fused projection's strides."""
     batch = 1 if windows else 2

@@ -22,6 +22,8 @@ from torch import Tensor
 from ..call import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Offsets within a tile, of at most 128 tokens, are 32 bits; those of tiles are 64.
+MOST_BETWEEN_TOKENS = 2**31 // 128
 # Triton's interpreter runs the kernels on the CPU, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -48,6 +50,9 @@ def cannot_serve(call: Call) -> str | None:
         return f"head_dim is {dim}: must be a multiple of 8 from 16 to 128"
     if call.q.shape[2] > 65535:
         return f"q has {call.q.shape[2]} heads: at most 65,535, the limit of a launch's second dimension"
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if x.stride(1) >= MOST_BETWEEN_TOKENS:
+            return f"{name} has {x.stride(1):,} elements between tokens: at most {MOST_BETWEEN_TOKENS - 1:,}"
     return None
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .pieces import (
+    aligned,
     dot_over_channels,
     dot_to_channels,
     kept,
@@ -32,10 +33,23 @@ def forward_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     FORM: tl.constexpr, ROTATE_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """q (B, N, H, D), k and v (B, N, Hkv, D) with any strides; out contiguous; lse (B, H, N); ROTATE_K = False: k is
     (Hkv, B N, padded D) in operand order."""
+    q_batch = aligned(q_batch, ALIGN)
+    q_token = aligned(q_token, ALIGN)
+    q_head = aligned(q_head, ALIGN)
+    k_batch = aligned(k_batch, ALIGN)
+    k_token = aligned(k_token, ALIGN)
+    k_head = aligned(k_head, ALIGN)
+    v_batch = aligned(v_batch, ALIGN)
+    v_token = aligned(v_token, ALIGN)
+    v_head = aligned(v_head, ALIGN)
+    table_batch = aligned(table_batch, TABLE_ALIGN)
+    table_token = aligned(table_token, TABLE_ALIGN)
+    table_head = aligned(table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
     sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
     sample = tl.cast(sample, tl.int64)  # a tensor may hold more than 2^31 elements

@@ -55,21 +55,21 @@ ROTATE_BLOCK = 64
 ROTATE_K_UP_TO: dict[Family, int] = {"ampere": 0, "hopper": 1200, "blackwell": 1200, "cdna": 1200}
 
 # Rows: head_dim up to which a tile serves. float32 multiplies on the ordinary units, in small tiles.
-_FLOAT32 = ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)))
+_FLOAT32 = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
 _FORWARD: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((128, Tile(128, 64, 8, 2)),),
-    "hopper": ((64, Tile(128, 64, 4, 3)), (128, Tile(128, 64, 8, 2))),
-    "blackwell": ((64, Tile(128, 64, 4, 3)), (128, Tile(128, 64, 8, 2))),
+    "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2))),
+    "hopper": ((88, Tile(128, 64, 8, 3)), (96, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2))),
+    "blackwell": ((64, Tile(128, 64, 8, 3)), (88, Tile(128, 32, 8, 3)), (128, Tile(128, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 32, 4, 2))),
     "hopper": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
-    "blackwell": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "blackwell": ((96, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((64, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "ampere": ((64, Tile(32, 64, 4, 2)), (128, Tile(32, 32, 4, 2))),
     "hopper": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
     "blackwell": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
@@ -77,9 +77,11 @@ _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
 # Rows: (longest sequence, head_dim) up to which windows.py serves. What is missing spills, and goes to attention.py.
 _WINDOW_FORWARD: dict[Family, tuple[tuple[int, int, Window], ...]] = {
     "ampere": (),
-    "hopper": ((64, 64, Window(4, 4, 2)), (64, 128, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1))),
+    "hopper": (
+        (64, 64, Window(4, 4, 2)), (64, 96, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1)),
+    ),
     "blackwell": (
-        (64, 64, Window(4, 4, 2)), (64, 128, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1)),
+        (64, 64, Window(4, 4, 2)), (64, 96, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1)),
     ),
     "cdna": ((64, 64, Window(4, 8, 1)),),
 }  # fmt: skip

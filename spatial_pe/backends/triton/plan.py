@@ -13,8 +13,8 @@ from torch import Tensor
 from ...rotary import Rotary
 from ..call import Call
 from . import configs
-from .attention_backward import key_kernel, query_kernel
 from .attention import forward_kernel
+from .attention_backward import key_kernel, query_kernel
 from .launch import Launch
 from .pieces import starts, widths
 from .rotate import rotate_kernel
@@ -57,7 +57,15 @@ class Shape:
             tables, strides = (q, q), (0, 0, 0)
         else:
             tables, strides = tables_of(call.rotary)
-        return cls(call, form, q if bounds is None else bounds, sequences, family or configs.family_of(q.device), tables, strides)
+        return cls(
+            call,
+            form,
+            q if bounds is None else bounds,
+            sequences,
+            family or configs.family_of(q.device),
+            tables,
+            strides,
+        )
 
     @property
     def tokens(self) -> int:
@@ -81,11 +89,15 @@ class Shape:
         q = self.call.q
         longest = self.call.max_seqlen if self.form == PACKED and self.call.max_seqlen else self.tokens
         found = configs.window(self.family, q.dtype, longest, q.shape[-1], backward)
-        return found and (max(16, triton.next_power_of_2(longest)), found)
+        return None if found is None else (max(16, triton.next_power_of_2(longest)), found)
 
-    def constants(self) -> dict:
-        rotary = self.call.rotary
-        return head_constants(self.call.q.shape[-1], rotary) | {"FORM": self.form}
+    def constants(self, *tensors: Tensor) -> dict:
+        """What is compiled in, for kernels that read these tensors."""
+        return head_constants(self.call.q.shape[-1], self.call.rotary) | {
+            "ALIGN": alignment(*tensors),
+            "TABLE_ALIGN": alignment(*self.tables),
+            "FORM": self.form,
+        }
 
     def grid(self, block: int, heads: int) -> tuple[int, int]:
         return programs(self.form, self.sequences, self.tokens, block), heads
@@ -106,8 +118,16 @@ def tables_of(rotary: Rotary) -> tuple[tuple[Tensor, Tensor], tuple[int, int, in
     cos, sin = (t.detach().float() for t in (rotary.cos, rotary.sin))
     if cos.stride(-1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    batch, token, head = (0 if size == 1 else stride for size, stride in zip(cos.shape[:3], cos.stride()[:3], strict=True))
+    batch, token, head = (
+        0 if size == 1 else stride for size, stride in zip(cos.shape[:3], cos.stride()[:3], strict=True)
+    )
     return (cos, sin), (batch, cos.stride(1) if cos.shape[1] > 1 else token, head)
+
+
+def alignment(*tensors: Tensor) -> int:
+    """What divides all strides: the elements of a load of 16 bytes, or 1."""
+    wide = 16 // tensors[0].itemsize
+    return wide if all(stride % wide == 0 for x in tensors for stride in x.stride()[:-1]) else 1
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -125,13 +145,16 @@ def plan_forward(call: Call, family: configs.Family | None = None) -> Plan:
     lse = torch.empty((q.shape[0], shape.heads, shape.tokens), dtype=torch.float32, device=q.device)
     sizes = (shape.sequences, shape.tokens, shape.heads, shape.heads // shape.kv_heads, call.scale)
     if window := shape.window(backward=False):
-        arguments = (q, k, v, out, lse, *shape.tables, shape.bounds, *sizes)
-        arguments += (*strides(q), *strides(k), *strides(v), *shape.table_strides)
-        return Plan((_windows(window_forward_kernel, shape, window, arguments, shape.heads),), (out, lse))
+        arguments = (
+            *(q, k, v, out, lse, *shape.tables, shape.bounds, *sizes),
+            *(*strides(q), *strides(k), *strides(v), *shape.table_strides),
+        )
+        return Plan((_windows(window_forward_kernel, shape, window, arguments, shape.heads, (q, k, v)),), (out, lse))
 
     tile = configs.forward_tile(shape.family, q.dtype, q.shape[-1])
     in_loop = call.rotary is not None and shape.tokens <= configs.ROTATE_K_UP_TO[shape.family]
-    launches, keys, key_strides = (), k, strides(k)
+    launches: tuple[Launch, ...] = ()
+    keys, key_strides = k, strides(k)
     if not in_loop and call.rotary is not None:
         turn, keys, key_strides = turned(k, shape)
         launches = (turn,)
@@ -140,7 +163,7 @@ def plan_forward(call: Call, family: configs.Family | None = None) -> Plan:
         shape.grid(tile.bm, shape.heads),
         (q, keys, v, out, lse, *shape.tables, shape.bounds, *sizes)
         + (*strides(q), *key_strides, *strides(v), *shape.table_strides),
-        shape.constants()
+        shape.constants(q, keys, v)
         | {"ROTATE_K": in_loop or call.rotary is None, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
     )
@@ -161,18 +184,26 @@ def rotation(x: Tensor, out: Tensor, out_strides, rotary: Rotary | None, shape: 
         rotate_kernel,
         (x.shape[0] * triton.cdiv(tokens, block), x.shape[2]),
         (x, out, *shape.tables, tokens, shape.rows, *strides(x), *out_strides, *shape.table_strides, 1.0),
-        head_constants(x.shape[-1], rotary) | {"TO_OPERAND": to_operand, "BLOCK": block},
+        head_constants(x.shape[-1], rotary)
+        | {
+            "ALIGN": alignment(x, out),
+            "TABLE_ALIGN": alignment(*shape.tables),
+            "TO_OPERAND": to_operand,
+            "BLOCK": block,
+        },
         4,
     )
 
 
-def _windows(kernel, shape: Shape, window: tuple[int, configs.Window], arguments: tuple, heads: int) -> Launch:
+def _windows(
+    kernel, shape: Shape, window: tuple[int, configs.Window], arguments: tuple, heads: int, read: tuple
+) -> Launch:
     block, config = window
     return Launch(
         kernel,
         (triton.cdiv(shape.sequences, config.per_program), heads),
         arguments,
-        shape.constants() | {"BLOCK": block, "PER_PROGRAM": config.per_program, "STAGES": config.stages},
+        shape.constants(*read) | {"BLOCK": block, "PER_PROGRAM": config.per_program, "STAGES": config.stages},
         config.warps,
     )
 
@@ -180,9 +211,7 @@ def _windows(kernel, shape: Shape, window: tuple[int, configs.Window], arguments
 # --------------------------------------------------------------------------------------------------------- backward
 
 
-def plan_backward(
-    call: Call, out: Tensor, lse: Tensor, dout: Tensor, family: configs.Family | None = None
-) -> Plan:
+def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, family: configs.Family | None = None) -> Plan:
     shape = Shape.of(call, family)
     q, k, v = call.q, call.k, call.v
     if dout.stride(-1) != 1:
@@ -190,15 +219,19 @@ def plan_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     group = shape.heads // shape.kv_heads
     if window := shape.window(backward=True):
-        arguments = (q, k, v, out, dout, lse, dq, dk, dv, *shape.tables, shape.bounds)
-        arguments += (shape.sequences, shape.tokens, shape.heads, shape.kv_heads, group, call.scale)
-        arguments += (*strides(q), *strides(k), *strides(v), *strides(dout), *shape.table_strides)
-        return Plan((_windows(window_backward_kernel, shape, window, arguments, shape.kv_heads),), (dq, dk, dv))
+        arguments = (
+            *(q, k, v, out, dout, lse, dq, dk, dv, *shape.tables, shape.bounds),
+            *(shape.sequences, shape.tokens, shape.heads, shape.kv_heads, group, call.scale),
+            *(*strides(q), *strides(k), *strides(v), *strides(dout), *shape.table_strides),
+        )
+        return Plan(
+            (_windows(window_backward_kernel, shape, window, arguments, shape.kv_heads, (q, k, v, dout)),), (dq, dk, dv)
+        )
 
     turn, turned_k, _ = turned(k, shape)
     turned_q = turned_k.new_empty((shape.heads, shape.rows, turned_k.shape[-1]))
     delta = torch.empty_like(lse)
-    constants = shape.constants()
+    constants = shape.constants(q, v, dout)
     tile = configs.query_tile(shape.family, q.dtype, q.shape[-1])
     by_query = Launch(
         query_kernel,

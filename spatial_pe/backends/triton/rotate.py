@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import load_turned, store_operand, store_turned
+from .pieces import aligned, load_turned, store_operand, store_turned
 
 
 @triton.jit
@@ -14,12 +14,22 @@ def rotate_kernel(
     x, out, cos, sin, tokens, rows_in_all,
     x_batch, x_token, x_head, out_batch, out_token, out_head, table_batch, table_token, table_head, sign,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     TO_OPERAND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x (B, N, H, D) with any strides, to out with its own, which may be x: a program reads its rows before it writes.
 
     TO_OPERAND: out is (H, B N, padded D) in operand order instead. sign = -1 turns back.
     """
+    x_batch = aligned(x_batch, ALIGN)
+    x_token = aligned(x_token, ALIGN)
+    x_head = aligned(x_head, ALIGN)
+    out_batch = aligned(out_batch, ALIGN)
+    out_token = aligned(out_token, ALIGN)
+    out_head = aligned(out_head, ALIGN)
+    table_batch = aligned(table_batch, TABLE_ALIGN)
+    table_token = aligned(table_token, TABLE_ALIGN)
+    table_head = aligned(table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
     blocks = tl.cdiv(tokens, BLOCK)
     sample = tl.cast(tl.program_id(0) // blocks, tl.int64)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences of at most 128 tokens, such as Qwen2.5-VL's windows of 64: a whole sequence is one tile.
 
-No running maximum, no loop over keys, nothing is turned twice, and the backward is one kernel that needs nothing but its
-own sequence. These sizes are bound by memory traffic: a program takes several sequences, one after another, so that the
+No running maximum, no loop over keys, nothing is turned twice, and the backward is one kernel that needs nothing but its own
+sequence. These sizes are bound by memory traffic: a program takes several sequences, one after another, so that the
 next one's loads are under way while this one is computed.
 """
 
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .pieces import (
+    aligned,
     dot_over_channels,
     dot_to_channels,
     kept,
@@ -32,9 +33,22 @@ def window_forward_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     FORM: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As forward_kernel; no sequence is longer than BLOCK."""
+    q_batch = aligned(q_batch, ALIGN)
+    q_token = aligned(q_token, ALIGN)
+    q_head = aligned(q_head, ALIGN)
+    k_batch = aligned(k_batch, ALIGN)
+    k_token = aligned(k_token, ALIGN)
+    k_head = aligned(k_head, ALIGN)
+    v_batch = aligned(v_batch, ALIGN)
+    v_token = aligned(v_token, ALIGN)
+    v_head = aligned(v_head, ALIGN)
+    table_batch = aligned(table_batch, TABLE_ALIGN)
+    table_token = aligned(table_token, TABLE_ALIGN)
+    table_head = aligned(table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
     begin = tl.program_id(0) * PER_PROGRAM
     row = tl.arange(0, BLOCK)
@@ -54,7 +68,9 @@ def window_forward_kernel(
             k + sample * k_batch + start * k_token + (head // group) * k_head, row, k_token, cos + table, sin + table, table_token,
             exists, D, R, PAIRING, START, WIDTH,
         )  # fmt: skip
-        values = load_pieces(v + sample * v_batch + start * v_token + (head // group) * v_head, row, v_token, exists, D, START, WIDTH)
+        values = load_pieces(
+            v + sample * v_batch + start * v_token + (head // group) * v_head, row, v_token, exists, D, START, WIDTH
+        )
 
         scores = dot_over_channels(queries, keys, BLOCK, BLOCK, WIDTH)
         scores = tl.where(exists[None, :], scores, float("-inf"))
@@ -80,9 +96,25 @@ def window_backward_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     FORM: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a key head of a sequence, the query heads that share it one after another."""
+    q_batch = aligned(q_batch, ALIGN)
+    q_token = aligned(q_token, ALIGN)
+    q_head = aligned(q_head, ALIGN)
+    k_batch = aligned(k_batch, ALIGN)
+    k_token = aligned(k_token, ALIGN)
+    k_head = aligned(k_head, ALIGN)
+    v_batch = aligned(v_batch, ALIGN)
+    v_token = aligned(v_token, ALIGN)
+    v_head = aligned(v_head, ALIGN)
+    g_batch = aligned(g_batch, ALIGN)
+    g_token = aligned(g_token, ALIGN)
+    g_head = aligned(g_head, ALIGN)
+    table_batch = aligned(table_batch, TABLE_ALIGN)
+    table_token = aligned(table_token, TABLE_ALIGN)
+    table_head = aligned(table_head, TABLE_ALIGN)
     kv_head = tl.cast(tl.program_id(1), tl.int64)
     begin = tl.program_id(0) * PER_PROGRAM
     row = tl.arange(0, BLOCK)
@@ -100,12 +132,18 @@ def window_backward_kernel(
             k + sample * k_batch + start * k_token + kv_head * k_head, row, k_token, cos + k_table, sin + k_table, table_token,
             exists, D, R, PAIRING, START, WIDTH,
         )  # fmt: skip
-        values = load_pieces(v + sample * v_batch + start * v_token + kv_head * v_head, row, v_token, exists, D, START, WIDTH)
+        values = load_pieces(
+            v + sample * v_batch + start * v_token + kv_head * v_head, row, v_token, exists, D, START, WIDTH
+        )
         dkeys = zeros(BLOCK, WIDTH)
         dvalues = zeros(BLOCK, WIDTH)
         for head in tl.range(kv_head * group, kv_head * group + group, num_stages=1):
-            grads = load_pieces(dout + sample * g_batch + start * g_token + head * g_head, row, g_token, exists, D, START, WIDTH)
-            outs = load_pieces(out + (sample * tokens + start) * stride + head * D, row, stride, exists, D, START, WIDTH)
+            grads = load_pieces(
+                dout + sample * g_batch + start * g_token + head * g_head, row, g_token, exists, D, START, WIDTH
+            )
+            outs = load_pieces(
+                out + (sample * tokens + start) * stride + head * D, row, stride, exists, D, START, WIDTH
+            )
             delta = tl.full((BLOCK,), 0.0, tl.float32)
             for i in tl.static_range(len(WIDTH)):
                 delta += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels in the interpreter: indices, masks and arithmetic, in float32 and float16.
+
+It rounds bfloat16 by cutting it off, so that type is left to a GPU (tests/gpu). Layouts, races and speed are too; what
+the compiler makes of the kernels is in test_budget.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import Case, check, exact, make, run
+from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
+from test_attention import BIASES, POISON, biased, poisoned
+
+from spatial_pe import PatchGrid, Rotary, rope_attention
+from spatial_pe.backends import triton
+
+pytestmark = [
+    pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}"),
+    pytest.mark.skipif(not triton.INTERPRETED, reason="a GPU is here: tests/gpu runs the kernels on it"),
+    # numpy, where a row does not exist
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+FAMILIES = ("ampere", "hopper", "cdna")  # blackwell has hopper's tiles
+SHORT = [case for case in LENGTHS if case.tokens < 500]
+LONG = [case for case in LENGTHS if case.tokens >= 500]
+SMALL_DIMS = [replace(case, tokens=70) for case in HEAD_DIMS if case.dim <= 128]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN: an output, or scratch, that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_kernels(case: Case, monkeypatch, family: str) -> None:
+    from spatial_pe.backends.triton import configs
+
+    monkeypatch.setattr(configs, "family_of", lambda device: family)
+    inputs = make(case)
+    check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", [*SHORT, *SMALL_DIMS], ids=str)
+def test_lengths_and_head_dims(case, family, monkeypatch):
+    check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sequences(case, family, monkeypatch):
+    check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize(
+    "case", [*[c for c in ROTATIONS if c.dim <= 128], *SEQUENCES, *VIEWS, *GROUPS, *SCALES], ids=str
+)
+def test_rotations_sequences_views(case, family, monkeypatch):
+    check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
+
+
+# few: its small tiles take ten times as long
+@pytest.mark.parametrize(
+    "case", [*SHORT[:3], *SMALL_DIMS[:2], ROTATIONS[3], *SEQUENCES[2:5:2], SEQUENCES[-1], VIEWS[0], *SCALES], ids=str
+)
+def test_float32(case, monkeypatch):
+    check_kernels(case, monkeypatch, "hopper")
+
+
+@pytest.mark.parametrize("hint", [64, 100, 1000, None])
+@pytest.mark.parametrize("lengths", [(64,) * 5, (0, 1, 37, 0, 100, 3, 0), (0, 0, 1)], ids=str)
+def test_max_seqlen_is_a_hint(lengths, hint):
+    """It may be missing or too large; with one that is small enough windows.py serves the call."""
+    if hint is not None and hint < max(lengths):
+        pytest.skip("not a bound")
+    inputs = make(Case(lengths=lengths, dim=40, dtype=torch.float16))
+    expected = inputs.call("reference")
+    got = rope_attention(
+        inputs.q, inputs.k, inputs.v, inputs.rotary(), cu_seqlens=inputs.cu_seqlens, max_seqlen=hint, backend="triton"
+    )
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_extreme_scores(bias):
+    dtype = torch.float16  # its tiles are large, so that it takes a third of the time of float32
+    inputs, eager, truth = biased(bias, dtype)
+    check(run(inputs, "triton"), eager, truth, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("poison", POISON)
+def test_nan_and_inf_propagate(poison, dtype):
+    inputs, expected = poisoned(poison, dtype)
+    got = inputs.call("triton").float()
+    bad = expected.isnan().any(-1)
+    assert torch.equal(got.isnan().any(-1), bad)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got[~bad], expected[~bad], rtol=8 * eps, atol=8 * eps)
+
+
+def test_long_sequences_turn_k_before():
+    """Above configs.ROTATE_K_UP_TO the plan has a launch more, and the result stays."""
+    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.triton.plan import plan_forward
+
+    inputs = make(Case(tokens=1300, heads=1, dim=16, dtype=torch.float16))
+    names = [
+        launch.kernel.fn.__name__
+        for launch in plan_forward(Call(inputs.q, inputs.k, inputs.v, inputs.rotary(), 0.25, None, None, None)).launches
+    ]
+    assert names == ["rotate_kernel", "forward_kernel"]
+    check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
+
+
+def test_offsets_beyond_32_bits(tmp_path):
+    """The last token lies more than 2^32 elements behind the first: an address must not wrap around."""
+    tokens, dim = 300, 16
+    stride = triton.MOST_BETWEEN_TOKENS - 8
+    # a sparse file of 10 GiB: 300 of its pages are ever touched
+    size = stride * (tokens - 1) + 64
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2 * size)
+    buffer = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
+    q, k, v = (torch.as_strided(buffer, (1, tokens, 1, dim), (0, stride, dim, 1), i * dim) for i in range(3))
+    for x in (q, k, v):
+        x.copy_(torch.randn(x.shape))
+    rotary = Rotary.from_angles(torch.randn(tokens, dim // 2))
+    got = rope_attention(q, k, v, rotary, backend="triton")
+    near = rope_attention(q.contiguous(), k.contiguous(), v.contiguous(), rotary, backend="triton")
+    assert torch.equal(got, near)
+
+
+REFUSALS = {
+    "head_dim is 20": {"dim": 20},
+    "head_dim is 136": {"dim": 136},
+    "head_dim is 8": {"dim": 8},
+    "no torch.float64 kernel": {"dtype": torch.float64},
+}
+
+
+def test_refuses_tokens_too_far_apart():
+    from spatial_pe.backends.call import Call
+
+    q = torch.empty(1, 4, 2, 16)
+    v = torch.empty_strided(q.shape, (0, 2**24, 16, 1), device="meta")
+    call = Call(q, q, v, None, 1.0, None, None, None)
+    assert triton.cannot_serve(call) == "v has 16,777,216 elements between tokens: at most 16,777,215"
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_refusals_say_why(reason):
+    inputs = make(Case(tokens=4, **REFUSALS[reason]))
+    with pytest.raises(ValueError, match=f'backend="triton" cannot serve this call: .*{reason}'):
+        inputs.call("triton")
+
+
+def test_auto_leaves_the_interpreter_alone():
+    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.select import refusal
+
+    inputs = make(Case())
+    call = Call(inputs.q, inputs.k, inputs.v, None, 1.0, None, None, None)
+    assert refusal("triton", call) == "Triton's interpreter is for tests"
+
+
+def test_gradients_are_the_same_every_time():
+    """No atomics: the same bits."""
+    inputs = make(Case(batch=2, tokens=150, heads=4, kv_heads=2, dtype=torch.float16))
+    first, second = run(inputs, "triton"), run(inputs, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_identity_start_is_exact():
+    """Angles of 0 and no rotary give the same bits: a tower that starts as the identity is the pretrained one."""
+    inputs = make(Case(batch=2, tokens=150, dim=72, rotary_dim=0, dtype=torch.float16))
+    grid = PatchGrid(10, 15)
+    identity = Rotary.from_angles(torch.zeros(grid.num_tokens, 36))
+    plain = rope_attention(inputs.q, inputs.k, inputs.v, backend="triton")
+    with warnings.catch_warnings():
+        assert torch.equal(rope_attention(inputs.q, inputs.k, inputs.v, identity, backend="triton"), plain)
