@@ -6,15 +6,15 @@ BIN := $(VENV)/bin
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
-.PHONY: demo test test-all lint sanitize bench-cpu wheel clean
+.PHONY: demo test test-all lint sanitize bench-cpu gpu triton-budget wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/triton-3.6
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/installed $(VENV)/triton-3.6
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(VENV)/installed
@@ -41,6 +41,29 @@ bench-cpu: $(VENV)/bench
 	$(BIN)/python -m benchmarks.throughput.towers_cpu --rounds 5 --out benchmarks/results/cpu/towers.json
 	$(BIN)/spatial-pe demo --out docs/demo.png --json benchmarks/results/cpu/demo.json
 	$(BIN)/python -m benchmarks.readme
+
+# On a machine with a GPU, with its own Python packages and no network: build, test and measure into OUT.
+# QUICK=1: six shapes, 3 minutes. DRY=1: no GPU; compiles every kernel for every GPU and plans every benchmark.
+OUT ?= gpu-results
+ifdef DRY
+gpu: $(VENV)/installed triton-budget
+	PYTHONPATH=. $(BIN)/python -m benchmarks.throughput.attention_gpu --dry
+else
+gpu:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	mkdir -p $(OUT)
+	$(PYTHON) -m pytest -m gpu tests/gpu 2>&1 | tee $(OUT)/tests.txt
+	PYTHONPATH=. $(PYTHON) -m benchmarks.throughput.attention_gpu $(if $(QUICK),--quick) --out $(OUT)/attention.json
+endif
+
+# What the compiler makes of every Triton kernel on every GPU, without one. About 12 minutes.
+triton-budget: $(VENV)/installed
+	PYTHONPATH=. $(BIN)/python tests/triton/offline.py --markdown docs/triton_budget.md
+
+# The Triton of torch 2.11, beside the newest: tests/triton/test_budget.py compiles with both
+$(VENV)/triton-3.6: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.6.0
+	touch $@
 
 wheel: $(VENV)/installed
 	$(BIN)/pip wheel --no-deps -w dist .

@@ -14,9 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from spatial_pe import Rotary, rope_attention
-from spatial_pe.backends import cpu
+from spatial_pe.backends import cpu, triton
 
-BACKENDS = ["reference", *([] if cpu.unavailable() else ["cpu"])]
+BACKENDS = [
+    "reference",
+    *([] if cpu.unavailable() else ["cpu"]),
+    *([] if triton.unavailable() or not triton.INTERPRETED else ["triton"]),
+]
 CASES = {
     "dense": Case(batch=2, tokens=20, dim=24, kv_heads=1),
     "packed": Case(lengths=(0, 7, 1, 12), dim=24, pairing="interleaved", table="head"),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile launches for GPUs that are not there, and read what the compiler made of them.
 
-    python tests/triton/offline.py --out budget.json [--only forward] [--targets sm_90]
+    python tests/triton/offline.py --out budget.json [--only "bf16 D=64"] [--targets sm_90]
+    python tests/triton/offline.py --markdown docs/triton_budget.md
 
 In a process of its own: the other tests run the kernels in Triton's interpreter, which replaces the compiler, and a
 second Triton needs a second process anyway (PYTHONPATH says which one).
@@ -161,20 +162,64 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--only", default="", help="regimes that contain this")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--markdown", type=Path, help="table to write")
+    parser.add_argument("--report", type=Path, nargs="+", help="JSON files to take instead of compiling")
     arguments = parser.parse_args()
+    if arguments.report:
+        reports = [json.loads(path.read_text()) for path in arguments.report]
+        report = {"triton": reports[0]["triton"], "rows": [row for found in reports for row in found["rows"]]}
+    else:
+        report = {"triton": triton.__version__, "rows": compile_all(arguments.targets, arguments.only)}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1))
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(report))
+
+
+def compile_all(targets: list[str], only: str) -> list[dict]:
     rows = []
-    for target in arguments.targets:
+    for target in targets:
         done = set()
         for regime, found in cases(TARGETS[target][1]).items():
-            for launch in found if arguments.only in regime else ():
+            for launch in found if only in regime else ():
                 key = (source(launch).hash(), str(launch))
                 if key in done:  # lengths alone do not make another kernel
                     continue
                 done.add(key)
                 rows.append(asdict(build(regime, launch, target)))
                 print(*rows[-1].values(), file=sys.stderr, flush=True)
-    arguments.out.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))
+    return rows
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        "# What the compiler makes of the Triton kernels",
+        "",
+        f"Written by `make triton-budget` with Triton {report['triton']}, compiled offline: no GPU was involved, and",
+        "nothing here is a measurement of speed. A launch is listed once, where it first occurs. Registers are per",
+        "thread; spills and shared memory are bytes; tensor core: instructions in the code.",
+        "`tests/triton/test_budget.py` fails if anything spills, needs more shared memory than the chip has, or uses no",
+        "tensor core (float32, which runs on the ordinary units, and rotate excepted).",
+        "",
+    ]
+    for target in TARGETS:
+        rows = [row for row in report["rows"] if row["target"] == target]
+        if not rows:
+            continue
+        lines += [f"## {target}: {len(rows)} kernels", ""]
+        lines += [
+            "| call | kernel | options | registers | spills | shared | tensor core |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            kernel, _, *options = row["launch"].split()
+            shown = " ".join(o for o in options if o.split("=")[0] not in ("D", "R", "PAIRING", "ALIGN", "TABLE_ALIGN"))
+            cells = [row["regime"], kernel.removesuffix("_kernel"), shown]
+            cells += [row[name] for name in ("registers", "spills", "shared", "tensor_core")]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

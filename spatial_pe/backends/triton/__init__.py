@@ -5,7 +5,7 @@
     sequences.py  which tokens a program works on: dense, packed, padded
     attention.py, attention_backward.py   sequences of any length
     windows.py    forward and backward of sequences of at most 128 tokens
-    rotate.py     rotary alone
+    rotate.py     turns k once, where the loop does not
     plan.py       from a call to the launches that serve it; configs.py: their tile sizes
 
 This file answers what a backend must answer, and imports nothing of Triton until it is known to be there.

@@ -24,7 +24,7 @@ from .pieces import (
     scaled,
     store_operand,
     store_pieces,
-    store_turned,
+    store_turned_back,
     zeros,
 )
 from .sequences import locate
@@ -98,8 +98,8 @@ def query_kernel(
         acc = dot_to_channels(dscores.to(q.dtype.element_ty), keys, acc, WIDTH)
 
     written = first + row < tokens if FORM == "padded" else exists
-    store_turned(
-        dq + at_block, row, stride, cos, sin, table_token, written, scaled(acc, scale, WIDTH), -1.0,
+    store_turned_back(
+        dq + at_block, row, stride, cos, sin, table_token, written, scaled(acc, scale, WIDTH),
         D, R, PAIRING, START, WIDTH,
     )  # fmt: skip
 
@@ -166,8 +166,8 @@ def key_kernel(
     at_block = (sample * tokens + token) * stride + kv_head * D
     cos += sample * table_batch + token * table_token + kv_head * table_head
     sin += sample * table_batch + token * table_token + kv_head * table_head
-    store_turned(
-        dk + at_block, row, stride, cos, sin, table_token, written, scaled(dkeys, scale, WIDTH), -1.0,
+    store_turned_back(
+        dk + at_block, row, stride, cos, sin, table_token, written, scaled(dkeys, scale, WIDTH),
         D, R, PAIRING, START, WIDTH,
     )  # fmt: skip
     store_pieces(dv + at_block, row, stride, written, dvalues, D, START, WIDTH)

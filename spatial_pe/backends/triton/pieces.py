@@ -133,7 +133,6 @@ def turn(x1, x2, c, s, pair, D: tl.constexpr, R: tl.constexpr):
 def load_turned(
     base, rows, stride, cos, sin, table_stride, exists,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
-    TURN: tl.constexpr = True,
 ):  # fmt: skip
     """Rows in operand order, turned in float32 and rounded once to the type they came in."""
     out = ()
@@ -149,7 +148,7 @@ def load_turned(
             row = base + rows[:, None] * stride
             x1 = tl.load(row + first_channel(pair, D, R, PAIRING)[None, :], mask=mask, other=0.0)
             x2 = tl.load(row + second_channel(pair, D, R, PAIRING)[None, :], mask=mask, other=0.0)
-        if TURN and R > 0:
+        if R > 0:
             c, s = load_angles(cos, sin, rows, table_stride, exists, pair, R)
             x1, x2 = turn(x1, x2, c, s, pair, D, R)
             x1 = x1.to(base.dtype.element_ty)
@@ -159,21 +158,19 @@ def load_turned(
 
 
 @triton.jit
-def store_turned(
-    base, rows, stride, cos, sin, table_stride, exists, pieces, sign,
+def store_turned_back(
+    base, rows, stride, cos, sin, table_stride, exists, pieces,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Pieces in operand order, turned by sign times the angles and stored in the channels' own order.
-
-    sign = -1 is the way back for gradients: the transpose of a rotation is its inverse.
-    """
+    """Gradients in operand order, turned back (the transpose of a rotation is its inverse) and stored in the channels'
+    own order."""
     for i in tl.static_range(len(WIDTH)):
         pair = START[i] // 2 + tl.arange(0, WIDTH[i] // 2)
         piece = pieces[i]
         x1, x2 = tl.split(tl.reshape(piece, (piece.shape[0], WIDTH[i] // 2, 2)))
         if R > 0:
             c, s = load_angles(cos, sin, rows, table_stride, exists, pair, R)
-            x1, x2 = turn(x1, x2, c, sign * s, pair, D, R)
+            x1, x2 = turn(x1, x2, c, -s, pair, D, R)
         x1 = x1.to(base.dtype.element_ty)
         x2 = x2.to(base.dtype.element_ty)
         if PAIRING == "interleaved" and R == D:

@@ -172,27 +172,18 @@ def plan_forward(call: Call, family: configs.Family | None = None) -> Plan:
 
 def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int]]:
     """R(x) in operand order, (H, B N, padded D), the launch that makes it, and its strides (0, token, head)."""
-    heads, dim = x.shape[2:]
+    tokens, heads, dim = x.shape[1:]
+    block = configs.ROTATE_BLOCK
     out = torch.empty((heads, shape.rows, sum(widths(dim))), dtype=x.dtype, device=x.device)
-    launch = rotation(x, out, (0, 0, out.stride(0)), shape.call.rotary, shape, to_operand=True)
-    return launch, out, (0, out.stride(1), out.stride(0))
-
-
-def rotation(x: Tensor, out: Tensor, out_strides, rotary: Rotary | None, shape: Shape, to_operand: bool) -> Launch:
-    tokens, block = x.shape[1], configs.ROTATE_BLOCK
-    return Launch(
+    launch = Launch(
         rotate_kernel,
-        (x.shape[0] * triton.cdiv(tokens, block), x.shape[2]),
-        (x, out, *shape.tables, tokens, shape.rows, *strides(x), *out_strides, *shape.table_strides, 1.0),
-        head_constants(x.shape[-1], rotary)
-        | {
-            "ALIGN": alignment(x, out),
-            "TABLE_ALIGN": alignment(*shape.tables),
-            "TO_OPERAND": to_operand,
-            "BLOCK": block,
-        },
+        (x.shape[0] * triton.cdiv(tokens, block), heads),
+        (x, out, *shape.tables, tokens, shape.rows, *strides(x), *shape.table_strides),
+        head_constants(dim, shape.call.rotary)
+        | {"ALIGN": alignment(x), "TABLE_ALIGN": alignment(*shape.tables), "BLOCK": block},
         4,
     )
+    return launch, out, (0, out.stride(1), out.stride(0))
 
 
 def _windows(

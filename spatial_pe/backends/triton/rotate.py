@@ -1,32 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary alone: x̂ = R(x), for q and k in one launch; also what turns k once, before the forward, for long sequences."""
+"""R(x) in operand order: turns k once, where turning it in the attention's loop would cost more, and for the backward."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .pieces import aligned, load_turned, store_operand, store_turned
+from .pieces import aligned, load_turned, store_operand
 
 
 @triton.jit
 def rotate_kernel(
     x, out, cos, sin, tokens, rows_in_all,
-    x_batch, x_token, x_head, out_batch, out_token, out_head, table_batch, table_token, table_head, sign,
+    x_batch, x_token, x_head, table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
-    TO_OPERAND: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x (B, N, H, D) with any strides, to out with its own, which may be x: a program reads its rows before it writes.
-
-    TO_OPERAND: out is (H, B N, padded D) in operand order instead. sign = -1 turns back.
-    """
+    """x (B, N, H, D) with any strides to out (H, B N, padded D)."""
     x_batch = aligned(x_batch, ALIGN)
     x_token = aligned(x_token, ALIGN)
     x_head = aligned(x_head, ALIGN)
-    out_batch = aligned(out_batch, ALIGN)
-    out_token = aligned(out_token, ALIGN)
-    out_head = aligned(out_head, ALIGN)
     table_batch = aligned(table_batch, TABLE_ALIGN)
     table_token = aligned(table_token, TABLE_ALIGN)
     table_head = aligned(table_head, TABLE_ALIGN)
@@ -40,12 +33,6 @@ def rotate_kernel(
     cos += sample * table_batch + token * table_token + head * table_head
     sin += sample * table_batch + token * table_token + head * table_head
     x += sample * x_batch + token * x_token + head * x_head
-    if TO_OPERAND:
-        pieces = load_turned(x, row, x_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH)
-        width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
-        store_operand(out + (head * rows_in_all + sample * tokens + token) * width, row, exists, pieces, START, WIDTH)
-    else:
-        # as it is, in operand order; turned on the way out
-        pieces = load_turned(x, row, x_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH, False)
-        out += sample * out_batch + token * out_token + head * out_head
-        store_turned(out, row, out_token, cos, sin, table_token, exists, pieces, sign, D, R, PAIRING, START, WIDTH)
+    pieces = load_turned(x, row, x_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH)
+    width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
+    store_operand(out + (head * rows_in_all + sample * tokens + token) * width, row, exists, pieces, START, WIDTH)

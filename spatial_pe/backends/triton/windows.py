@@ -20,7 +20,7 @@ from .pieces import (
     load_turned,
     scaled,
     store_pieces,
-    store_turned,
+    store_turned_back,
     zeros,
 )
 from .sequences import whole_sequence
@@ -163,13 +163,13 @@ def window_backward_kernel(
             low_dscores = dscores.to(v.dtype.element_ty)
             dkeys = dot_to_channels(tl.trans(low_dscores), queries, dkeys, WIDTH)
             dqueries = dot_to_channels(low_dscores, keys, zeros(BLOCK, WIDTH), WIDTH)
-            store_turned(
+            store_turned_back(
                 dq + (sample * tokens + start) * stride + head * D, row, stride, cos + table, sin + table, table_token,
-                written, scaled(dqueries, scale, WIDTH), -1.0, D, R, PAIRING, START, WIDTH,
+                written, scaled(dqueries, scale, WIDTH), D, R, PAIRING, START, WIDTH,
             )  # fmt: skip
         at = (sample * tokens + start) * kv_stride + kv_head * D
-        store_turned(
+        store_turned_back(
             dk + at, row, kv_stride, cos + k_table, sin + k_table, table_token,
-            written, scaled(dkeys, scale, WIDTH), -1.0, D, R, PAIRING, START, WIDTH,
+            written, scaled(dkeys, scale, WIDTH), D, R, PAIRING, START, WIDTH,
         )  # fmt: skip
         store_pieces(dv + at, row, kv_stride, written, dvalues, D, START, WIDTH)
