@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spatial_pe import PatchGrid, Rotary, backends, rope_attention
-from spatial_pe.backends import composed, cpu, reference
+from spatial_pe.backends import composed, cpu, reference, triton
 
 BACKENDS = ["auto", *(name for name, missing in backends() if missing is None)]
 
@@ -37,6 +37,10 @@ def no_kernel(monkeypatch):
 
     if not cpu.unavailable():
         monkeypatch.setattr(cpu.EXTENSION, "forward", reached)
+    if not triton.unavailable():
+        from spatial_pe.backends.triton.launch import Launch
+
+        monkeypatch.setattr(Launch, "run", reached)
     monkeypatch.setattr(composed, "_sdpa", reached)
     monkeypatch.setattr(reference, "_scores", reached)
 
@@ -196,7 +200,7 @@ class TestSequences:
 
 class TestBackend:
     def test_unknown(self):
-        message = r"""^backend must be "auto" or one of \['cpu', 'composed', 'reference'\], got 'cpuu'"""
+        message = r"""^backend must be "auto" or one of \['cpu', 'triton', 'composed', 'reference'\], got 'cpuu'"""
         refuses(ValueError, message, *qkv(), backend="cpuu")
 
     @pytest.mark.parametrize("dim", [4, 8, 12, 60, 264])

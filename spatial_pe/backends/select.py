@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from . import composed, cpu, reference, triton
 from .call import Call
 
@@ -42,14 +44,26 @@ def refusal(name: str, call: Call) -> str | None:
 
 def _slower(name: str, call: Call) -> str | None:
     """Where a backend could serve, but what the user had is faster or not measured against: auto stays away."""
-    if name == "triton" and call.q.device.type == "cpu":
-        return "Triton's interpreter is for tests"
+    if name == "triton":
+        return _triton_slower(call)
     if name != "cpu":
         return None
     if cpu.FEATURES["isa"] == "portable":
         return "this CPU has neither AVX2 nor AVX-512: torch's own attention is likely faster"
     if {"amx_bf16", "amx_fp16"} & set(cpu.FEATURES["flags"]) and call.q.dtype.itemsize == 2:
         return "this CPU has AMX, which torch uses for 16-bit matrix products and these kernels do not"
+    return None
+
+
+def _triton_slower(call: Call) -> str | None:
+    """Modelled, not measured: `make gpu` decides. Packed sequences stay: the composed path waits for their lengths."""
+    tokens, dim = call.q.shape[1], call.q.shape[-1]
+    if call.q.device.type == "cpu":
+        return "Triton's interpreter is for tests"
+    if call.cu_seqlens is None and call.q.dtype == torch.float32:
+        return "float32 products leave the tensor cores idle: torch's own attention is likely faster (modelled)"
+    if call.cu_seqlens is None and dim > 80 and tokens > 1024:
+        return f"head_dim {dim} and {tokens} tokens: torch's own attention is likely faster (modelled)"
     return None
 
 

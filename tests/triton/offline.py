@@ -199,8 +199,8 @@ def markdown(report: dict) -> str:
         f"Written by `make triton-budget` with Triton {report['triton']}, compiled offline: no GPU was involved, and",
         "nothing here is a measurement of speed. A launch is listed once, where it first occurs. Registers are per",
         "thread; spills and shared memory are bytes; tensor core: instructions in the code.",
-        "`tests/triton/test_budget.py` fails if anything spills, needs more shared memory than the chip has, or uses no",
-        "tensor core (float32, which runs on the ordinary units, and rotate excepted).",
+        "`tests/triton/test_budget.py` fails if anything spills, needs more shared memory than the chip has, or uses",
+        "no tensor core (float32, which runs on the ordinary units, and rotate excepted).",
         "",
     ]
     for target in TARGETS:

@@ -164,13 +164,26 @@ def test_refusals_say_why(reason):
         inputs.call("triton")
 
 
-def test_auto_leaves_the_interpreter_alone():
+@pytest.mark.parametrize(
+    ("device", "dtype", "tokens", "dim", "packed", "reason"),
+    [
+        ("cpu", torch.float16, 64, 64, False, "interpreter"),
+        ("meta", torch.float16, 4096, 80, False, None),
+        ("meta", torch.float16, 1024, 128, False, None),
+        ("meta", torch.float16, 1025, 128, False, "128 and 1025 tokens"),
+        ("meta", torch.float32, 64, 64, False, "float32"),
+        ("meta", torch.float32, 2048, 128, True, None),
+    ],
+)
+def test_auto_leaves_to_others_what_they_likely_do_faster(device, dtype, tokens, dim, packed, reason):
+    """Of a GPU, "meta" has all that this looks at."""
     from spatial_pe.backends.call import Call
-    from spatial_pe.backends.select import refusal
+    from spatial_pe.backends.select import _slower
 
-    inputs = make(Case())
-    call = Call(inputs.q, inputs.k, inputs.v, None, 1.0, None, None, None)
-    assert refusal("triton", call) == "Triton's interpreter is for tests"
+    q = torch.empty(1, tokens, 2, dim, dtype=dtype, device=device)
+    bounds = torch.empty(3, dtype=torch.int32, device=device) if packed else None
+    why = _slower("triton", Call(q, q, q, None, 1.0, bounds, None, None))
+    assert why is None if reason is None else reason in why
 
 
 def test_gradients_are_the_same_every_time():

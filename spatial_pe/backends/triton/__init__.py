@@ -60,6 +60,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     from .plan import plan_forward
 
+    if call.q.device.type == "cpu":
+        list(call.sequences())  # checks the lengths; on a GPU that would wait for them
     plan = plan_forward(call)
     plan.run(call.q.device)
     out, lse = plan.results
