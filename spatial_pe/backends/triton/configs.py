@@ -55,6 +55,7 @@ ROTATE_BLOCK = 64
 ROTATE_K_UP_TO: dict[Family, int] = {"ampere": 0, "hopper": 1200, "blackwell": 1200, "cdna": 1200}
 
 # Rows: head_dim up to which a tile serves. float32 multiplies on the ordinary units, in small tiles.
+_FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
 _FLOAT32 = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
 _FORWARD: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2))),
@@ -65,11 +66,11 @@ _FORWARD: dict[Family, tuple[tuple[int, Tile], ...]] = {
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 32, 4, 2))),
     "hopper": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
-    "blackwell": ((96, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 2))),
+    "blackwell": ((64, Tile(64, 64, 4, 2)), (80, Tile(128, 64, 8, 2)), (96, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((64, Tile(32, 64, 4, 2)), (128, Tile(32, 32, 4, 2))),
+    "ampere": ((128, Tile(32, 32, 4, 2)),),
     "hopper": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
     "blackwell": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
@@ -94,7 +95,7 @@ _WINDOW_BACKWARD: dict[Family, tuple[tuple[int, int, Window], ...]] = {
 
 
 def forward_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
-    return _first(_FLOAT32 if dtype == torch.float32 else _FORWARD[family], dim)
+    return _first(_FLOAT32_FORWARD if dtype == torch.float32 else _FORWARD[family], dim)
 
 
 def query_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
