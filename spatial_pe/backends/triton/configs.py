@@ -66,7 +66,12 @@ _FORWARD: dict[Family, tuple[tuple[int, Tile], ...]] = {
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 32, 4, 2))),
     "hopper": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
-    "blackwell": ((64, Tile(64, 64, 4, 2)), (80, Tile(128, 64, 8, 2)), (96, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 2))),
+    "blackwell": (
+        (64, Tile(64, 64, 4, 2)),
+        (80, Tile(128, 64, 8, 2)),
+        (96, Tile(64, 64, 4, 2)),
+        (128, Tile(64, 64, 8, 2)),
+    ),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
