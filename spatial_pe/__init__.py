@@ -8,7 +8,8 @@ from .backends.select import backends
 from .encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
 from .grid import PatchGrid
 from .modules import RoPE2DAttention
-from .rotary import Rotary, apply_rotary
+from .rotary import Rotary
+from .rotation import apply_rotary, apply_rotary_qk
 from .towers import PatchReport, inspect, patch, unpatch
 from .verify import RotaryReport, verify_rotary
 
@@ -22,6 +23,7 @@ __all__ = [
     "Rotary",
     "RotaryReport",
     "apply_rotary",
+    "apply_rotary_qk",
     "backends",
     "convention",
     "inspect",

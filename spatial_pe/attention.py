@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import composed
+from .backends import composed, triton
 from .backends.call import Call
 from .backends.select import BACKENDS, select
 from .checks import check_call
-from .rotary import Rotary, split_pairs
+from .rotary import Rotary, angle_gradient
 
 
 def rope_attention(
@@ -101,6 +101,11 @@ def _unflatten(q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlen
     return Call(q, k, v, rotary, scale, cu_seqlens, max_seqlen, seqlens)
 
 
+_LIBRARY.define(
+    "angle_gradient(Tensor q, Tensor k, Tensor dq, Tensor dk, Tensor cos, str pairing, Tensor? seqlens) -> Tensor"
+)
+
+
 @torch.library.impl(_LIBRARY, "rope_attention", "CompositeExplicitAutograd")
 def _forward(*args):
     *flat, backend = args
@@ -111,6 +116,16 @@ def _forward(*args):
 def _backward(dout, out, lse, *args):
     *flat, backend = args
     return BACKENDS[backend].backward(_unflatten(*flat), out, lse, dout)
+
+
+@torch.library.impl(_LIBRARY, "angle_gradient", "CompositeExplicitAutograd")
+def _angle_gradient(q, k, dq, dk, cos, pairing, seqlens):
+    return triton.angle_gradient(q, k, dq, dk, Rotary._unchecked(cos, cos, pairing), seqlens)
+
+
+@torch.library.register_fake("spatial_pe::angle_gradient", lib=_LIBRARY)
+def _angle_gradient_fake(q, k, dq, dk, cos, pairing, seqlens):
+    return cos.new_empty(cos.shape)
 
 
 @torch.library.register_fake("spatial_pe::rope_attention", lib=_LIBRARY)
@@ -138,23 +153,15 @@ def _autograd_backward(ctx, dout: Tensor, _dlse) -> tuple:
     )
     dcos = dsin = None
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-        if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0
-            exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
-            q, k = torch.where(exists, q, 0), torch.where(exists, k, 0)
-        dphi = _angle_gradient(q, dq, cos, ctx.pairing) + _angle_gradient(k, dk, cos, ctx.pairing)
+        if ctx.backend == "triton":
+            dphi = torch.ops.spatial_pe.angle_gradient(q, k, dq, dk, cos, ctx.pairing, seqlens)
+        else:
+            if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0
+                exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
+                q, k = torch.where(exists, q, 0), torch.where(exists, k, 0)
+            dphi = angle_gradient(q, dq, cos, ctx.pairing) + angle_gradient(k, dk, cos, ctx.pairing)
         dcos, dsin = -sin * dphi, cos * dphi
     return dq, dk, dv, dcos, dsin, None, None, None, None, None, None
-
-
-def _angle_gradient(x: Tensor, dx: Tensor, table: Tensor, pairing: str) -> Tensor:
-    """dφ = x₁·dx₂ - x₂·dx₁, from the un-rotated x and its final gradient, since R commutes with a quarter turn.
-
-    (B, N, H, D) -> the shape of the table, (B|1, N, H|1, R/2), summed over the samples and heads that share an angle.
-    """
-    rotary_dim = 2 * table.shape[-1]
-    x1, x2 = split_pairs(x[..., :rotary_dim].to(table.dtype), pairing)
-    g1, g2 = split_pairs(dx[..., :rotary_dim].to(table.dtype), pairing)
-    return (x1 * g2 - x2 * g1).sum_to_size(table.shape)
 
 
 torch.library.register_autograd(
@@ -169,4 +176,5 @@ def _no_double_backward(ctx, *grads):
     )
 
 
-torch.library.register_autograd("spatial_pe::rope_attention_backward", _no_double_backward, lib=_LIBRARY)
+for _name in ("rope_attention_backward", "angle_gradient"):
+    torch.library.register_autograd(f"spatial_pe::{_name}", _no_double_backward, lib=_LIBRARY)

@@ -114,25 +114,25 @@ class Rotary:
         return self._unchecked(self.cos, -self.sin, self.pairing)
 
 
-def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the channel pairs of x; differentiable in x and in the tables.
-
-    Args:
-        x: (B, N, H, D) or packed (T, H, D), any float dtype; R <= D.
-        rotary: tables with N (or T) tokens.
-
-    Returns:
-        Same shape and dtype. The arithmetic is float32 (float64 for float64 x), rounded once.
-    """
-    if x.ndim == 3:
-        return apply_rotary(x[None], rotary)[0]
-    check_rotary_fits(x, rotary, "x")
+def rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    """R(x) in plain PyTorch, (B, N, H, D) -> the same: float32 inside (float64 for float64 x), rounded once."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = rotary.cos.to(wide), rotary.sin.to(wide)
     rotary_dim = rotary.rotary_dim
     x1, x2 = split_pairs(x[..., :rotary_dim].to(wide), rotary.pairing)
     turned = join_pairs(x1 * cos - x2 * sin, x1 * sin + x2 * cos, rotary.pairing).to(x.dtype)
     return turned if rotary_dim == x.shape[-1] else torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+
+
+def angle_gradient(x: Tensor, dx: Tensor, table: Tensor, pairing: str) -> Tensor:
+    """dφ = x₁·dx₂ - x₂·dx₁, from the un-rotated x and its final gradient, since R commutes with a quarter turn.
+
+    (B, N, H, D) -> the shape of the table, (B|1, N, H|1, R/2), summed over the samples and heads that share an angle.
+    """
+    rotary_dim = 2 * table.shape[-1]
+    x1, x2 = split_pairs(x[..., :rotary_dim].to(table.dtype), pairing)
+    g1, g2 = split_pairs(dx[..., :rotary_dim].to(table.dtype), pairing)
+    return (x1 * g2 - x2 * g1).sum_to_size(table.shape)
 
 
 def split_pairs(x: Tensor, pairing: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .grid import PatchGrid
-from .rotary import Rotary, apply_rotary, split_pairs
+from .rotary import Rotary, rotated, split_pairs
 
 # Below this an angle does not move: float32 sines of equal angles differ by 6e-8 (a vectorised sine rounds otherwise
 # than a scalar one); the slowest pair in use (theta 1e6, head_dim 128) moves by 1.2e-6 a patch.
@@ -150,7 +150,7 @@ def _functions(
 
 
 def _one_head(rotary: Rotary) -> Callable[[Tensor], Tensor]:
-    return lambda x: apply_rotary(x[:, None], rotary)[:, 0]
+    return lambda x: rotated(x[:, None], rotary)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spatial_pe import apply_rotary
 from spatial_pe.encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
 from spatial_pe.grid import PatchGrid
-from spatial_pe.rotary import Rotary, apply_rotary, split_pairs
+from spatial_pe.rotary import Rotary, split_pairs
 
 # Rotated unit normals: a few float32 roundings of |x| <= 5.
 ROTATED = {"rtol": 0.0, "atol": 2e-6}

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatial_pe.rotary import PAIRINGS, Rotary, apply_rotary, join_pairs, split_pairs
+from spatial_pe import apply_rotary
+from spatial_pe.rotary import PAIRINGS, Rotary, join_pairs, split_pairs
 
 # (first, second) channels of the pairs with R = 8, by hand
 PAIRS = {

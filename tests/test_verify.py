@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from spatial_pe import Rotary, apply_rotary
 from spatial_pe.encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
 from spatial_pe.grid import PatchGrid
-from spatial_pe.rotary import Rotary, apply_rotary
 from spatial_pe.verify import verify_rotary
 
 

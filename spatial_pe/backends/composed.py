@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_seqlens
-from ..rotary import _has_values, apply_rotary
+from ..rotary import _has_values
+from ..rotation import apply_rotary_qk
 from .call import Call
 
 
@@ -33,7 +34,7 @@ def attention(call: Call) -> Tensor:
         valid = torch.arange(q.shape[1], device=q.device) < call.seqlens[:, None]  # (B, N)
         q, k, v = (torch.where(valid[:, :, None, None], x, 0) for x in (q, k, v))
     if call.rotary is not None:
-        q, k = apply_rotary(q, call.rotary), apply_rotary(k, call.rotary)
+        q, k = apply_rotary_qk(q, k, call.rotary)
     if call.cu_seqlens is not None:
         return _packed(q[0], k[0], v[0], call)[None]
     if valid is None:

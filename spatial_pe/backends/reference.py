@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rotary import apply_rotary
+from ..rotary import rotated
 from .call import Call
 
 
@@ -57,7 +57,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
         dv[b, start:stop] = _einsum("hnm,nhd->mhd", p, g).unflatten(1, (-1, group)).sum(2)
     if call.rotary is not None:
         back = call.rotary.inverse()
-        dq, dk = apply_rotary(dq, back), apply_rotary(dk, back)
+        dq, dk = rotated(dq, back), rotated(dk, back)
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
 
 
@@ -80,6 +80,6 @@ def _rotated(call: Call, b: int, start: int, stop: int) -> tuple[Tensor, Tensor,
     q, k, v = (x[b, start:stop].to(wide) for x in (call.q, call.k, call.v))
     if call.rotary is not None:
         rows = call.rotary.slice(b, start, stop)
-        q, k = apply_rotary(q, rows), apply_rotary(k, rows)
+        q, k = rotated(q, rows), rotated(k, rows)
     group = q.shape[1] // k.shape[1]
     return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

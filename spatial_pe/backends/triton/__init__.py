@@ -5,8 +5,10 @@
     sequences.py  which tokens a program works on: dense, packed, padded
     attention.py, attention_backward.py   sequences of any length
     windows.py    forward and backward of sequences of at most 128 tokens
-    rotate.py     turns k once, where the loop does not
-    plan.py       from a call to the launches that serve it; configs.py: their tile sizes
+    operands.py   turns k once, where the loop does not
+    rotate.py     the rotation alone; angles.py: the gradient of its angles
+    plan.py       from a call to the launches that serve it; launch.py: one of them
+    configs.py    tile sizes; tune.py measures them, tuned.py keeps what was measured
 
 This file answers what a backend must answer, and imports nothing of Triton until it is known to be there.
 """
@@ -14,18 +16,18 @@ This file answers what a backend must answer, and imports nothing of Triton unti
 from __future__ import annotations
 
 import importlib.util
-import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ...rotary import Rotary
 from ..call import Call
+from .configs import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Offsets within a tile, of at most 128 tokens, are 32 bits; those of tiles are 64.
 MOST_BETWEEN_TOKENS = 2**31 // 128
-# Triton's interpreter runs the kernels on the CPU, for tests.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unavailable() -> str | None:
@@ -76,3 +78,26 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
     plan.run(call.q.device)
     dq, dk, dv = plan.results
     return dq, dk, dv
+
+
+def angle_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, rotary: Rotary, seqlens: Tensor | None) -> Tensor:
+    """dφ in the shape of the tables, (B|1, N, H|1, R/2) float32, from the final gradients of q and k."""
+    from .plan import plan_angles
+
+    plan = plan_angles(q, k, dq, dk, rotary, seqlens)
+    plan.run(q.device)
+    return plan.results[0].sum_to_size(rotary.cos.shape).to(rotary.cos.dtype)
+
+
+def cannot_rotate(x: Tensor) -> str | None:
+    """As cannot_serve, for the rotation alone."""
+    return unavailable() or cannot_serve(Call(x, x, x, None, 1.0, None, None, None))
+
+
+def rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> tuple[Tensor, ...]:
+    """R(x) of x, or of q and k, (B, N, H|Hkv, D): contiguous, unless in place. inverse: turned back."""
+    from .plan import plan_rotation
+
+    plan = plan_rotation(xs, rotary, inplace, inverse)
+    plan.run(xs[0].device)
+    return plan.results

@@ -15,16 +15,19 @@ import triton.language as tl
 
 from .pieces import (
     aligned,
+    count_of,
     dot_over_channels,
     dot_to_channels,
     kept,
-    load_operand,
+    load_operands,
     load_pieces,
     load_turned,
+    operand_cut,
     scaled,
-    store_operand,
+    store_operands,
     store_pieces,
     store_turned_back,
+    total_of,
     zeros,
 )
 from .sequences import locate
@@ -36,7 +39,7 @@ def query_kernel(
     sequences, tokens, rows_in_all, heads, group, scale,
     q_batch, q_token, q_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     table_batch, table_token, table_head,
-    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -60,22 +63,20 @@ def query_kernel(
     token = tl.cast(start + first, tl.int64)
     row = tl.arange(0, BM)
     exists = first + row < length
-    width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
+    width: tl.constexpr = total_of(operand_cut(PAIRS))
 
     cos += sample * table_batch + token * table_token + head * table_head
     sin += sample * table_batch + token * table_token + head * table_head
     stride = heads * D
     q += sample * q_batch + token * q_token + head * q_head
-    queries = load_turned(q, row, q_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH)
+    queries = load_turned(q, row, q_token, cos, sin, table_token, exists, D, R, PAIRING, PAIRS)
     turned_q += (head * rows_in_all + sample * tokens + token) * width
-    store_operand(turned_q, row, exists, queries, START, WIDTH)
-    grads = load_pieces(
-        dout + sample * g_batch + token * g_token + head * g_head, row, g_token, exists, D, START, WIDTH
-    )
+    store_operands(turned_q, row, exists, queries, PAIRS)
+    grads = load_pieces(dout + sample * g_batch + token * g_token + head * g_head, row, g_token, exists, D, CUT)
     at_block = (sample * tokens + token) * stride + head * D
-    outs = load_pieces(out + at_block, row, stride, exists, D, START, WIDTH)
+    outs = load_pieces(out + at_block, row, stride, exists, D, CUT)
     row_delta = tl.full((BM,), 0.0, tl.float32)
-    for i in tl.static_range(len(WIDTH)):
+    for i in tl.static_range(count_of(CUT)):
         row_delta += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)
     at_row = (sample * heads + head) * tokens + token + row
     tl.store(delta + at_row, row_delta, mask=exists)
@@ -84,23 +85,23 @@ def query_kernel(
     turned_k += ((head // group) * rows_in_all + sample * tokens + start) * width
     v += sample * v_batch + start * v_token + (head // group) * v_head
     c = scale * 1.4426950408889634
-    acc = zeros(BM, WIDTH)
+    acc = zeros(BM, operand_cut(PAIRS))
     for at in tl.range(0, tl.where(first < length, length, 0), BN, num_stages=STAGES):
         key = tl.arange(0, BN)
         key_exists = at + key < length
         first_key = tl.cast(at, tl.int64)
-        keys = load_operand(turned_k + first_key * width, key, key_exists, START, WIDTH)
-        values = load_pieces(v + first_key * v_token, key, v_token, key_exists, D, START, WIDTH)
-        weights = tl.exp2(dot_over_channels(queries, keys, BM, BN, WIDTH) * c - log2_total[:, None])
+        keys = load_operands(turned_k + first_key * width, key, key_exists, PAIRS)
+        values = load_pieces(v + first_key * v_token, key, v_token, key_exists, D, CUT)
+        weights = tl.exp2(dot_over_channels(queries, keys, BM, BN) * c - log2_total[:, None])
         # a key past the end is 0 and adds 0, unless its weight, exp(0 - lse), is infinite
         weights = tl.where(key_exists[None, :], weights, 0.0)
-        dscores = weights * (dot_over_channels(grads, values, BM, BN, WIDTH) - row_delta[:, None])
-        acc = dot_to_channels(dscores.to(q.dtype.element_ty), keys, acc, WIDTH)
+        dscores = weights * (dot_over_channels(grads, values, BM, BN) - row_delta[:, None])
+        acc = dot_to_channels(dscores.to(q.dtype.element_ty), keys, acc)
 
     written = first + row < tokens if FORM == "padded" else exists
     store_turned_back(
-        dq + at_block, row, stride, cos, sin, table_token, written, scaled(acc, scale, WIDTH),
-        D, R, PAIRING, START, WIDTH,
+        dq + at_block, row, stride, cos, sin, table_token, written, scaled(acc, scale),
+        D, R, PAIRING, PAIRS,
     )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def key_kernel(
     turned_q, turned_k, v, dout, lse, delta, dk, dv, cos, sin, bounds,
     sequences, tokens, rows_in_all, heads, kv_heads, group, scale,
     v_batch, v_token, v_head, g_batch, g_token, g_head, table_batch, table_token, table_head,
-    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -129,15 +130,15 @@ def key_kernel(
     token = tl.cast(start + first, tl.int64)
     row = tl.arange(0, BN)
     exists = first + row < length
-    width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
+    width: tl.constexpr = total_of(operand_cut(PAIRS))
 
     turned_k += (kv_head * rows_in_all + sample * tokens + token) * width
-    keys = load_operand(turned_k, row, exists, START, WIDTH)
+    keys = load_operands(turned_k, row, exists, PAIRS)
     v += sample * v_batch + token * v_token + kv_head * v_head
-    values = load_pieces(v, row, v_token, exists, D, START, WIDTH)
+    values = load_pieces(v, row, v_token, exists, D, CUT)
     c = scale * 1.4426950408889634
-    dkeys = zeros(BN, WIDTH)
-    dvalues = zeros(BN, WIDTH)
+    dkeys = zeros(BN, operand_cut(PAIRS))
+    dvalues = zeros(BN, CUT)
     length_here = tl.where(first < length, length, 0)
     for head in tl.range(kv_head * group, kv_head * group + group, num_stages=1):
         head_q = turned_q + (head * rows_in_all + sample * tokens + start) * width
@@ -147,27 +148,27 @@ def key_kernel(
             query_exists = at + query < length
             first_query = tl.cast(at, tl.int64)
             at_row = (sample * heads + head) * tokens + start + first_query + query
-            queries = load_operand(head_q + first_query * width, query, query_exists, START, WIDTH)
-            grads = load_pieces(head_g + first_query * g_token, query, g_token, query_exists, D, START, WIDTH)
+            queries = load_operands(head_q + first_query * width, query, query_exists, PAIRS)
+            grads = load_pieces(head_g + first_query * g_token, query, g_token, query_exists, D, CUT)
             # past the end: weight exp(-inf) = 0
             log2_total = tl.load(lse + at_row, mask=query_exists, other=float("inf")) * 1.4426950408889634
             row_delta = tl.load(delta + at_row, mask=query_exists, other=0.0)
-            weights = tl.exp2(dot_over_channels(keys, queries, BN, BM, WIDTH) * c - log2_total[None, :])
-            dvalues = dot_to_channels(weights.to(v.dtype.element_ty), grads, dvalues, WIDTH)
-            dscores = weights * (dot_over_channels(values, grads, BN, BM, WIDTH) - row_delta[None, :])
-            dkeys = dot_to_channels(dscores.to(v.dtype.element_ty), queries, dkeys, WIDTH)
+            weights = tl.exp2(dot_over_channels(keys, queries, BN, BM) * c - log2_total[None, :])
+            dvalues = dot_to_channels(weights.to(v.dtype.element_ty), grads, dvalues)
+            dscores = weights * (dot_over_channels(values, grads, BN, BM) - row_delta[None, :])
+            dkeys = dot_to_channels(dscores.to(v.dtype.element_ty), queries, dkeys)
 
     written = exists
     if FORM == "padded":
-        dkeys = kept(dkeys, exists, WIDTH)
-        dvalues = kept(dvalues, exists, WIDTH)
+        dkeys = kept(dkeys, exists)
+        dvalues = kept(dvalues, exists)
         written = first + row < tokens
     stride = kv_heads * D
     at_block = (sample * tokens + token) * stride + kv_head * D
     cos += sample * table_batch + token * table_token + kv_head * table_head
     sin += sample * table_batch + token * table_token + kv_head * table_head
     store_turned_back(
-        dk + at_block, row, stride, cos, sin, table_token, written, scaled(dkeys, scale, WIDTH),
-        D, R, PAIRING, START, WIDTH,
+        dk + at_block, row, stride, cos, sin, table_token, written, scaled(dkeys, scale),
+        D, R, PAIRING, PAIRS,
     )  # fmt: skip
-    store_pieces(dv + at_block, row, stride, written, dvalues, D, START, WIDTH)
+    store_pieces(dv + at_block, row, stride, written, dvalues, D, CUT)

@@ -1,77 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes: rows of data, by kernel, kind of GPU, width of the dtype and head_dim.
+"""Tile sizes: rows of data, by kernel, kind of GPU and head_dim. What `spatial-pe tune` has measured comes before them.
 
-All rows are modelled, none is measured: no GPU was at hand. What each of them must satisfy (no spills, shared memory
+All rows here are modelled, none is measured yet: no GPU was at hand. What each must satisfy (no spills, shared memory
 within the chip, tensor cores used) is checked by compiling it for its GPU offline: tests/triton/test_budget.py, and
-docs/triton_budget.md holds the table.
+docs/triton_budget.md holds the table. Among those that do, rows are chosen by instructions per score in the main loop and
+by the programs that fit an SM together: one loads and exponentiates while another multiplies, so two are wanted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import os
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from ..call import Call
+from . import tuned
+
 Family = Literal["ampere", "hopper", "blackwell", "cdna"]
+# Triton's interpreter runs the kernels on the CPU, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def family_of(device: torch.device) -> Family:
-    """The kind of GPU; "hopper" for Triton's interpreter, so that tests run what most users run."""
+    """The kind of GPU; "hopper" for Triton's interpreter, so that tests run what most users run.
+
+    "ampere" is every GPU that multiplies by mma.sync: sm_80 to sm_89, and sm_120, consumer Blackwell. Their rows keep to
+    the 99 KB of shared memory that the smaller ones have.
+    """
     if device.type != "cuda":
         return "hopper"
     if torch.version.hip is not None:
         return "cdna"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "ampere" if major == 8 else "hopper" if major == 9 else "blackwell"
+    major, _ = _capability(device.index)
+    return "hopper" if major == 9 else "blackwell" if major in (10, 11) else "ampere"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM queries by BN keys; how many loads ahead."""
+    """BM queries by BN keys; how many loads ahead. Forward: k is turned in the "loop", or "before" by operands.py."""
 
     bm: int
     bn: int
     warps: int
     stages: int
+    turn: Literal["loop", "before"] = "before"
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sequences per program, one after another; how many loads ahead."""
+    """Sequences of at most `block` tokens. Forward: heads per program, one after another; how many loads ahead."""
 
+    block: int
+    warps: int
+    per_program: int = 1
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Tokens and heads that a program of rotate.py turns."""
+
+    block: int
     per_program: int
     warps: int
-    stages: int
 
 
-# Tokens that a program of rotate.py turns.
-ROTATE_BLOCK = 64
+@dataclass(frozen=True)
+class Choice:
+    """The tiles that serve a call. A window, where there is one, serves instead of the tiles."""
 
-# K is turned in the loop for sequences up to this long, and by a kernel of its own above. Turning a tile for every block
-# of queries costs 18 / BM of the attention whatever N is; the extra kernel reads and writes K, which falls with 1 / N
-# (model: equal at N = 1,200 for BM = 128). Never on Ampere, where the turned tile stays in registers as an operand of
-# mma.sync: every warp turns all of it, and spills.
-ROTATE_K_UP_TO: dict[Family, int] = {"ampere": 0, "hopper": 1200, "blackwell": 1200, "cdna": 1200}
+    family: Family
+    forward: Tile
+    query: Tile  # of the backward, for dq
+    key: Tile  # of the backward, for dk and dv: two accumulators of BN x D
+    window_forward: Window | None
+    window_backward: Window | None
 
-# Rows: head_dim up to which a tile serves. float32 multiplies on the ordinary units, in small tiles.
-_FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
+
+# Tokens that a program of operands.py turns, and of angles.py visits.
+OPERANDS_BLOCK = 64
+ANGLES_BLOCK = 16
+ROTATION = Rotation(block=16, per_program=8, warps=4)
+
+# k is turned in the loop for sequences up to this many tokens, and by a kernel of its own above. In the loop, every block
+# of BM queries reads the angles once more, 256 bytes of a token at D = 64 against 256 of its k and v, from L2 at about 25
+# bytes a clock and SM; the extra kernel reads and writes k, 256 bytes, in main memory at about 18, and reads the angles
+# once: equal at N = 2.4 BM (model).
+TURN_IN_LOOP_UP_TO = 256
+
+# ------------------------------------------------------------------------------------------------- rows: (head_dim <=, tile)
+
+_FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))  # the ordinary units multiply, in small tiles
 _FLOAT32 = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
-_FORWARD: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2))),
-    "hopper": ((88, Tile(128, 64, 8, 3)), (96, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2))),
-    "blackwell": ((64, Tile(128, 64, 8, 3)), (88, Tile(128, 32, 8, 3)), (128, Tile(128, 64, 8, 2))),
+# Hopper: at D <= 64 128 registers a thread, so that two programs fit an SM, and 7.3 instructions per score.
+_BEFORE: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((128, Tile(128, 64, 8, 2)),),
+    "hopper": ((128, Tile(128, 64, 8, 3)),),
+    "blackwell": ((128, Tile(128, 64, 8, 3)),),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
+}
+_LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((80, Tile(128, 64, 8, 2, "loop")), (128, Tile(128, 32, 8, 2, "loop"))),
+    "hopper": ((128, Tile(128, 64, 8, 3, "loop")),),
+    "blackwell": ((128, Tile(128, 64, 8, 3, "loop")),),
+    "cdna": ((128, Tile(64, 64, 8, 1, "loop")),),
 }
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 32, 4, 2))),
     "hopper": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
-    "blackwell": (
-        (64, Tile(64, 64, 4, 2)),
-        (80, Tile(128, 64, 8, 2)),
-        (96, Tile(64, 64, 4, 2)),
-        (128, Tile(64, 64, 8, 2)),
-    ),
+    "blackwell": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
@@ -80,46 +125,77 @@ _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "blackwell": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
-# Rows: (longest sequence, head_dim) up to which windows.py serves. What is missing spills, and goes to attention.py.
-_WINDOW_FORWARD: dict[Family, tuple[tuple[int, int, Window], ...]] = {
+# head_dim <= and the longest sequence decide; what is missing spills, and is served by the tiles.
+# Four warps: 1,058 instructions each for a window of 64 tokens at D = 80, half of what its memory traffic takes on an H200.
+_WINDOW_FORWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
+    "ampere": ((80, Window(64, 8, 4, 2)),),
+    "hopper": ((96, Window(64, 4, 4, 2)), (80, Window(128, 8, 2, 2))),
+    "blackwell": ((96, Window(64, 4, 4, 2)), (80, Window(128, 8, 2, 2))),
+    "cdna": ((64, Window(64, 8, 4, 1)),),
+}
+_WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
     "ampere": (),
-    "hopper": (
-        (64, 64, Window(4, 4, 2)), (64, 96, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1)),
-    ),
-    "blackwell": (
-        (64, 64, Window(4, 4, 2)), (64, 96, Window(4, 8, 2)), (128, 64, Window(2, 8, 2)), (128, 80, Window(2, 8, 1)),
-    ),
-    "cdna": ((64, 64, Window(4, 8, 1)),),
-}  # fmt: skip
-_WINDOW_BACKWARD: dict[Family, tuple[tuple[int, int, Window], ...]] = {
-    "ampere": (),
-    "hopper": ((64, 80, Window(1, 8, 1)),),
-    "blackwell": ((64, 80, Window(1, 8, 1)),),
-    "cdna": ((64, 64, Window(1, 8, 1)),),
+    "hopper": ((80, Window(64, 8)),),
+    "blackwell": ((80, Window(64, 8)),),
+    "cdna": ((64, Window(64, 8)),),
 }
 
 
-def forward_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
-    return _first(_FLOAT32_FORWARD if dtype == torch.float32 else _FORWARD[family], dim)
+def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int) -> Choice:
+    """longest: tokens of the longest sequence, as far as it is known."""
+    if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
+        forward, query = _tile(_FLOAT32_FORWARD, dim), _tile(_FLOAT32, dim)
+        turn: Literal["loop", "before"] = "loop" if longest <= TURN_IN_LOOP_UP_TO else "before"
+        return Choice(family, replace(forward, turn=turn), query, query, None, None)
+    return Choice(
+        family,
+        _tile((_LOOP if longest <= TURN_IN_LOOP_UP_TO else _BEFORE)[family], dim),
+        _tile(_QUERY[family], dim),
+        _tile(_KEY[family], dim),
+        _window(_WINDOW_FORWARD[family], dim, longest),
+        _window(_WINDOW_BACKWARD[family], dim, longest),
+    )
 
 
-def query_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
-    """Of the backward, for dq."""
-    return _first(_FLOAT32 if dtype == torch.float32 else _QUERY[family], dim)
-
-
-def key_tile(family: Family, dtype: torch.dtype, dim: int) -> Tile:
-    """Of the backward, for dk and dv: two accumulators of BN x D."""
-    return _first(_FLOAT32 if dtype == torch.float32 else _KEY[family], dim)
-
-
-def window(family: Family, dtype: torch.dtype, longest: int, dim: int, backward: bool) -> Window | None:
-    """How windows.py serves sequences of at most `longest` tokens, or None if it does not."""
-    if dtype == torch.float32:  # a whole tile in registers, and no tensor cores: attention.py's small tiles serve it
-        return None
-    rows = (_WINDOW_BACKWARD if backward else _WINDOW_FORWARD)[family]
-    return next((row for length, width, row in rows if longest <= length and dim <= width), None)
-
-
-def _first(rows: tuple[tuple[int, Tile], ...], dim: int) -> Tile:
+def _tile(rows: tuple[tuple[int, Tile], ...], dim: int) -> Tile:
     return next(tile for width, tile in rows if dim <= width)
+
+
+def _window(rows: tuple[tuple[int, Window], ...], dim: int, longest: int) -> Window | None:
+    fits = (window for width, window in rows if dim <= width and longest <= window.block)
+    if (found := next(fits, None)) is None:
+        return None
+    return replace(found, block=next(size for size in (16, 32, 64, 128) if longest <= size))
+
+
+# ---------------------------------------------------------------------------------------------------------------- a call
+
+
+def longest_of(call: Call) -> int:
+    """How long packed sequences are, only max_seqlen says."""
+    packed = call.cu_seqlens is not None and call.max_seqlen is not None
+    return int(call.max_seqlen) if packed else call.q.shape[1]  # type: ignore[arg-type]
+
+
+def choice_of(call: Call) -> Choice:
+    return _choice(call.q.device, call.q.dtype, call.q.shape[-1], bucket(longest_of(call)))
+
+
+# Lengths within a bucket share their tiles.
+BUCKETS = (16, 32, 64, 128, 256, 640, 1280, 2560)
+
+
+def bucket(tokens: int) -> int:
+    return next((size for size in BUCKETS if tokens <= size), 1 << 31)
+
+
+@functools.lru_cache(1024)
+def _choice(device: torch.device, dtype: torch.dtype, dim: int, longest: int) -> Choice:
+    choice = prebuilt(family_of(device), dtype, dim, longest)
+    return choice if device.type != "cuda" else tuned.load(device).over(choice, dtype, dim, longest)
+
+
+def forget() -> None:
+    """Read what was tuned again."""
+    _choice.cache_clear()
+    tuned.load.cache_clear()

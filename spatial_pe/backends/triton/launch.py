@@ -28,6 +28,6 @@ class Launch:
     def __str__(self) -> str:
         """The kernel, its dtype and what it was compiled for, as a name."""
         dtype = str(next(x.dtype for x in self.arguments if isinstance(x, torch.Tensor))).removeprefix("torch.")
-        shown = {key: value for key, value in self.constants.items() if key not in ("START", "WIDTH")}
+        shown = {key: value for key, value in self.constants.items() if key not in ("CUT", "PAIRS")}
         options = " ".join(f"{key}={value}" for key, value in shown.items())
         return f"{self.kernel.fn.__name__} {dtype} {options} warps={self.num_warps}"

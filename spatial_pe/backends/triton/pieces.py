@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads in pieces: what Triton multiplies has powers of two for sizes, and head_dim 80 padded to 128 wastes 37 %.
 
-A head of D channels is D/2 pairs. Pairs are numbered as in ``Rotary``; those past the rotary dim R are any two channels
-that pass through. A piece is a power of two of pairs, at least 8, and so 16 channels or more: 80 = 64 + 16, 72 is the
-same with four empty pairs, 112 = 64 + 32 + 16.
+v and the output are cut along their channels, into powers of two of at least 16 (``CUT``): 80 = 64 + 16, 72 is the same
+with 8 empty channels, 112 = 64 + 32 + 16.
 
-q and k appear in the products in *operand order*: pair by pair, first and second channel side by side. Scores do not
-depend on the order of channels, as long as q and k agree. v and the output keep their own order, cut at the same widths.
+q and k are cut along their *pairs*, D/2 of them: 40 = 32 + 8 (``PAIRS``). Pairs are numbered as in ``Rotary``; those past
+the rotary dim R are any two channels that pass through. A cut of 16 pairs or more is two operands of the product, the
+first channels and the second ones, which need no shuffling; one of 8 pairs is one operand of 16, first and second
+channels side by side, since the tensor cores want 16. Scores do not depend on the order of channels, as long as q and
+k agree. Without rotation the order is the same, so that angles of 0 and no rotary give the same bits.
 
 Everywhere below, ``base`` points at the first token of a block, so that ``rows``, the tokens' places in the block, times
 a stride fit 32 bits: 64-bit offsets for every element cost registers until the backward spills.
@@ -18,9 +20,9 @@ import triton
 import triton.language as tl
 
 
-def widths(head_dim: int) -> tuple[int, ...]:
-    """Channels of each piece, largest first: the binary digits of head_dim rounded up to a multiple of 16."""
-    rest = -(-head_dim // 16) * 16
+def binary_digits(number: int, least: int) -> tuple[int, ...]:
+    """Powers of two, largest first, that add up to the number rounded up to a multiple of the least."""
+    rest = -(-number // least) * least
     out = []
     while rest:
         out.append(1 << (rest.bit_length() - 1))
@@ -28,10 +30,35 @@ def widths(head_dim: int) -> tuple[int, ...]:
     return tuple(out)
 
 
-def starts(head_dim: int) -> tuple[int, ...]:
-    """First channel (twice the first pair) of each piece."""
-    sizes = widths(head_dim)
-    return tuple(sum(sizes[:i]) for i in range(len(sizes)))
+def channel_cut(head_dim: int) -> tuple[int, ...]:
+    """CUT: channels of each piece of v and the output."""
+    return binary_digits(head_dim, 16)
+
+
+def pair_cut(head_dim: int) -> tuple[int, ...]:
+    """PAIRS: channel pairs of each piece of q and k."""
+    return binary_digits(head_dim // 2, 8)
+
+
+def operand_width(head_dim: int) -> int:
+    """Channels of q and k in the products, empty ones included."""
+    return 2 * sum(pair_cut(head_dim))
+
+
+@triton.constexpr_function
+def begin_of(sizes, i):
+    """Where piece i begins."""
+    return sum(sizes[:i])
+
+
+@triton.constexpr_function
+def total_of(sizes):
+    return sum(sizes)
+
+
+@triton.constexpr_function
+def count_of(sizes):
+    return len(sizes)
 
 
 @triton.jit
@@ -39,6 +66,40 @@ def aligned(stride, ALIGN: tl.constexpr):
     """The same number; the compiler learns that ALIGN divides it. Alone it only notices 16, so that every load of a
     head of 72 channels would be one of single elements."""
     return stride // ALIGN * ALIGN
+
+
+# ---------------------------------------------------------------------------------------------- v, dout, out, dv
+
+
+@triton.jit
+def load_pieces(base, rows, stride, exists, D: tl.constexpr, CUT: tl.constexpr):
+    """A tuple of (rows, width), 0 where a row or a channel does not exist. exists = None: all rows do."""
+    out = ()
+    for i in tl.static_range(count_of(CUT)):
+        channel = begin_of(CUT, i) + tl.arange(0, CUT[i])
+        at = base + rows[:, None] * stride + channel[None, :]
+        if begin_of(CUT, i) + CUT[i] > D:
+            here = (channel < D)[None, :] if exists is None else exists[:, None] & (channel < D)[None, :]
+            out = out + (tl.load(at, mask=here, other=0.0),)
+        elif exists is None:
+            out = out + (tl.load(at),)
+        else:
+            out = out + (tl.load(at, mask=exists[:, None], other=0.0),)
+    return out
+
+
+@triton.jit
+def store_pieces(base, rows, stride, exists, pieces, D: tl.constexpr, CUT: tl.constexpr):
+    for i in tl.static_range(count_of(CUT)):
+        channel = begin_of(CUT, i) + tl.arange(0, CUT[i])
+        mask = exists[:, None]
+        if begin_of(CUT, i) + CUT[i] > D:
+            mask = mask & (channel < D)[None, :]
+        at = base + rows[:, None] * stride + channel[None, :]
+        tl.store(at, pieces[i].to(base.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------- q, k, dq, dk
 
 
 @triton.jit
@@ -65,54 +126,11 @@ def second_channel(pair, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr
 
 
 @triton.jit
-def load_pieces(base, rows, stride, exists, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
-    """Channels in their own order: a tuple of (rows, width), 0 where a row or a channel does not exist."""
-    out = ()
-    for i in tl.static_range(len(WIDTH)):
-        channel = START[i] + tl.arange(0, WIDTH[i])
-        mask = exists[:, None]
-        if START[i] + WIDTH[i] > D:
-            mask = mask & (channel < D)[None, :]
-        out = out + (tl.load(base + rows[:, None] * stride + channel[None, :], mask=mask, other=0.0),)
-    return out
-
-
-@triton.jit
-def store_pieces(base, rows, stride, exists, pieces, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
-    for i in tl.static_range(len(WIDTH)):
-        channel = START[i] + tl.arange(0, WIDTH[i])
-        mask = exists[:, None]
-        if START[i] + WIDTH[i] > D:
-            mask = mask & (channel < D)[None, :]
-        at = base + rows[:, None] * stride + channel[None, :]
-        tl.store(at, pieces[i].to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_operand(base, rows, exists, START: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows that are turned already, in operand order, padded: no channel is missing."""
-    out = ()
-    for i in tl.static_range(len(WIDTH)):
-        channel = START[i] + tl.arange(0, WIDTH[i])
-        at = base + rows[:, None] * (START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]) + channel[None, :]
-        out = out + (tl.load(at, mask=exists[:, None], other=0.0),)
-    return out
-
-
-@triton.jit
-def store_operand(base, rows, exists, pieces, START: tl.constexpr, WIDTH: tl.constexpr):
-    for i in tl.static_range(len(WIDTH)):
-        channel = START[i] + tl.arange(0, WIDTH[i])
-        at = base + rows[:, None] * (START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]) + channel[None, :]
-        tl.store(at, pieces[i].to(base.dtype.element_ty), mask=exists[:, None])
-
-
-@triton.jit
 def load_angles(cos, sin, rows, stride, exists, pair, R: tl.constexpr):
     """cos and sin (rows, pairs) in float32; the identity for pairs past the rotary dim."""
-    mask = exists[:, None] & (pair < R // 2)[None, :]
     at = rows[:, None] * stride + pair[None, :]
-    return tl.load(cos + at, mask=mask, other=1.0), tl.load(sin + at, mask=mask, other=0.0)
+    here = (pair < R // 2)[None, :] if exists is None else exists[:, None] & (pair < R // 2)[None, :]
+    return tl.load(cos + at, mask=here, other=1.0), tl.load(sin + at, mask=here, other=0.0)
 
 
 @triton.jit
@@ -130,59 +148,139 @@ def turn(x1, x2, c, s, pair, D: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(
+    base, rows, stride, exists, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr,
+    BEGIN: tl.constexpr, COUNT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """First and second channels of COUNT pairs from BEGIN on, each (rows, COUNT); 0 for pairs from LIMIT on."""
+    row = base + rows[:, None] * stride
+    if PAIRING == "interleaved" and (R == D or LIMIT <= R // 2):  # neighbours: one wide load
+        channel = 2 * BEGIN + tl.arange(0, 2 * COUNT)
+        here = (channel < 2 * LIMIT)[None, :] if exists is None else exists[:, None] & (channel < 2 * LIMIT)[None, :]
+        both = tl.load(row + channel[None, :], mask=here, other=0.0)
+        x1, x2 = tl.split(tl.reshape(both, (both.shape[0], COUNT, 2)))
+    else:
+        pair = BEGIN + tl.arange(0, COUNT)
+        first = row + first_channel(pair, D, R, PAIRING)[None, :]
+        second = row + second_channel(pair, D, R, PAIRING)[None, :]
+        if exists is None and BEGIN + COUNT <= LIMIT:
+            x1 = tl.load(first)
+            x2 = tl.load(second)
+        else:
+            here = (pair < LIMIT)[None, :] if exists is None else exists[:, None] & (pair < LIMIT)[None, :]
+            x1 = tl.load(first, mask=here, other=0.0)
+            x2 = tl.load(second, mask=here, other=0.0)
+    return x1, x2
+
+
+@triton.jit
+def store_pairs(
+    base, rows, stride, exists, x1, x2, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr,
+    BEGIN: tl.constexpr, COUNT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """The inverse of load_pairs."""
+    x1 = x1.to(base.dtype.element_ty)
+    x2 = x2.to(base.dtype.element_ty)
+    row = base + rows[:, None] * stride
+    if PAIRING == "interleaved" and (R == D or LIMIT <= R // 2):
+        channel = 2 * BEGIN + tl.arange(0, 2 * COUNT)
+        both = tl.reshape(tl.join(x1, x2), (x1.shape[0], 2 * COUNT))
+        tl.store(row + channel[None, :], both, mask=exists[:, None] & (channel < 2 * LIMIT)[None, :])
+    else:
+        pair = BEGIN + tl.arange(0, COUNT)
+        mask = exists[:, None] & (pair < LIMIT)[None, :]
+        tl.store(row + first_channel(pair, D, R, PAIRING)[None, :], x1, mask=mask)
+        tl.store(row + second_channel(pair, D, R, PAIRING)[None, :], x2, mask=mask)
+
+
+@triton.jit
+def settled(x):
+    """The same, but computed once: on Ampere the compiler would otherwise turn k in the layout of mma.sync's operand,
+    that is all of k in every warp, and spill. It does not move what may have side effects, as this assembly claims."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+    )
+
+
+@triton.jit
+def side_by_side(x1, x2):
+    """Two (rows, 8) as one operand (rows, 16)."""
+    return tl.reshape(tl.join(x1, x2), (x1.shape[0], 2 * x1.shape[1]))
+
+
+@triton.jit
 def load_turned(
     base, rows, stride, cos, sin, table_stride, exists,
-    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, SETTLE: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows in operand order, turned in float32 and rounded once to the type they came in."""
+    """The operands of rows of q or k, turned in float32 and rounded once to the type they came in."""
     out = ()
-    for i in tl.static_range(len(WIDTH)):
-        pair = START[i] // 2 + tl.arange(0, WIDTH[i] // 2)
-        if PAIRING == "interleaved" and R == D:  # neighbours: one wide load
-            channel = START[i] + tl.arange(0, WIDTH[i])
-            at = base + rows[:, None] * stride + channel[None, :]
-            both = tl.load(at, mask=exists[:, None] & (channel < D)[None, :], other=0.0)
-            x1, x2 = tl.split(tl.reshape(both, (both.shape[0], WIDTH[i] // 2, 2)))
-        else:
-            mask = exists[:, None] & (pair < D // 2)[None, :]
-            row = base + rows[:, None] * stride
-            x1 = tl.load(row + first_channel(pair, D, R, PAIRING)[None, :], mask=mask, other=0.0)
-            x2 = tl.load(row + second_channel(pair, D, R, PAIRING)[None, :], mask=mask, other=0.0)
+    for i in tl.static_range(count_of(PAIRS)):
+        pair = begin_of(PAIRS, i) + tl.arange(0, PAIRS[i])
+        x1, x2 = load_pairs(base, rows, stride, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], D // 2)
         if R > 0:
             c, s = load_angles(cos, sin, rows, table_stride, exists, pair, R)
             x1, x2 = turn(x1, x2, c, s, pair, D, R)
             x1 = x1.to(base.dtype.element_ty)
             x2 = x2.to(base.dtype.element_ty)
-        out = out + (tl.reshape(tl.join(x1, x2), (x1.shape[0], WIDTH[i])),)
+        if SETTLE:
+            x1 = settled(x1)
+            x2 = settled(x2)
+        if PAIRS[i] >= 16:
+            out = out + (x1, x2)
+        else:
+            out = out + (side_by_side(x1, x2),)
     return out
 
 
 @triton.jit
 def store_turned_back(
-    base, rows, stride, cos, sin, table_stride, exists, pieces,
-    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    base, rows, stride, cos, sin, table_stride, exists, operands,
+    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients in operand order, turned back (the transpose of a rotation is its inverse) and stored in the channels'
-    own order."""
-    for i in tl.static_range(len(WIDTH)):
-        pair = START[i] // 2 + tl.arange(0, WIDTH[i] // 2)
-        piece = pieces[i]
-        x1, x2 = tl.split(tl.reshape(piece, (piece.shape[0], WIDTH[i] // 2, 2)))
+    """Gradients of the operands, turned back (the transpose of a rotation is its inverse) and stored in the channels' own
+    order."""
+    for i in tl.static_range(count_of(PAIRS)):
+        pair = begin_of(PAIRS, i) + tl.arange(0, PAIRS[i])
+        if PAIRS[i] >= 16:
+            x1 = operands[2 * i]
+            x2 = operands[2 * i + 1]
+        else:
+            x1, x2 = tl.split(tl.reshape(operands[2 * i], (operands[2 * i].shape[0], PAIRS[i], 2)))
         if R > 0:
             c, s = load_angles(cos, sin, rows, table_stride, exists, pair, R)
             x1, x2 = turn(x1, x2, c, -s, pair, D, R)
-        x1 = x1.to(base.dtype.element_ty)
-        x2 = x2.to(base.dtype.element_ty)
-        if PAIRING == "interleaved" and R == D:
-            channel = START[i] + tl.arange(0, WIDTH[i])
-            both = tl.reshape(tl.join(x1, x2), (x1.shape[0], WIDTH[i]))
-            at = base + rows[:, None] * stride + channel[None, :]
-            tl.store(at, both, mask=exists[:, None] & (channel < D)[None, :])
+        store_pairs(base, rows, stride, exists, x1, x2, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], D // 2)
+
+
+@triton.constexpr_function
+def operand_cut(pairs):
+    """Widths of the operands: two for a cut of 16 pairs or more, one of 16 for one of 8."""
+    return tuple(width for n in pairs for width in ((n, n) if n >= 16 else (16,)))
+
+
+@triton.jit
+def load_operands(base, rows, exists, PAIRS: tl.constexpr):
+    """Rows that are turned already, one operand beside the other, padded: no channel is missing."""
+    cut: tl.constexpr = operand_cut(PAIRS)
+    out = ()
+    for i in tl.static_range(count_of(cut)):
+        channel = begin_of(cut, i) + tl.arange(0, cut[i])
+        at = base + rows[:, None] * total_of(cut) + channel[None, :]
+        if exists is None:
+            out = out + (tl.load(at),)
         else:
-            mask = exists[:, None] & (pair < D // 2)[None, :]
-            row = base + rows[:, None] * stride
-            tl.store(row + first_channel(pair, D, R, PAIRING)[None, :], x1, mask=mask)
-            tl.store(row + second_channel(pair, D, R, PAIRING)[None, :], x2, mask=mask)
+            out = out + (tl.load(at, mask=exists[:, None], other=0.0),)
+    return out
+
+
+@triton.jit
+def store_operands(base, rows, exists, operands, PAIRS: tl.constexpr):
+    cut: tl.constexpr = operand_cut(PAIRS)
+    for i in tl.static_range(count_of(cut)):
+        channel = begin_of(cut, i) + tl.arange(0, cut[i])
+        at = base + rows[:, None] * total_of(cut) + channel[None, :]
+        tl.store(at, operands[i].to(base.dtype.element_ty), mask=exists[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------ products
@@ -200,44 +298,44 @@ def dot(a, b, c):
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def zeros(ROWS: tl.constexpr, CUT: tl.constexpr):
     out = ()
-    for i in tl.static_range(len(WIDTH)):
-        out = out + (tl.full((ROWS, WIDTH[i]), 0.0, tl.float32),)
+    for i in tl.static_range(count_of(CUT)):
+        out = out + (tl.full((ROWS, CUT[i]), 0.0, tl.float32),)
     return out
 
 
 @triton.jit
-def dot_over_channels(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """a bᵀ of two operands in pieces: (ROWS, COLUMNS)."""
+def dot_over_channels(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """a bᵀ of two tuples of pieces: (ROWS, COLUMNS)."""
     c = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    for i in tl.static_range(len(WIDTH)):
+    for i in tl.static_range(len(a)):
         c = dot(a[i], tl.trans(b[i]), c)
     return c
 
 
 @triton.jit
-def dot_to_channels(weights, b, c, WIDTH: tl.constexpr):
-    """c + weights b, in pieces."""
+def dot_to_channels(weights, b, c):
+    """c + weights b, piece by piece."""
     out = ()
-    for i in tl.static_range(len(WIDTH)):
+    for i in tl.static_range(len(b)):
         out = out + (dot(weights, b[i], c[i]),)
     return out
 
 
 @triton.jit
-def scaled(pieces, factor, WIDTH: tl.constexpr):
+def scaled(pieces, factor):
     """Rows times a factor each, or all times one."""
     out = ()
-    for i in tl.static_range(len(WIDTH)):
+    for i in tl.static_range(len(pieces)):
         out = out + (pieces[i] * factor,)
     return out
 
 
 @triton.jit
-def kept(pieces, exists, WIDTH: tl.constexpr):
+def kept(pieces, exists):
     """Rows that exist; 0, whatever was there, in the others."""
     out = ()
-    for i in tl.static_range(len(WIDTH)):
+    for i in tl.static_range(len(pieces)):
         out = out + (tl.where(exists[:, None], pieces[i], 0.0),)
     return out

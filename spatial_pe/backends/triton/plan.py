@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,10 +15,12 @@ from torch import Tensor
 from ...rotary import Rotary
 from ..call import Call
 from . import configs
+from .angles import angles_kernel
 from .attention import forward_kernel
 from .attention_backward import key_kernel, query_kernel
 from .launch import Launch
-from .pieces import starts, widths
+from .operands import operands_kernel
+from .pieces import channel_cut, operand_width, pair_cut
 from .rotate import rotate_kernel
 from .sequences import DENSE, PACKED, PADDED, programs
 from .windows import window_backward_kernel, window_forward_kernel
@@ -30,9 +34,16 @@ class Plan:
     results: tuple[Tensor, ...]
 
     def run(self, device: torch.device) -> None:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(device):
             for launch in self.launches:
                 launch.run()
+
+
+def on(device: torch.device):
+    """Triton launches on the current device, whatever the tensors say. Entering a context costs 2 us, so only if needed."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @dataclass(frozen=True)
@@ -43,29 +54,23 @@ class Shape:
     form: str
     bounds: Tensor  # cu_seqlens, seqlens, or any tensor where there are none
     sequences: int
-    family: configs.Family
+    choice: configs.Choice
     tables: tuple[Tensor, Tensor]
     table_strides: tuple[int, int, int]
 
     @classmethod
-    def of(cls, call: Call, family: configs.Family | None) -> Shape:
+    def of(cls, call: Call, choice: configs.Choice | None) -> Shape:
         q = call.q
         bounds = call.cu_seqlens if call.cu_seqlens is not None else call.seqlens
         form = PACKED if call.cu_seqlens is not None else PADDED if call.seqlens is not None else DENSE
         sequences = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
         if call.rotary is None:
-            tables, strides = (q, q), (0, 0, 0)
+            tables, table_strides = (q, q), (0, 0, 0)
         else:
-            tables, strides = tables_of(call.rotary)
+            tables, table_strides = tables_of(call.rotary)
         return cls(
-            call,
-            form,
-            q if bounds is None else bounds,
-            sequences,
-            family or configs.family_of(q.device),
-            tables,
-            strides,
-        )
+            call, form, q if bounds is None else bounds, sequences, choice or configs.choice_of(call), tables, table_strides
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -84,32 +89,30 @@ class Shape:
     def kv_heads(self) -> int:
         return self.call.k.shape[2]
 
-    def window(self, backward: bool) -> tuple[int, configs.Window] | None:
-        """(tile, configuration) if windows.py serves the call. How long packed sequences are, only max_seqlen says."""
-        q = self.call.q
-        longest = self.call.max_seqlen if self.form == PACKED and self.call.max_seqlen else self.tokens
-        found = configs.window(self.family, q.dtype, longest, q.shape[-1], backward)
-        return None if found is None else (max(16, triton.next_power_of_2(longest)), found)
-
-    def constants(self, *tensors: Tensor) -> dict:
+    def constants(self, *tensors: Tensor) -> dict[str, Any]:
         """What is compiled in, for kernels that read these tensors."""
-        return head_constants(self.call.q.shape[-1], self.call.rotary) | {
+        dim = self.call.q.shape[-1]
+        return head_constants(dim, self.call.rotary) | {
+            "CUT": channel_cut(dim),
             "ALIGN": alignment(*tensors),
             "TABLE_ALIGN": alignment(*self.tables),
             "FORM": self.form,
         }
 
+    @property
+    def settle(self) -> dict[str, bool]:
+        return {"SETTLE": self.choice.family == "ampere" and self.call.rotary is not None and not configs.INTERPRETED}
+
     def grid(self, block: int, heads: int) -> tuple[int, int]:
         return programs(self.form, self.sequences, self.tokens, block), heads
 
 
-def head_constants(dim: int, rotary: Rotary | None) -> dict:
+def head_constants(dim: int, rotary: Rotary | None) -> dict[str, Any]:
     return {
         "D": dim,
         "R": 0 if rotary is None else rotary.rotary_dim,
         "PAIRING": "half" if rotary is None else rotary.pairing,
-        "START": starts(dim),
-        "WIDTH": widths(dim),
+        "PAIRS": pair_cut(dim),
     }
 
 
@@ -137,25 +140,31 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------------------------------------------- forward
 
 
-def plan_forward(call: Call, family: configs.Family | None = None) -> Plan:
-    """family: plan for another kind of GPU than that of the tensors."""
-    shape = Shape.of(call, family)
+def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
+    """choice: other tiles than those of the device, or those of another one."""
+    shape = Shape.of(call, choice)
     q, k, v = call.q, call.k, call.v
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.heads, shape.tokens), dtype=torch.float32, device=q.device)
     sizes = (shape.sequences, shape.tokens, shape.heads, shape.heads // shape.kv_heads, call.scale)
-    if window := shape.window(backward=False):
-        arguments = (
-            *(q, k, v, out, lse, *shape.tables, shape.bounds, *sizes),
-            *(*strides(q), *strides(k), *strides(v), *shape.table_strides),
+    if window := shape.choice.window_forward:
+        forward = Launch(
+            window_forward_kernel,
+            (shape.sequences, triton.cdiv(shape.heads, window.per_program)),
+            (q, k, v, out, lse, *shape.tables, shape.bounds, *sizes)
+            + (*strides(q), *strides(k), *strides(v), *shape.table_strides),
+            shape.constants(q, k, v)
+            | shape.settle
+            | {"BLOCK": window.block, "PER_PROGRAM": window.per_program, "STAGES": window.stages},
+            window.warps,
         )
-        return Plan((_windows(window_forward_kernel, shape, window, arguments, shape.heads, (q, k, v)),), (out, lse))
+        return Plan((forward,), (out, lse))
 
-    tile = configs.forward_tile(shape.family, q.dtype, q.shape[-1])
-    in_loop = call.rotary is not None and shape.tokens <= configs.ROTATE_K_UP_TO[shape.family]
+    tile = shape.choice.forward
     launches: tuple[Launch, ...] = ()
     keys, key_strides = k, strides(k)
-    if not in_loop and call.rotary is not None:
+    before = call.rotary is not None and tile.turn == "before"
+    if before:
         turn, keys, key_strides = turned(k, shape)
         launches = (turn,)
     forward = Launch(
@@ -164,19 +173,21 @@ def plan_forward(call: Call, family: configs.Family | None = None) -> Plan:
         (q, keys, v, out, lse, *shape.tables, shape.bounds, *sizes)
         + (*strides(q), *key_strides, *strides(v), *shape.table_strides),
         shape.constants(q, keys, v)
-        | {"ROTATE_K": in_loop or call.rotary is None, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
+        | shape.settle
+        | {"ROTATE_K": not before, "RUNNING": q.dtype == torch.float16}
+        | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
     )
     return Plan((*launches, forward), (out, lse))
 
 
 def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int]]:
-    """R(x) in operand order, (H, B N, padded D), the launch that makes it, and its strides (0, token, head)."""
+    """R(x) as operands, (H, B N, padded D), the launch that makes it, and its strides (0, token, head)."""
     tokens, heads, dim = x.shape[1:]
-    block = configs.ROTATE_BLOCK
-    out = torch.empty((heads, shape.rows, sum(widths(dim))), dtype=x.dtype, device=x.device)
+    block = configs.OPERANDS_BLOCK
+    out = torch.empty((heads, shape.rows, operand_width(dim)), dtype=x.dtype, device=x.device)
     launch = Launch(
-        rotate_kernel,
+        operands_kernel,
         (x.shape[0] * triton.cdiv(tokens, block), heads),
         (x, out, *shape.tables, tokens, shape.rows, *strides(x), *shape.table_strides),
         head_constants(dim, shape.call.rotary)
@@ -186,44 +197,33 @@ def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int
     return launch, out, (0, out.stride(1), out.stride(0))
 
 
-def _windows(
-    kernel, shape: Shape, window: tuple[int, configs.Window], arguments: tuple, heads: int, read: tuple
-) -> Launch:
-    block, config = window
-    return Launch(
-        kernel,
-        (triton.cdiv(shape.sequences, config.per_program), heads),
-        arguments,
-        shape.constants(*read) | {"BLOCK": block, "PER_PROGRAM": config.per_program, "STAGES": config.stages},
-        config.warps,
-    )
-
-
 # --------------------------------------------------------------------------------------------------------- backward
 
 
-def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, family: configs.Family | None = None) -> Plan:
-    shape = Shape.of(call, family)
+def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: configs.Choice | None = None) -> Plan:
+    shape = Shape.of(call, choice)
     q, k, v = call.q, call.k, call.v
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     group = shape.heads // shape.kv_heads
-    if window := shape.window(backward=True):
-        arguments = (
-            *(q, k, v, out, dout, lse, dq, dk, dv, *shape.tables, shape.bounds),
-            *(shape.sequences, shape.tokens, shape.heads, shape.kv_heads, group, call.scale),
-            *(*strides(q), *strides(k), *strides(v), *strides(dout), *shape.table_strides),
+    if window := shape.choice.window_backward:
+        backward = Launch(
+            window_backward_kernel,
+            (shape.sequences, shape.kv_heads),
+            (q, k, v, out, dout, lse, dq, dk, dv, *shape.tables, shape.bounds)
+            + (shape.sequences, shape.tokens, shape.heads, shape.kv_heads, group, call.scale)
+            + (*strides(q), *strides(k), *strides(v), *strides(dout), *shape.table_strides),
+            shape.constants(q, k, v, dout) | shape.settle | {"BLOCK": window.block},
+            window.warps,
         )
-        return Plan(
-            (_windows(window_backward_kernel, shape, window, arguments, shape.kv_heads, (q, k, v, dout)),), (dq, dk, dv)
-        )
+        return Plan((backward,), (dq, dk, dv))
 
     turn, turned_k, _ = turned(k, shape)
     turned_q = turned_k.new_empty((shape.heads, shape.rows, turned_k.shape[-1]))
     delta = torch.empty_like(lse)
     constants = shape.constants(q, v, dout)
-    tile = configs.query_tile(shape.family, q.dtype, q.shape[-1])
+    tile = shape.choice.query
     by_query = Launch(
         query_kernel,
         shape.grid(tile.bm, shape.heads),
@@ -233,7 +233,7 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, family: co
         constants | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
     )
-    tile = configs.key_tile(shape.family, q.dtype, q.shape[-1])
+    tile = shape.choice.key
     by_key = Launch(
         key_kernel,
         shape.grid(tile.bn, shape.kv_heads),
@@ -244,3 +244,66 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, family: co
         tile.warps,
     )
     return Plan((turn, by_query, by_key), (dq, dk, dv))
+
+
+# ------------------------------------------------------------------------------------- the rotation and its angles
+
+
+def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> Plan:
+    """R(x) of x, or of q and k, (B, N, H|Hkv, D), in one launch; in place, or contiguous."""
+    tables, table_strides = tables_of(rotary)
+    outs = tuple(xs) if inplace else tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs)
+    q, k = xs[0], xs[-1]
+    batch, tokens, heads, dim = q.shape
+    kv_heads = k.shape[2] if len(xs) == 2 else 0
+    config = configs.ROTATION
+    # in place, channels that pass through need no visit
+    pairs = (rotary.rotary_dim if inplace else dim) // 2
+    launch = Launch(
+        rotate_kernel,
+        (batch * triton.cdiv(tokens, config.block), triton.cdiv(heads + kv_heads, config.per_program)),
+        (q, k, outs[0], outs[-1], *tables, tokens, heads, heads + kv_heads)
+        + (*strides(q), *strides(k), *strides(outs[0]), *strides(outs[-1]), *table_strides),
+        {
+            "D": dim,
+            "R": rotary.rotary_dim,
+            "PAIRING": rotary.pairing,
+            "PAIRS": pair_cut(2 * pairs),
+            "VISITED": pairs,
+            "ALIGN": alignment(*xs, *outs),
+            "TABLE_ALIGN": alignment(*tables),
+            "PER_HEAD": rotary.cos.shape[2] > 1,
+            "INVERSE": inverse,
+            "BLOCK": config.block,
+            "PER_PROGRAM": config.per_program,
+        },
+        config.warps,
+    )
+    return Plan((launch,), outs)
+
+
+def plan_angles(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, rotary: Rotary, seqlens: Tensor | None) -> Plan:
+    """dφ of every (sample, token, table head, pair): summed over the heads that share an angle; (B, N, H|1, R/2) float32."""
+    batch, tokens, heads, dim = q.shape
+    table_heads = rotary.cos.shape[2]
+    pairs = rotary.rotary_dim // 2
+    out = torch.empty((batch, tokens, table_heads, pairs), dtype=torch.float32, device=q.device)
+    block = configs.ANGLES_BLOCK
+    launch = Launch(
+        angles_kernel,
+        (batch * triton.cdiv(tokens, block), table_heads),
+        (q, k, dq, dk, out, q if seqlens is None else seqlens, tokens, heads, k.shape[2], table_heads)
+        + (*strides(q), *strides(k), *strides(dq), *strides(dk)),
+        {
+            "D": dim,
+            "R": 2 * pairs,
+            "PAIRING": rotary.pairing,
+            "PAIRS": pair_cut(2 * pairs),
+            "ALIGN": alignment(q, k, dq, dk),
+            "PADDED": seqlens is not None,
+            "PER_HEAD": table_heads > 1,
+            "BLOCK": block,
+        },
+        4,
+    )
+    return Plan((launch,), (out,))

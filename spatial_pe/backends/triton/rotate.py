@@ -1,38 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""R(x) in operand order: turns k once, where turning it in the attention's loop would cost more, and for the backward."""
+"""R(q) and R(k) alone, in one launch, in place or not: for attention that is not ours, and what we compare ourselves with.
+
+Bound by memory traffic: reads and writes q and k once. A program turns BLOCK tokens of several heads, with the angles in
+registers where heads share them.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .pieces import aligned, load_turned, store_operand
+from .pieces import aligned, begin_of, count_of, load_angles, load_pairs, store_pairs, turn
 
 
 @triton.jit
 def rotate_kernel(
-    x, out, cos, sin, tokens, rows_in_all,
-    x_batch, x_token, x_head, table_batch, table_token, table_head,
-    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, q_out, k_out, cos, sin, tokens, heads, all_heads,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, qo_batch, qo_token, qo_head, ko_batch, ko_token, ko_head,
+    table_batch, table_token, table_head,
+    D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, VISITED: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, PER_HEAD: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    """x (B, N, H, D) with any strides to out (H, B N, padded D)."""
-    x_batch = aligned(x_batch, ALIGN)
-    x_token = aligned(x_token, ALIGN)
-    x_head = aligned(x_head, ALIGN)
+    """q (B, N, H, D), k (B, N, Hkv, D), and the results, with any strides. VISITED pairs of each head are read and written:
+    all D/2, or in place only the R/2 that turn. Heads past H are those of k."""
+    q_batch = aligned(q_batch, ALIGN)
+    q_token = aligned(q_token, ALIGN)
+    q_head = aligned(q_head, ALIGN)
+    k_batch = aligned(k_batch, ALIGN)
+    k_token = aligned(k_token, ALIGN)
+    k_head = aligned(k_head, ALIGN)
+    qo_batch = aligned(qo_batch, ALIGN)
+    qo_token = aligned(qo_token, ALIGN)
+    qo_head = aligned(qo_head, ALIGN)
+    ko_batch = aligned(ko_batch, ALIGN)
+    ko_token = aligned(ko_token, ALIGN)
+    ko_head = aligned(ko_head, ALIGN)
     table_batch = aligned(table_batch, TABLE_ALIGN)
     table_token = aligned(table_token, TABLE_ALIGN)
     table_head = aligned(table_head, TABLE_ALIGN)
-    head = tl.cast(tl.program_id(1), tl.int64)
     blocks = tl.cdiv(tokens, BLOCK)
     sample = tl.cast(tl.program_id(0) // blocks, tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK
     token = tl.cast(first, tl.int64)
     row = tl.arange(0, BLOCK)
     exists = first + row < tokens
-    cos += sample * table_batch + token * table_token + head * table_head
-    sin += sample * table_batch + token * table_token + head * table_head
-    x += sample * x_batch + token * x_token + head * x_head
-    pieces = load_turned(x, row, x_token, cos, sin, table_token, exists, D, R, PAIRING, START, WIDTH)
-    width: tl.constexpr = START[len(WIDTH) - 1] + WIDTH[len(WIDTH) - 1]
-    store_operand(out + (head * rows_in_all + sample * tokens + token) * width, row, exists, pieces, START, WIDTH)
+    cos += sample * table_batch + token * table_token
+    sin += sample * table_batch + token * table_token
+    q += sample * q_batch + token * q_token
+    k += sample * k_batch + token * k_token
+    q_out += sample * qo_batch + token * qo_token
+    k_out += sample * ko_batch + token * ko_token
+    begin = tl.program_id(1) * PER_PROGRAM
+    for i in tl.static_range(count_of(PAIRS)):
+        pair = begin_of(PAIRS, i) + tl.arange(0, PAIRS[i])
+        c, s = load_angles(cos, sin, row, table_token, exists, pair, R)
+        if INVERSE:
+            s = -s
+        for index in tl.range(begin, tl.minimum(begin + PER_PROGRAM, all_heads)):
+            head = tl.cast(index, tl.int64)
+            if PER_HEAD:  # as many of k as of q
+                at = tl.where(head < heads, head, head - heads) * table_head
+                c, s = load_angles(cos + at, sin + at, row, table_token, exists, pair, R)
+                if INVERSE:
+                    s = -s
+            if index < heads:
+                x1, x2 = load_pairs(
+                    q + head * q_head, row, q_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED
+                )
+                x1, x2 = turn(x1, x2, c, s, pair, D, R)
+                store_pairs(
+                    q_out + head * qo_head,
+                    row,
+                    qo_token,
+                    exists,
+                    x1,
+                    x2,
+                    D,
+                    R,
+                    PAIRING,
+                    begin_of(PAIRS, i),
+                    PAIRS[i],
+                    VISITED,
+                )
+            else:
+                at_k = k + (head - heads) * k_head
+                x1, x2 = load_pairs(at_k, row, k_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)
+                x1, x2 = turn(x1, x2, c, s, pair, D, R)
+                at_k = k_out + (head - heads) * ko_head
+                store_pairs(at_k, row, ko_token, exists, x1, x2, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...attention import rope_attention
-from ...rotary import Rotary, apply_rotary
+from ...rotary import Rotary
+from ...rotation import apply_rotary_qk
 from ..layout import dropout_of
 from .base import Adapter
 
@@ -43,7 +44,7 @@ class PlainAttention(Adapter):
                 raise NotImplementedError(f"{name} together with an added 2D RoPE: unpatch the model for such calls")
         layout = self._spatial_pe.layout
         q, k, v = self.project(hidden_states)
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        q, k = apply_rotary_qk(q, k, rotary)
         groups = layout.heads // layout.kv_heads
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * layout.scale
