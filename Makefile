@@ -42,18 +42,16 @@ bench-cpu: $(VENV)/bench
 	$(BIN)/spatial-pe demo --out docs/demo.png --json benchmarks/results/cpu/demo.json
 	$(BIN)/python -m benchmarks.readme
 
-# On a machine with a GPU, with its own Python packages and no network: build, test and measure into OUT.
-# QUICK=1: six shapes, 3 minutes. DRY=1: no GPU; compiles every kernel for every GPU and plans every benchmark.
+# On a machine with a GPU, with its own Python packages and no network: build, test, tune and measure into OUT, in at
+# most 9 minutes. QUICK=1: six shapes, 3 minutes. DRY=1: no GPU; compiles every kernel for every GPU, checks what the
+# benchmark compares and plans every launch.
 OUT ?= gpu-results
 ifdef DRY
 gpu: $(VENV)/installed triton-budget
 	PYTHONPATH=. $(BIN)/python -m benchmarks.throughput.attention_gpu --dry
 else
 gpu:
-	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -m gpu tests/gpu 2>&1 | tee $(OUT)/tests.txt
-	PYTHONPATH=. $(PYTHON) -m benchmarks.throughput.attention_gpu $(if $(QUICK),--quick) --out $(OUT)/attention.json
+	$(PYTHON) -m benchmarks.gpu_session --out $(OUT) $(if $(QUICK),--quick)
 endif
 
 # What the compiler makes of every Triton kernel on every GPU, without one. About 12 minutes.

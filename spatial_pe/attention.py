@@ -71,9 +71,21 @@ def rope_attention(
     name = select(call, backend)
     if name == "composed":
         out = composed.attention(call)
+    elif _nobody_watches(call):
+        out, _ = BACKENDS[name].forward(call)
     else:
         out, _ = torch.ops.spatial_pe.rope_attention(*_flatten(call), name)
     return out[0] if packed else out
+
+
+def _nobody_watches(call: Call) -> bool:
+    """No autograd, no tracing, no dispatch mode: the torch op would only add 15 us of dispatch to a forward of 20."""
+    tensors = (call.q, call.k, call.v) + (() if call.rotary is None else (call.rotary.cos, call.rotary.sin))
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors):  # fake, functional, wrapped
+        return False
+    return not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors)
 
 
 # ------------------------------------------------------------------------------------------------------- the torch op

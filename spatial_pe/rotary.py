@@ -115,7 +115,9 @@ class Rotary:
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """R(x) in plain PyTorch, (B, N, H, D) -> the same: float32 inside (float64 for float64 x), rounded once."""
+    """R(x) in plain PyTorch, of (B, N, H, D) or packed (T, H, D): float32 inside (float64 for float64 x), rounded once."""
+    if x.ndim == 3:
+        return rotated(x[None], rotary)[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = rotary.cos.to(wide), rotary.sin.to(wide)
     rotary_dim = rotary.rotary_dim

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile launches for GPUs that are not there, and read what the compiler made of them.
 
-    python tests/triton/offline.py --out budget.json [--only "bf16 D=64"] [--targets sm_90]
-    python tests/triton/offline.py --markdown docs/triton_budget.md
+    python tests/triton/offline.py --out report.json [--only "bf16 D=64"] [--targets sm_90]
+    python tests/triton/offline.py --markdown docs/triton_budget.md --budget tests/triton/budget.json
 
 In a process of its own: the other tests run the kernels in Triton's interpreter, which replaces the compiler, and a
 second Triton needs a second process anyway (PYTHONPATH says which one).
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,9 +28,10 @@ from triton.compiler import ASTSource
 
 from spatial_pe import Rotary
 from spatial_pe.backends.call import Call
+from spatial_pe.backends.triton import configs
 from spatial_pe.backends.triton.configs import Family
 from spatial_pe.backends.triton.launch import Launch
-from spatial_pe.backends.triton.plan import plan_backward, plan_forward
+from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
 
 # name -> (what Triton compiles for, whose tiles)
 TARGETS: dict[str, tuple[GPUTarget, Family]] = {
@@ -43,7 +46,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Built:
-    """What a launch became. Zeros where a target does not say."""
+    """What a launch became. Zeros where a target does not say (gfx942: its main loop)."""
 
     regime: str
     launch: str
@@ -51,45 +54,39 @@ class Built:
     registers: int
     spills: int  # bytes of local memory
     shared: int  # bytes
-    tensor_core: int  # instructions
+    tensor_core: dict[str, int]  # instructions by name
+    loop: dict[str, int]  # instructions of the main loop by kind, "all" together
+    per_score: float  # instructions that a lane of the main loop issues, for each score of the tile
 
 
 def cases(family: Family) -> dict[str, list[Launch]]:
-    """Launches by regime, those of real calls: forward and backward."""
+    """Launches by regime, those of real calls: forward, backward, rotation and gradient of the angles."""
     found: dict[str, list[Launch]] = {}
     for name, dtype in DTYPES.items():
-        # every head_dim in bfloat16; float16 and float32 have the same tiles for D <= 64 and above
-        dims = (16, 32, 64, 72, 80, 88, 96, 104, 112, 128) if name == "bf16" else (64, 80, 128)
+        # every head_dim in bfloat16; float16 has the same tiles, float32 others for D <= 64 and above
+        dims = (16, 24, 32, 64, 72, 80, 88, 96, 104, 112, 128) if name == "bf16" else (64, 80, 128)
         for dim in dims:
-            for tokens in (64, 128, 576, 2304):
+            for tokens in (64, 128, 256, 576):  # a window, a larger one, k turned in the loop, and before
                 found[f"{name} D={dim} N={tokens}"] = launches(family, dtype, dim, tokens)
     bf16 = torch.bfloat16
     found["bf16 D=80 windows of 64, packed"] = launches(family, bf16, 80, 640, windows=64)
+    found["bf16 D=80 windows of 16, packed"] = launches(family, bf16, 80, 640, windows=16)
     found["bf16 D=80 packed, lengths unknown"] = launches(family, bf16, 80, 640, windows=64, hint=False)
     found["bf16 D=64 padded"] = launches(family, bf16, 64, 576, padded=True)
     found["bf16 D=64 GQA"] = launches(family, bf16, 64, 576, kv_heads=2)
-    found["bf16 D=64 interleaved"] = launches(family, bf16, 64, 576, pairing="interleaved")
-    found["bf16 D=72 axis_half"] = launches(family, bf16, 72, 576, pairing="axis_half")
-    found["bf16 D=80, 40 of them turned"] = launches(family, bf16, 80, 576, rotary_dim=40)
-    found["bf16 D=64 no rotary"] = launches(family, bf16, 64, 576, rotary_dim=0)
+    for tokens in (64, 256, 576):
+        found[f"bf16 D=64 N={tokens} interleaved"] = launches(family, bf16, 64, tokens, pairing="interleaved")
+        found[f"bf16 D=72 N={tokens} axis_half"] = launches(family, bf16, 72, tokens, pairing="axis_half")
+        found[f"bf16 D=80 N={tokens}, 40 of them turned"] = launches(family, bf16, 80, tokens, rotary_dim=40)
+        found[f"bf16 D=64 N={tokens} no rotary"] = launches(family, bf16, 64, tokens, rotary_dim=0)
     return found
 
 
 def launches(
-    family,
-    dtype,
-    dim,
-    tokens,
-    *,
-    heads=4,
-    kv_heads=4,
-    rotary_dim=None,
-    pairing="half",
-    windows=0,
-    hint=True,
-    padded=False,
-) -> list[Launch]:
-    """Those of the forward and of the backward of a call on 16 heads' worth of a fused projection's strides."""
+    family, dtype, dim, tokens, *,
+    heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False,
+) -> list[Launch]:  # fmt: skip
+    """Those of a call on views of a fused projection, four heads wide."""
     batch = 1 if windows else 2
     qkv = torch.empty(batch, tokens, heads + 2 * kv_heads, dim, dtype=dtype)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
@@ -98,30 +95,90 @@ def launches(
     bounds = torch.arange(0, tokens + 1, windows, dtype=torch.int32) if windows else None
     lengths = torch.full((batch,), tokens, dtype=torch.int32) if padded else None
     call = Call(q, k, v, rotary, dim**-0.5, bounds, windows if windows and hint else None, lengths)
-    forward = plan_forward(call, family)
+    choice = configs.prebuilt(family, dtype, dim, configs.bucket(configs.longest_of(call)))
+    forward = plan_forward(call, choice)
     out, lse = forward.results
-    return [*forward.launches, *plan_backward(call, out, lse, torch.empty_like(out), family).launches]
+    backward = plan_backward(call, out, lse, torch.empty_like(out), choice)
+    found = [*forward.launches, *backward.launches]
+    if rotary is not None:
+        dq, dk, _ = backward.results
+        found += plan_rotation([q, k], rotary).launches
+        found += plan_rotation([q, k], rotary, inplace=True).launches
+        found += plan_angles(q, k, dq, dk, rotary, lengths).launches
+    return found
 
 
 def build(regime: str, launch: Launch, name: str) -> Built:
     target, _ = TARGETS[name]
     kernel = triton.compile(source(launch), target=target, options=options(launch, target))
-    built = Built(regime, str(launch), name, 0, 0, int(kernel.metadata.shared), 0)
+    shared = int(kernel.metadata.shared)
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
-        built.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        built.spills = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
-        built.tensor_core = len(re.findall(r"\bv_mfma", text))
-        return built
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spills = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        mfma = len(re.findall(r"\bv_mfma", text))
+        return Built(regime, str(launch), name, registers, spills, shared, {"v_mfma": mfma} if mfma else {}, {}, 0.0)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, code = (_cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
-    built.registers = int(re.search(r"REG:(\d+)", usage)[1])
-    stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("STACK", "LOCAL"))
-    built.spills = max(stack, local, 4 * len(re.findall(r"\b(?:STL|LDL)\b", code)))
-    built.tensor_core = len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCMMA)\b", code))
-    return built
+        usage, listing = (_cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    code = instructions(listing)
+    spills = max(stack, local, 4 * sum(kind(name) == "local" for _, name, _ in code))
+    tensor_core = Counter(short for _, name, _ in code if (short := name.split(".")[0]) in TENSOR_CORE)
+    loop = main_loop(code)
+    mix = Counter(kind(name) for name in loop)
+    return Built(
+        regime, str(launch), name, registers, spills, shared,
+        dict(tensor_core), {"all": len(loop), **dict(mix.most_common())} if loop else {},
+        round(len(loop) * 32 * launch.num_warps / scores(launch), 1) if loop else 0.0,
+    )  # fmt: skip
+
+
+def scores(launch: Launch) -> int:
+    """Of a tile of the main loop."""
+    constants = launch.constants
+    return constants["BM"] * constants["BN"] if "BM" in constants else constants.get("BLOCK", 1) ** 2
+
+
+# ------------------------------------------------------------------------------------------------------ reading SASS
+
+TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
+KINDS: dict[str, tuple[str, ...]] = {
+    "tensor core": TENSOR_CORE,
+    "exp2": ("MUFU",),
+    "float": ("FFMA", "FMUL", "FADD", "FMNMX", "FMNMX3", "FSEL", "FSETP", "F2FP", "FFMA2", "FADD2", "FMUL2"),
+    "shared": ("LDS", "LDSM", "STS", "STSM", "LDTM", "STTM"),
+    "global": ("LDG", "STG", "LDGSTS"),
+    "local": ("LDL", "STL"),
+    "shuffle": ("SHFL", "MOVM", "PRMT"),
+    "sync": ("BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC", "SYNCS", "MEMBAR", "FENCE"),
+}
+OF = {name: kind for kind, names in KINDS.items() for name in names}
+
+
+def kind(name: str) -> str:
+    """The rest is integers: addresses, predicates, copies."""
+    return OF.get(name.split(".")[0], "integer")
+
+
+def instructions(listing: str) -> list[tuple[int, str, str]]:
+    """(address, name, operands)"""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", listing)
+    return [(int(address, 16), name, operands) for address, name, operands in found]
+
+
+def main_loop(code: list[tuple[int, str, str]]) -> list[str]:
+    """Names of the innermost loop that multiplies on tensor cores and copies ahead, the first of several."""
+    loops = []
+    for address, name, operands in code:
+        if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands)):
+            begin = int(target[1], 16)
+            body = [n for a, n, _ in code if begin <= a <= address] if begin < address else []
+            if any(kind(n) == "tensor core" for n in body):
+                loops.append(body)
+    ahead = [body for body in loops if any(n.startswith("LDGSTS") for n in body)]
+    return min(ahead or loops, key=len, default=[])
 
 
 def source(launch: Launch) -> ASTSource:
@@ -164,17 +221,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regimes that contain this")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="table to write")
-    parser.add_argument("--report", type=Path, nargs="+", help="JSON files to take instead of compiling")
+    parser.add_argument("--budget", type=Path, help="limits to write: what was found and a tenth more")
     arguments = parser.parse_args()
-    if arguments.report:
-        reports = [json.loads(path.read_text()) for path in arguments.report]
-        report = {"triton": reports[0]["triton"], "rows": [row for found in reports for row in found["rows"]]}
-    else:
-        report = {"triton": triton.__version__, "rows": compile_all(arguments.targets, arguments.only)}
+    report = {"triton": triton.__version__, "rows": compile_all(arguments.targets, arguments.only)}
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1))
     if arguments.markdown:
         arguments.markdown.write_text(markdown(report))
+    if arguments.budget:
+        arguments.budget.write_text(json.dumps(budget(report), indent=0) + "\n")
 
 
 def compile_all(targets: list[str], only: str) -> list[dict]:
@@ -192,15 +247,33 @@ def compile_all(targets: list[str], only: str) -> list[dict]:
     return rows
 
 
+def budget(report: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """target -> launch -> limits. Registers count only where they decide how many programs fit an SM together."""
+    limits: dict[str, dict[str, dict[str, float]]] = {}
+    for row in report["rows"]:
+        threads = 32 * int(re.search(r"warps=(\d+)", row["launch"])[1])
+        together = 65536 // (threads * max(row["registers"], 32))
+        fit = 65536 // threads // together // 8 * 8 if together > 1 else 255
+        limits.setdefault(row["target"], {})[row["launch"]] = {
+            "registers": min(255, fit) if row["target"] != "gfx942" else 512,
+            "shared": row["shared"],
+            "per_score": math.ceil(row["per_score"] * 11) / 10,
+        }
+    return limits
+
+
 def markdown(report: dict) -> str:
     lines = [
         "# What the compiler makes of the Triton kernels",
         "",
         f"Written by `make triton-budget` with Triton {report['triton']}, compiled offline: no GPU was involved, and",
         "nothing here is a measurement of speed. A launch is listed once, where it first occurs. Registers are per",
-        "thread; spills and shared memory are bytes; tensor core: instructions in the code.",
-        "`tests/triton/test_budget.py` fails if anything spills, needs more shared memory than the chip has, or uses",
-        "no tensor core (float32, which runs on the ordinary units, and rotate excepted).",
+        "thread; spills and shared memory are bytes; tensor core: instructions in the code; loop: instructions in the",
+        "main loop, by kind; per score: what a lane issues there for each score of its tile (without rotation and",
+        "running maximum, the arithmetic of the softmax alone is 3.5).",
+        "",
+        "`tests/triton/test_budget.py` fails if anything spills, exceeds `tests/triton/budget.json`, needs more shared",
+        "memory than the chip has, or uses no tensor core (float32, which runs on the ordinary units, excepted).",
         "",
     ]
     for target in TARGETS:
@@ -209,14 +282,16 @@ def markdown(report: dict) -> str:
             continue
         lines += [f"## {target}: {len(rows)} kernels", ""]
         lines += [
-            "| call | kernel | options | registers | spills | shared | tensor core |",
-            "|---|---|---|---|---|---|---|",
+            "| call | kernel | options | registers | spills | shared | tensor core | loop | per score |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             kernel, _, *options = row["launch"].split()
             shown = " ".join(o for o in options if o.split("=")[0] not in ("D", "R", "PAIRING", "ALIGN", "TABLE_ALIGN"))
             cells = [row["regime"], kernel.removesuffix("_kernel"), shown]
-            cells += [row[name] for name in ("registers", "spills", "shared", "tensor_core")]
+            cells += [row[name] for name in ("registers", "spills", "shared")]
+            cells += [", ".join(f"{count} {name}" for name, count in row[key].items()) for key in ("tensor_core", "loop")]
+            cells.append(row["per_score"] or "")
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ This file answers what a backend must answer, and imports nothing of Triton unti
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ...rotary import Rotary
 from ..call import Call
-from .configs import INTERPRETED
+from .configs import INTERPRETED, bucket, capability, longest_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Offsets within a tile, of at most 128 tokens, are 32 bits; those of tiles are 64.
@@ -31,11 +32,17 @@ MOST_BETWEEN_TOKENS = 2**31 // 128
 
 
 def unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed: pip install triton (Linux; comes with torch's CUDA and ROCm builds)"
-    if INTERPRETED or torch.cuda.is_available():
+    # asked for every call: is_available looks at the driver each time
+    if INTERPRETED or torch.cuda.is_initialized() or torch.cuda.is_available():
         return None
     return "no GPU that torch can use"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -43,8 +50,8 @@ def cannot_serve(call: Call) -> str | None:
     dim = call.q.shape[-1]
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"q is on {device}: this backend computes on a GPU"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    if device.type == "cuda" and torch.version.hip is None and capability(device.index) < (8, 0):
+        major, minor = capability(device.index)
         return f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}: needs sm_80 (Ampere) or newer"
     if call.q.dtype not in DTYPES:
         return f"no {call.q.dtype} kernel: float32, bfloat16 and float16 only"
@@ -60,33 +67,76 @@ def cannot_serve(call: Call) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
-    from .plan import plan_forward
+    from . import plan, replay
 
     if call.q.device.type == "cpu":
         list(call.sequences())  # checks the lengths; on a GPU that would wait for them
-    plan = plan_forward(call)
-    plan.run(call.q.device)
-    out, lse = plan.results
+    signature, inputs = _signature(call)
+    out, lse = replay.run(signature, inputs, lambda *tensors: plan.plan_forward(_with(call, *tensors)))
     return out, lse
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv, contiguous."""
-    from .plan import plan_backward
+    from . import plan, replay
 
-    plan = plan_backward(call, out, lse, dout)
-    plan.run(call.q.device)
-    dq, dk, dv = plan.results
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    signature, inputs = _signature(call)
+
+    def planned(out: Tensor, lse: Tensor, dout: Tensor, *tensors: Tensor) -> plan.Plan:
+        return plan.plan_backward(_with(call, *tensors), out, lse, dout)
+
+    dq, dk, dv = replay.run((dout.stride(), signature), (out, lse, dout, *inputs), planned)
     return dq, dk, dv
+
+
+def _signature(call: Call) -> tuple[tuple, tuple[Tensor, ...]]:
+    """What decides the launches of a call, and its tensors in an order that _with knows."""
+    from .plan import tables_of
+
+    q, k, v, rotary = call.q, call.k, call.v, call.rotary
+    inputs = [q, k, v]
+    tables = None
+    if rotary is not None:
+        cos, sin = tables_of(rotary)
+        tables = (rotary.pairing, cos.shape, cos.stride())
+        inputs += (cos, sin)
+    form = (None, None)
+    if call.cu_seqlens is not None:
+        form = ("packed", call.cu_seqlens.shape[0])
+        inputs.append(call.cu_seqlens)
+    elif call.seqlens is not None:
+        form = ("padded", None)
+        inputs.append(call.seqlens)
+    longest = bucket(longest_of(call))
+    return (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), tables, form, longest, call.scale), tuple(inputs)
+
+
+def _with(call: Call, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Call:
+    """The call with other tensors, as _signature lists them."""
+    left = list(others)
+    rotary = call.rotary
+    if rotary is not None:
+        rotary = Rotary._unchecked(left.pop(0), left.pop(0), rotary.pairing)
+    cu_seqlens = left.pop(0) if call.cu_seqlens is not None else None
+    seqlens = left.pop(0) if call.seqlens is not None else None
+    return Call(q, k, v, rotary, call.scale, cu_seqlens, call.max_seqlen, seqlens)
 
 
 def angle_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, rotary: Rotary, seqlens: Tensor | None) -> Tensor:
     """dφ in the shape of the tables, (B|1, N, H|1, R/2) float32, from the final gradients of q and k."""
-    from .plan import plan_angles
+    from . import plan, replay
 
-    plan = plan_angles(q, k, dq, dk, rotary, seqlens)
-    plan.run(q.device)
-    return plan.results[0].sum_to_size(rotary.cos.shape).to(rotary.cos.dtype)
+    inputs = (q, k, dq, dk) if seqlens is None else (q, k, dq, dk, seqlens)
+    cos = rotary.cos
+
+    def planned(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, seqlens: Tensor | None = None) -> plan.Plan:
+        return plan.plan_angles(q, k, dq, dk, rotary, seqlens)
+
+    signature = ("angles", rotary.pairing, cos.shape, *((x.dtype, x.shape, x.stride()) for x in inputs))
+    (dphi,) = replay.run(signature, inputs, planned)
+    return dphi.sum_to_size(cos.shape).to(cos.dtype)
 
 
 def cannot_rotate(x: Tensor) -> str | None:
@@ -96,8 +146,15 @@ def cannot_rotate(x: Tensor) -> str | None:
 
 def rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> tuple[Tensor, ...]:
     """R(x) of x, or of q and k, (B, N, H|Hkv, D): contiguous, unless in place. inverse: turned back."""
-    from .plan import plan_rotation
+    from . import plan, replay
 
-    plan = plan_rotation(xs, rotary, inplace, inverse)
-    plan.run(xs[0].device)
-    return plan.results
+    cos, sin = plan.tables_of(rotary)
+
+    def planned(*tensors: Tensor) -> plan.Plan:
+        *xs, cos, sin = tensors
+        return plan.plan_rotation(xs, Rotary._unchecked(cos, sin, rotary.pairing), inplace, inverse)
+
+    inputs = (*xs, cos, sin)
+    signature = ("rotation", rotary.pairing, inplace, inverse, *((x.dtype, x.shape, x.stride()) for x in inputs))
+    results = replay.run(signature, inputs, planned)
+    return tuple(xs) if inplace else results

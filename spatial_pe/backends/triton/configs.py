@@ -34,24 +34,25 @@ def family_of(device: torch.device) -> Family:
         return "hopper"
     if torch.version.hip is not None:
         return "cdna"
-    major, _ = _capability(device.index)
+    major, _ = capability(device.index)
     return "hopper" if major == 9 else "blackwell" if major in (10, 11) else "ampere"
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM queries by BN keys; how many loads ahead. Forward: k is turned in the "loop", or "before" by operands.py."""
+    """BM queries by BN keys; how many loads ahead."""
 
     bm: int
     bn: int
     warps: int
     stages: int
-    turn: Literal["loop", "before"] = "before"
+    turn: Literal["loop", "before"] = "before"  # forward: k is turned in the loop, or before by operands.py
+    split: bool = False  # backward: a loop of its own for whole tiles, which takes registers
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Choice:
 
 # Tokens that a program of operands.py turns, and of angles.py visits.
 OPERANDS_BLOCK = 64
-ANGLES_BLOCK = 16
-ROTATION = Rotation(block=16, per_program=8, warps=4)
+ANGLES_BLOCK = 32
+ROTATION = Rotation(block=64, per_program=4, warps=4)
 
 # k is turned in the loop for sequences up to this many tokens, and by a kernel of its own above. In the loop, every block
 # of BM queries reads the angles once more, 256 bytes of a token at D = 64 against 256 of its k and v, from L2 at about 25
@@ -115,13 +116,17 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
 }
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 32, 4, 2))),
-    "hopper": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
-    "blackwell": ((80, Tile(128, 64, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "hopper": (
+        (96, Tile(128, 64, 8, 2, split=True)), (112, Tile(64, 64, 8, 2, split=True)), (128, Tile(128, 64, 8, 2, split=True)),
+    ),
+    "blackwell": (
+        (96, Tile(128, 64, 8, 2, split=True)), (112, Tile(64, 64, 8, 2, split=True)), (128, Tile(128, 64, 8, 2, split=True)),
+    ),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
-}
+}  # fmt: skip
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((128, Tile(32, 32, 4, 2)),),
-    "hopper": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "hopper": ((64, Tile(64, 128, 8, 2, split=True)), (80, Tile(64, 128, 8, 2)), (128, Tile(32, 128, 8, 2))),
     "blackwell": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel launch as data: it can be run, or compiled for a GPU that is not there (see tests/triton/)."""
+"""A kernel launch as data: it can be run, compiled for a GPU that is not there (tests/triton), or kept for the next call
+(replay.py)."""
 
 from __future__ import annotations
 
@@ -20,10 +21,15 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """The compiled kernel; None in Triton's interpreter and for an empty grid."""
         if 0 in self.grid:
-            return
-        self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps)
+            return None
+        return self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps)
+
+    def compile(self) -> None:
+        """Without running it, for the current device."""
+        self.kernel.warmup(*self.arguments, **self.constants, num_warps=self.num_warps, grid=self.grid)
 
     def __str__(self) -> str:
         """The kernel, its dtype and what it was compiled for, as a name."""

@@ -16,6 +16,8 @@ a stride fit 32 bits: 64-bit offsets for every element cost registers until the 
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -102,6 +104,14 @@ def store_pieces(base, rows, stride, exists, pieces, D: tl.constexpr, CUT: tl.co
 # ------------------------------------------------------------------------------------------------- q, k, dq, dk
 
 
+@triton.constexpr_function
+def run_of(D, R, PAIRING):
+    """First channels of that many pairs are neighbours, and likewise second ones: the width of a load."""
+    if PAIRING == "interleaved":
+        return 1
+    return math.gcd(8, D // 2, R // 4 if PAIRING == "axis_half" else R // 2)
+
+
 @triton.jit
 def first_channel(pair, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr):
     """The first channel of a pair: see pair_channels in the tests for the rule in plain Python."""
@@ -111,7 +121,9 @@ def first_channel(pair, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr)
         turned = pair + tl.where(pair >= R // 4, R // 4, 0)
     else:
         turned = pair
-    return turned if R == D else tl.where(pair < R // 2, turned, pair + R // 2)
+    channel = turned if R == D else tl.where(pair < R // 2, turned, pair + R // 2)
+    run: tl.constexpr = run_of(D, R, PAIRING)
+    return tl.max_contiguous(tl.multiple_of(channel, run), run) if run > 1 else channel
 
 
 @triton.jit
@@ -122,7 +134,9 @@ def second_channel(pair, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr
         turned = pair + tl.where(pair >= R // 4, R // 4, 0) + R // 4
     else:
         turned = pair + R // 2
-    return turned if R == D else tl.where(pair < R // 2, turned, pair + D // 2)
+    channel = turned if R == D else tl.where(pair < R // 2, turned, pair + D // 2)
+    run: tl.constexpr = run_of(D, R, PAIRING)
+    return tl.max_contiguous(tl.multiple_of(channel, run), run) if run > 1 else channel
 
 
 @triton.jit

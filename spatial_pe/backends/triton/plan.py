@@ -28,10 +28,11 @@ from .windows import window_backward_kernel, window_forward_kernel
 
 @dataclass(frozen=True)
 class Plan:
-    """Launches in their order, and the tensors that hold the results after them."""
+    """Launches in their order, the tensors that hold the results after them, and those only needed on the way."""
 
     launches: tuple[Launch, ...]
     results: tuple[Tensor, ...]
+    scratch: tuple[Tensor, ...] = ()
 
     def run(self, device: torch.device) -> None:
         with on(device):
@@ -64,13 +65,10 @@ class Shape:
         bounds = call.cu_seqlens if call.cu_seqlens is not None else call.seqlens
         form = PACKED if call.cu_seqlens is not None else PADDED if call.seqlens is not None else DENSE
         sequences = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-        if call.rotary is None:
-            tables, table_strides = (q, q), (0, 0, 0)
-        else:
-            tables, table_strides = tables_of(call.rotary)
-        return cls(
-            call, form, q if bounds is None else bounds, sequences, choice or configs.choice_of(call), tables, table_strides
-        )  # fmt: skip
+        tables = (q, q) if call.rotary is None else tables_of(call.rotary)
+        table = (0, 0, 0) if call.rotary is None else table_strides(tables[0])
+        bounds = q if bounds is None else bounds
+        return cls(call, form, bounds, sequences, choice or configs.choice_of(call), tables, table)
 
     @property
     def tokens(self) -> int:
@@ -116,15 +114,19 @@ def head_constants(dim: int, rotary: Rotary | None) -> dict[str, Any]:
     }
 
 
-def tables_of(rotary: Rotary) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int]]:
-    """float32 tables, contiguous in the last dimension and alike in the others, and their strides (batch, token, head)."""
-    cos, sin = (t.detach().float() for t in (rotary.cos, rotary.sin))
+def tables_of(rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """float32 tables, contiguous in the last dimension and alike in the others."""
+    cos, sin = rotary.cos, rotary.sin
+    if cos.dtype != torch.float32:
+        cos, sin = cos.float(), sin.float()
     if cos.stride(-1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    batch, token, head = (
-        0 if size == 1 else stride for size, stride in zip(cos.shape[:3], cos.stride()[:3], strict=True)
-    )
-    return (cos, sin), (batch, cos.stride(1) if cos.shape[1] > 1 else token, head)
+    return cos, sin
+
+
+def table_strides(cos: Tensor) -> tuple[int, int, int]:
+    """(batch, token, head), 0 where samples or heads share a table."""
+    return 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), 0 if cos.shape[2] == 1 else cos.stride(2)
 
 
 def alignment(*tensors: Tensor) -> int:
@@ -162,11 +164,12 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
 
     tile = shape.choice.forward
     launches: tuple[Launch, ...] = ()
+    scratch: tuple[Tensor, ...] = ()
     keys, key_strides = k, strides(k)
     before = call.rotary is not None and tile.turn == "before"
     if before:
         turn, keys, key_strides = turned(k, shape)
-        launches = (turn,)
+        launches, scratch = (turn,), (keys,)
     forward = Launch(
         forward_kernel,
         shape.grid(tile.bm, shape.heads),
@@ -178,7 +181,7 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
         | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
     )
-    return Plan((*launches, forward), (out, lse))
+    return Plan((*launches, forward), (out, lse), scratch)
 
 
 def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int]]:
@@ -230,7 +233,7 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: co
         (q, turned_k, v, out, dout, lse, dq, turned_q, delta, *shape.tables, shape.bounds)
         + (shape.sequences, shape.tokens, shape.rows, shape.heads, group, call.scale)
         + (*strides(q), *strides(v), *strides(dout), *shape.table_strides),
-        constants | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
+        constants | {"SPLIT": tile.split, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
     )
     tile = shape.choice.key
@@ -240,18 +243,20 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: co
         (turned_q, turned_k, v, dout, lse, delta, dk, dv, *shape.tables, shape.bounds)
         + (shape.sequences, shape.tokens, shape.rows, shape.heads, shape.kv_heads, group, call.scale)
         + (*strides(v), *strides(dout), *shape.table_strides),
-        constants | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
+        constants
+        # with a loop over heads around it, a loop more spills
+        | {"SPLIT": tile.split and group == 1, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
     )
-    return Plan((turn, by_query, by_key), (dq, dk, dv))
+    return Plan((turn, by_query, by_key), (dq, dk, dv), (turned_k, turned_q, delta))
 
 
 # ------------------------------------------------------------------------------------- the rotation and its angles
 
 
 def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> Plan:
-    """R(x) of x, or of q and k, (B, N, H|Hkv, D), in one launch; in place, or contiguous."""
-    tables, table_strides = tables_of(rotary)
+    """R(x) of x, or of q and k, (B, N, H|Hkv, D), in one launch; contiguous, or in place, with no results."""
+    tables = tables_of(rotary)
     outs = tuple(xs) if inplace else tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs)
     q, k = xs[0], xs[-1]
     batch, tokens, heads, dim = q.shape
@@ -263,7 +268,7 @@ def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, i
         rotate_kernel,
         (batch * triton.cdiv(tokens, config.block), triton.cdiv(heads + kv_heads, config.per_program)),
         (q, k, outs[0], outs[-1], *tables, tokens, heads, heads + kv_heads)
-        + (*strides(q), *strides(k), *strides(outs[0]), *strides(outs[-1]), *table_strides),
+        + (*strides(q), *strides(k), *strides(outs[0]), *strides(outs[-1]), *table_strides(tables[0])),
         {
             "D": dim,
             "R": rotary.rotary_dim,
@@ -279,7 +284,7 @@ def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, i
         },
         config.warps,
     )
-    return Plan((launch,), outs)
+    return Plan((launch,), () if inplace else outs)
 
 
 def plan_angles(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, rotary: Rotary, seqlens: Tensor | None) -> Plan:

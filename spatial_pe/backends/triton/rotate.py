@@ -64,28 +64,11 @@ def rotate_kernel(
                 c, s = load_angles(cos + at, sin + at, row, table_token, exists, pair, R)
                 if INVERSE:
                     s = -s
-            if index < heads:
-                x1, x2 = load_pairs(
-                    q + head * q_head, row, q_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED
-                )
-                x1, x2 = turn(x1, x2, c, s, pair, D, R)
-                store_pairs(
-                    q_out + head * qo_head,
-                    row,
-                    qo_token,
-                    exists,
-                    x1,
-                    x2,
-                    D,
-                    R,
-                    PAIRING,
-                    begin_of(PAIRS, i),
-                    PAIRS[i],
-                    VISITED,
-                )
-            else:
-                at_k = k + (head - heads) * k_head
-                x1, x2 = load_pairs(at_k, row, k_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)
-                x1, x2 = turn(x1, x2, c, s, pair, D, R)
-                at_k = k_out + (head - heads) * ko_head
-                store_pairs(at_k, row, ko_token, exists, x1, x2, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)
+            of_q = index < heads
+            x = tl.where(of_q, q + head * q_head, k + (head - heads) * k_head)
+            out = tl.where(of_q, q_out + head * qo_head, k_out + (head - heads) * ko_head)
+            x_token = tl.where(of_q, q_token, k_token)
+            out_token = tl.where(of_q, qo_token, ko_token)
+            x1, x2 = load_pairs(x, row, x_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)
+            x1, x2 = turn(x1, x2, c, s, pair, D, R)
+            store_pairs(out, row, out_token, exists, x1, x2, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)

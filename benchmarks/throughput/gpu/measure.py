@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that measures, until its time is up. It is started again where a variant has taken the device down.
+
+    python -m benchmarks.throughput.gpu.measure --out attention.json --until SECONDS --now FILE [--quick]
+
+--until: a time of time.time(). --now: a file that always says what is being run, for whoever has to find out what
+broke. Exit status 70: the device does not answer any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spatial_pe.environment import describe
+
+from . import state, timing, variants
+from .cases import ATTENTION, Inputs, Shape, Work, plan
+from .variants import rotations
+
+Row = dict[str, Any]
+DEVICE = "cuda"
+DEVICE_LOST = 70
+# FLOP of a direction by those of the forward.
+FLOPS = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
+# What every variant must agree with, to this relative error, in the forward and in each gradient. Two bfloat16 results
+# of the same attention differ by 0.01 at most; without the rotation by 0.3 and more.
+REFERENCE, SAME = "eager-default", 0.05
+# Of device time, while the clocks are read.
+LOAD_MS = 20.0
+# A shape is not begun with less time left.
+BEGIN_SECONDS = 4.0
+
+
+class DeviceLostError(RuntimeError):
+    """An illegal access, or the like: nothing can be computed in this process any more."""
+
+
+class Run:
+    """One process's part of a run."""
+
+    def __init__(self, out: Path, until: float, now: Path, quick: bool) -> None:
+        self.out, self.until, self.now = out, until, now
+        self.state = state.load(out)
+        self.plan = plan(quick)
+
+    def left(self) -> float:
+        return self.until - time.time()
+
+    def mark(self, size: list[int] | None, direction: str | None, variant: str, error: str | None = None) -> None:
+        """Says what is about to run, or what ended this process."""
+        state.save(self.now, {"size": size, "direction": direction, "variant": variant, "error": error})
+
+    def all(self) -> None:
+        self.mark(None, None, "start")
+        self.state.update({**describe(), "device": device()})
+        self.save()
+        if "host_microseconds" not in self.state:
+            self.state["host_microseconds"] = self.host()
+            self.save()
+        for work in self.plan:
+            if self.left() < BEGIN_SECONDS:
+                break
+            try:
+                self.shape(work)
+            except DeviceLostError:
+                raise
+            except Exception as error:  # not one of the variants: no memory for the inputs, say
+                why = self.survived(error)
+                entry = {"size": work.shape.size, "direction": "inputs", "variant": "inputs", "why": why}
+                self.state["broken"].append(entry)
+            torch._dynamo.reset()  # compiled code is kept by function, and only 8 shapes of it
+            gc.collect()
+            torch.cuda.empty_cache()
+        self.save()
+
+    def save(self) -> None:
+        done = {(tuple(row["size"]), row["direction"]) for row in self.state["rows"]}
+        self.state["not_run"] = [
+            [work.shape.size, direction]
+            for work in self.plan
+            for direction in work.directions
+            if (tuple(work.shape.size), direction) not in done
+        ]
+        state.save(self.out, self.state)
+
+    # ---------------------------------------------------------------------------------------------------- one shape
+
+    def shape(self, work: Work) -> None:
+        done = [row["direction"] for row in self.state["rows"] if row["size"] == work.shape.size]
+        todo = [direction for direction in work.directions if direction not in done]
+        if not todo:
+            return
+        if any(entry["variant"] == "inputs" and entry["size"] == work.shape.size for entry in self.state["broken"]):
+            return
+        self.mark(work.shape.size, "inputs", "inputs")
+        inputs = Inputs(work.shape, DEVICE)
+        built: dict[str, variants.Attention] = {}  # for all directions: some are compiled
+        for direction in todo:
+            if self.left() < BEGIN_SECONDS:
+                return
+            if direction == "rotary":
+                row = self.rotary(work, inputs)
+            else:
+                row = self.attention(work, inputs, direction, built)
+            self.state["rows"].append(row)
+            self.save()
+            print(line(work.shape, row), flush=True)
+
+    def attention(self, work: Work, inputs: Inputs, direction: str, built: dict[str, variants.Attention]) -> Row:
+        def maker(name: str) -> Callable[[], timing.Call]:
+            def make() -> timing.Call:
+                if name not in built:
+                    built[name] = variants.build(name, inputs)
+                return variants.call(built[name], inputs, direction)
+
+            return make
+
+        row = self.row(work, direction, {name: maker(name) for name in variants.names(work.shape, work.compiled)})
+        flops = work.shape.flops * FLOPS[direction]
+        row["tflops"] = {name: flops / ms / 1e9 for name, ms in row["median_ms"].items()}
+        return row
+
+    def rotary(self, work: Work, inputs: Inputs) -> Row:
+        row = self.row(work, "rotary", {name: lambda call=call: call for name, call in rotations(inputs).items()})
+        row["bytes"] = variants.rotation_bytes(inputs)
+        row["gigabytes_per_second"] = {name: row["bytes"] / ms / 1e6 for name, ms in row["median_ms"].items()}
+        return row
+
+    def row(self, work: Work, direction: str, makers: dict[str, Callable[[], timing.Call]]) -> Row:
+        size = work.shape.size
+        before = timing.clocks()
+        calls: dict[str, timing.Call] = {}
+        settings: dict[str, timing.Setting] = {}
+        refused: dict[str, str] = {}
+        deviation: dict[str, float] = {}
+        reference: list[Tensor] | None = None
+        for name, make in makers.items():
+            if why := state.why_not(self.state["broken"], size, direction, name):
+                refused[name] = why
+                continue
+            if self.left() < 1:
+                refused[name] = "no time was left"
+                continue
+            self.mark(size, direction, name)
+            try:
+                call = make()
+                if direction in ("forward", "backward"):  # all variants must compute the same function
+                    result = call()
+                    outs = [result] if isinstance(result, Tensor) else list(result)
+                    if name == REFERENCE:
+                        reference = outs
+                    elif reference is not None and name != "off":
+                        difference = relative(outs, reference)
+                        if not difference < SAME:
+                            raise ArithmeticError(f"differs from {REFERENCE} by {difference:.2g}")
+                        deviation[name] = difference
+                settings[name] = timing.calibrate(call)
+                calls[name] = call
+            except Exception as error:  # refused by torch, out of memory, does not compile, ...
+                refused[name] = self.survived(error)
+            call = outs = result = None  # frees the graph of a variant that is left out
+        reference = None
+        samples = self.samples(work, direction, calls, settings, refused)
+        return {
+            "size": size,
+            "packed": work.shape.packed,
+            "direction": direction,
+            "median_ms": {name: statistics.median(times) for name, times in samples.items()},
+            "refused": refused,
+            "deviation": deviation,
+            "repeats": {name: settings[name].repeats for name in samples},
+            "clocks": {"before": before, "under_load": under_load(calls, samples)},
+            "milliseconds": {name: [round(ms, 6) for ms in times] for name, times in samples.items()},
+        }
+
+    def samples(self, work: Work, direction: str, calls: dict, settings: dict, refused: dict) -> dict[str, list[float]]:
+        """Milliseconds per call, in turns, every other round in reverse order. What fails now is refused after all."""
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(work.rounds):
+            for name in list(found) if turn % 2 == 0 else list(reversed(found)):
+                self.mark(work.shape.size, direction, name)
+                try:
+                    found[name].append(timing.sample(calls[name], settings[name]))
+                except Exception as error:
+                    refused[name] = self.survived(error)
+                    del found[name]
+            if self.left() < 0 and turn >= 2:
+                break
+        return found
+
+    def survived(self, error: Exception) -> str:
+        """The error in one line, if the device still answers."""
+        line = (str(error).strip().splitlines() or [""])[0][:300]
+        message = f"{type(error).__name__}: {line}"
+        try:
+            torch.cuda.synchronize()
+        except Exception as lost:
+            entry = json.loads(self.now.read_text())
+            self.mark(entry["size"], entry["direction"], entry["variant"], message)
+            raise DeviceLostError(message) from lost
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            gc.collect()
+            torch.cuda.empty_cache()
+        return message
+
+    # ------------------------------------------------------------------------------------------------------- the host
+
+    def host(self) -> dict[str, Any]:
+        """Microseconds of the host per forward of one image of 196 tokens, which the device computes in less."""
+        shape = Shape(1, 196, 64)
+        inputs = Inputs(shape, DEVICE)
+        found: dict[str, Any] = {}
+        makers: dict[str, Callable[[], timing.Call]] = {
+            name: lambda name=name: variants.call(variants.build(name, inputs), inputs, "forward")
+            for name in ("ours", "off", "auto", "eager-default")
+        }
+        makers["SDPA alone"] = lambda: variants.call(variants.sdpa(inputs, "default"), inputs, "forward")
+        makers["rotary kernel alone"] = lambda: rotations(inputs)["kernel"]
+        for name, make in makers.items():
+            if state.why_not(self.state["broken"], shape.size, "host", name):
+                continue
+            self.mark(shape.size, "host", name)
+            try:
+                samples = timing.host_microseconds(make())
+                found[name] = {"median": statistics.median(samples), "samples": [round(us, 2) for us in samples]}
+            except Exception as error:
+                found[name] = {"refused": self.survived(error)}
+        return found
+
+
+def relative(outs: list[Tensor], reference: list[Tensor]) -> float:
+    """The largest ‖out - reference‖ / ‖reference‖; NaN stays NaN."""
+    errors = [(x.float() - y.float()).norm() / y.float().norm() for x, y in zip(outs, reference, strict=True)]
+    return torch.stack(errors).max().item()
+
+
+def under_load(calls: dict[str, timing.Call], samples: dict[str, list[float]]) -> dict[str, float | None] | None:
+    """The clocks while the device works: it idles, and clocks differently, a moment after its last kernel."""
+    name = "ours" if "ours" in samples else next(iter(samples), None)
+    if name is None:
+        return None
+    for _ in range(min(timing.MOST_REPEATS, math.ceil(LOAD_MS / samples[name][-1]))):
+        calls[name]()
+    found = timing.clocks()
+    torch.cuda.synchronize()
+    return found
+
+
+def device() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "clocks_at_start": timing.clocks(),
+    }
+
+
+def line(shape: Shape, row: dict[str, Any]) -> str:
+    rates, unit = row.get("tflops"), "TFLOP/s"
+    if row["direction"] not in ATTENTION:
+        rates, unit = row["gigabytes_per_second"], "GB/s"
+    numbers = "  ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+    return f"{shape!s:<32} {row['direction']:<17} {unit}  {numbers}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--now", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("no GPU that torch can use", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    run = Run(options.out, options.until, options.now, options.quick)
+    try:
+        run.all()
+    except DeviceLostError as error:
+        print(f"the device is lost: {error}", file=sys.stderr, flush=True)
+        return DEVICE_LOST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

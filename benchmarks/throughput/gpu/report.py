@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the JSON of a run: the table, beside what the project has promised, and the plot.
+
+    python -m benchmarks.throughput.gpu.report DIR/attention.json
+
+Needs no torch and no GPU. Writes table.md and attention.png beside the JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import state
+
+# Variants that stand for one thing, of which the best counts: what Hugging Face's towers do, with any SDPA; the same
+# compiled; our rotary kernel and any attention.
+GROUPS = {
+    "eager": ("eager-default", "eager-cudnn", "eager-flash"),
+    "compiled": ("compiled", "compiled-cudnn"),
+    "separate": (
+        *("rotary-default", "rotary-cudnn", "rotary-flash", "rotary-varlen"),
+        *("flex", "fa2", "fa3", "fa4"),
+    ),
+}
+LOOP = "eager-loop"  # what Qwen2.5-VL's tower does for windows, on torch's SDPA
+WINDOW = 64
+DIRECTIONS = ("forward", "backward", "forward+backward")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the forward of the large batch has been promised to reach; None where nothing has."""
+
+    tokens: int
+    dim: int
+    eager: float  # times as fast as eager rotary + the best SDPA
+    separate: float | None  # times as fast as our rotary kernel + the best attention
+    rotation: float | None  # rotation on against off, at most
+    auto: float | None = None  # times as fast as the fastest of all paths
+
+
+TARGETS = (
+    Target(64, 64, 4.0, 1.7, 0.03),
+    Target(64, 80, 4.0, 1.7, 0.03),
+    Target(196, 64, 3.0, 1.3, 0.05),
+    Target(256, 64, 3.0, 1.3, 0.05),
+    Target(576, 64, 2.5, 1.15, 0.05),
+    Target(729, 72, 2.5, 1.1, 0.05),
+    Target(1024, 64, 2.0, 1.0, 0.06),
+    Target(1025, 64, 2.0, 1.0, 0.06),
+    Target(1024, 80, 2.0, 1.0, 0.06),
+    Target(4096, 64, 1.3, None, None, 0.98),
+)
+
+
+def write(path: Path) -> None:
+    content = state.load(path)
+    path.with_name("table.md").write_text(table(content))
+    print(targets(content["rows"]), flush=True)
+    try:
+        plot(content, path.with_name("attention.png"))
+    except Exception as error:  # no matplotlib, no font: the figures are in the JSON
+        print(f"no plot: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------------------- ratios
+
+
+def best(row: Row, group: str) -> str | None:
+    """The fastest variant of a group, if any has run."""
+    found = [name for name in GROUPS[group] if name in row["median_ms"]]
+    return min(found, key=row["median_ms"].get, default=None)
+
+
+def against(row: Row, name: str | None, mine: str = "ours") -> float | None:
+    """How many times as fast `mine` is; below 1 it is slower."""
+    times = row["median_ms"]
+    return times[name] / times[mine] if name in times and mine in times else None
+
+
+def rotation_cost(row: Row) -> float | None:
+    ratio = against(row, "off")
+    return None if ratio is None else 1 / ratio - 1
+
+
+def auto_ratio(row: Row) -> float | None:
+    """backend="auto" against the fastest of all paths that a user could choose."""
+    paths = ["ours", *GROUPS["eager"], *GROUPS["separate"]]
+    found = [row["median_ms"][name] for name in paths if name in row["median_ms"]]
+    auto = row["median_ms"].get("auto")
+    return min(found) / auto if found and auto else None
+
+
+def large(rows: Iterable[Row]) -> dict[tuple[int, int], Row]:
+    """The rows with the largest batch of each (tokens, head_dim)."""
+    found: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        batch, _, tokens, dim = row["size"]
+        if (tokens, dim) not in found or batch > found[tokens, dim]["size"][0]:
+            found[tokens, dim] = row
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def table(content: dict[str, Any]) -> str:
+    device = content.get("device", {})
+    versions = content.get("versions", {})
+    what = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "flash-attn") if name in versions)
+    command = content["command"]
+    parts = [
+        f"# Attention with 2D RoPE on {device.get('name', 'an unknown GPU')}",
+        f"bf16, 16 heads; medians; {what}, CUDA {device.get('cuda')}, cuDNN {device.get('cudnn')}. `{command}`",
+        targets(content["rows"]),
+        shapes(content["rows"]),
+        rotary(content["rows"]),
+        host(content.get("host_microseconds", {})),
+        left_out(content),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def targets(rows: list[Row]) -> str:
+    """Every promise and what became of it, in the forward; the backward stands beside it, promised nothing."""
+    forward = large(row for row in rows if row["direction"] == "forward")
+    both = large(row for row in rows if row["direction"] == "forward+backward")
+    cells = []
+    for target in TARGETS:
+        row = forward.get((target.tokens, target.dim))
+        start = [_name(target.tokens, target.dim)]
+        if row is None:
+            cells.append([*start, *["not run"] * 6])
+            continue
+        eager, separate = best(row, "eager"), best(row, "separate")
+        cells.append(
+            [
+                *start,
+                judged(against(row, eager), target.eager, eager),
+                judged(against(row, separate), target.separate, separate),
+                judged_cost(rotation_cost(row), target.rotation),
+                judged(auto_ratio(row), target.auto, None),
+            ]
+        )
+        trained = both.get((target.tokens, target.dim), {"median_ms": {}})
+        for group in ("eager", "separate"):
+            cells[-1].append(times(against(trained, best(trained, group))))
+    header = ["large batch, forward", "against eager + best SDPA", "against our rotary kernel + best attention"]
+    header += ["rotation on / off", "auto / fastest path", "fwd+bwd against eager", "fwd+bwd against rotary + best"]
+    return "## Targets\n\nOf the forward; the last two columns have none.\n\n" + markdown(header, cells)
+
+
+def shapes(rows: list[Row]) -> str:
+    cells = []
+    for row in rows:
+        if row["direction"] not in DIRECTIONS:
+            continue
+        chosen = {group: best(row, group) for group in GROUPS}
+        ratios = [f"{times(against(row, name))} {name or ''}".strip() for name in chosen.values()]
+        if LOOP in row["median_ms"]:
+            ratios[0] += f"; {times(against(row, LOOP))} {LOOP}"
+        cost = rotation_cost(row)
+        cells.append(
+            [
+                label(row),
+                row["direction"],
+                *(rate(row, name) for name in ("ours", "off")),
+                *ratios,
+                "–" if cost is None else f"{cost:+.1%}",
+                times(auto_ratio(row)),
+            ]
+        )
+    header = ["batch x tokens, head_dim", "", "ours, TFLOP/s", "rotation off", "against eager + best SDPA"]
+    header += ["against compiled", "against our rotary kernel + best", "rotation on / off", "auto / fastest path"]
+    return "## All shapes\n\nBelow 1.00x ours is slower.\n\n" + markdown(header, cells) if cells else ""
+
+
+def rotary(rows: list[Row]) -> str:
+    cells = []
+    for row in rows:
+        if row["direction"] == "rotary":
+            speed = row["gigabytes_per_second"]
+            share = against(row, "copy", "kernel")
+            cells.append(
+                [
+                    label(row),
+                    *(f"{speed[name]:,.0f}" if name in speed else "–" for name in ("kernel", "copy", "eager")),
+                    "–" if share is None else f"{share:.0%}",
+                    times(against(row, "eager", "kernel")),
+                ]
+            )
+    header = ["batch x tokens, head_dim", "kernel, GB/s", "copy, GB/s", "eager, GB/s", "of a copy's speed"]
+    header += ["against eager"]
+    what = "GB/s of the bytes that must move: q and k read and written, the tables read."
+    return f"## The rotary kernel alone\n\n{what}\n\n{markdown(header, cells)}" if cells else ""
+
+
+def host(found: dict[str, Any]) -> str:
+    cells = [
+        [name, f"{entry['median']:.1f}" if "median" in entry else f"refused: {entry['refused']}"]
+        for name, entry in found.items()
+    ]
+    what = "Microseconds of Python and launching, 1 x 196 tokens, 16 heads of 64."
+    return f"## The host's part of a forward call\n\n{what}\n\n{markdown(['', 'us'], cells)}" if cells else ""
+
+
+def left_out(content: dict[str, Any]) -> str:
+    """What did not run, and why."""
+    reasons: dict[tuple[str, str], int] = {}
+    for row in content["rows"]:
+        for name, why in row["refused"].items():
+            reasons[name, why] = reasons.get((name, why), 0) + 1
+    lines = [f"- {name}, {count} times: {why[:160]}" for (name, why), count in reasons.items()]
+    for entry in content["broken"]:
+        where = f"{entry['size']}, {entry['direction']}"
+        lines.append(f"- {entry['variant']} at {where}, broke: {entry['why']}")
+    missing = content.get("not_run", [])
+    if missing:
+        names = ", ".join(f"{'x'.join(map(str, size))} {direction}" for size, direction in missing)
+        lines.append(f"- no time for {len(missing)} (batch x heads x tokens x head_dim): {names}")
+    return "## Not run\n\n" + "\n".join(lines) if lines else ""
+
+
+def label(row: Row) -> str:
+    batch, _, tokens, dim = row["size"]
+    return f"{batch} {'windows of' if row['packed'] else 'x'} {tokens}, {dim}"
+
+
+def times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}x"
+
+
+def rate(row: Row, name: str) -> str:
+    return f"{row['tflops'][name]:.0f}" if name in row["tflops"] else "–"
+
+
+def judged(ratio: float | None, promised: float | None, name: str | None) -> str:
+    if ratio is None:
+        return "not run" if promised is not None else "–"
+    beside = f" ({name})" if name else ""
+    if promised is None:
+        return f"{ratio:.2f}x{beside}"
+    return f"{ratio:.2f}x{beside}, {'met' if ratio >= promised else 'MISSED'}: >= {promised:g}x"
+
+
+def judged_cost(cost: float | None, promised: float | None) -> str:
+    if cost is None:
+        return "not run" if promised is not None else "–"
+    if promised is None:
+        return f"{cost:+.1%}"
+    return f"{cost:+.1%}, {'met' if cost <= promised else 'MISSED'}: <= {promised:.0%}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _name(tokens: int, dim: int) -> str:
+    return f"{'windows of ' if tokens == WINDOW else ''}{tokens}, {dim}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- plot
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """TFLOP/s over the tokens, a panel for each head_dim and direction, at the large batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {direction: large(r for r in content["rows"] if r["direction"] == direction) for direction in DIRECTIONS[:2]}
+    found = sorted({pair for by_pair in rows.values() for pair in by_pair})
+    dims = sorted({dim for _, dim in found})
+    if not dims:
+        raise ValueError("no row of attention")
+    every = sorted({tokens for tokens, _ in found})
+    figure, axes = pyplot.subplots(
+        len(rows), len(dims), figsize=(1.5 + 3.6 * len(dims), 7.5), sharex=True, sharey="row", squeeze=False
+    )
+    for upper, (direction, by_pair) in zip(axes, rows.items(), strict=True):
+        for axis, dim in zip(upper, dims, strict=True):
+            for label, color, style, pick in _LINES:
+                points = [(every.index(n), _rate(row, pick)) for (n, d), row in sorted(by_pair.items()) if d == dim]
+                points = [(x, y) for x, y in points if y is not None]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4)
+            axis.set_title(f"head_dim {dim}, {direction}", fontsize=11)
+            axis.set_xticks(range(len(every)), [str(n) for n in every], rotation=60)
+            axis.grid(alpha=0.3)
+            axis.set_ylim(bottom=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens (64: packed windows)")
+    for upper in axes:
+        upper[0].set_ylabel("TFLOP/s")
+    handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(_LINES), frameon=False)
+    figure.suptitle(f"bf16 attention with 2D RoPE, {content.get('device', {}).get('name', '')}, large batch")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+_LINES = (
+    ("spatial_pe, fused", "tab:red", "o-", "ours"),
+    ("the same without rotation", "tab:red", "o:", "off"),
+    ("our rotary kernel + best attention", "tab:blue", "s-", "separate"),
+    ("torch.compile of eager", "tab:green", "^-", "compiled"),
+    ("eager rotary + best SDPA", "tab:gray", "v-", "eager"),
+)
+
+
+def _rate(row: Row, pick: str) -> float | None:
+    name = best(row, pick) if pick in GROUPS else pick
+    value = row["tflops"].get(name)
+    return None if value is None or not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

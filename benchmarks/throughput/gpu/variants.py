@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: a rotation and an attention, as functions of (q, k, v), and our kernel that does both.
+
+ours, off, auto          the fused kernels with and without rotation, and what backend="auto" takes
+eager-*                  what Hugging Face's towers do: rotate-half in float32, then torch's SDPA (default, cuDNN,
+                         flash); windows as one batch, which no tower does
+eager-loop               the same with a call for each window, as transformers' Qwen2.5-VL does
+compiled, compiled-cudnn eager-default and eager-cudnn under torch.compile
+rotary-*                 our rotary kernel, then torch's SDPA, or its varlen_attn for windows
+flex                     our rotary kernel, then FlexAttention, compiled
+fa2, fa3, fa4            our rotary kernel, then flash-attn's attention, its varlen form for windows
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import spatial_pe
+from benchmarks.throughput.attention_cpu import eager_rotary
+
+from .cases import Inputs, Shape
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+OURS = ("ours", "off", "auto")
+EAGER = ("eager-default", "eager-cudnn", "eager-flash")
+LOOP = "eager-loop"
+COMPILED = ("compiled", "compiled-cudnn")
+VARLEN = "rotary-varlen"
+SEPARATE = ("rotary-default", "rotary-cudnn", "rotary-flash", "fa2", "fa3", "fa4")
+FLEX = "flex"
+FLASH_ATTN = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
+SDPA = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+# a compiled backward may reuse what the forward has saved, and then runs only once: "backward" runs it many times
+torch._functorch.config.donated_buffer = False
+
+
+def names(shape: Shape, compiled: bool) -> list[str]:
+    """Those that make sense for a shape; whether one can run shows when it does."""
+    found = [*EAGER, *OURS, *SEPARATE]
+    if shape.packed:
+        found += [LOOP, VARLEN]
+    if compiled:
+        found += [*COMPILED, FLEX]
+    return found
+
+
+def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
+    """The variant for these inputs. Raises ImportError where it needs a package that is missing."""
+    if name in OURS:
+        return _fused(name, inputs)
+    rotation, _, core = name.partition("-")
+    if rotation == "eager":
+        attend = _loop(inputs) if core == "loop" else sdpa(inputs, core)
+        return lambda q, k, v: attend(*eager_rotary(q, k, inputs.cos, inputs.sin), v)
+    if rotation == "compiled":
+        return torch.compile(build(f"eager-{core or 'default'}", inputs), backend=compiler, dynamic=False)
+    if rotation == "flex":
+        attend = _flex(inputs, compiler)
+    elif rotation in FLASH_ATTN:
+        attend = _flash_attn(inputs, FLASH_ATTN[rotation])
+    else:
+        attend = _varlen(inputs) if core == "varlen" else sdpa(inputs, core)
+    return lambda q, k, v: attend(*spatial_pe.apply_rotary_qk(q, k, inputs.rotary), v)
+
+
+def _fused(name: str, inputs: Inputs) -> Attention:
+    rotary = None if name == "off" else inputs.rotary
+    backend = "triton" if name != "auto" and inputs.device == "cuda" else "auto"
+    bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
+    return lambda q, k, v: spatial_pe.rope_attention(
+        q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend=backend
+    )
+
+
+def sdpa(inputs: Inputs, core: str) -> Attention:
+    """(B, N, H, D) or windows (T, H, D) -> the same, contiguous, as the output projection needs it."""
+    packed, length, backend = inputs.shape.packed, inputs.shape.tokens, SDPA[core]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if packed:  # (T, H, D) -> (windows, N, H, D), a view
+            q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if backend is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v)
+        out = out.transpose(1, 2).contiguous()
+        return out.flatten(0, 1) if packed else out
+
+    return attend
+
+
+def _loop(inputs: Inputs) -> Attention:
+    length = inputs.shape.tokens
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        windows = zip(*(x.transpose(0, 1)[None].split(length, 2) for x in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*window).transpose(1, 2) for window in windows]
+        return torch.cat(outs, 1)[0]
+
+    return attend
+
+
+def _varlen(inputs: Inputs) -> Attention:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
+    return lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, longest, longest)
+
+
+def _flex(inputs: Inputs, compiler: str) -> Attention:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    packed, length = inputs.shape.packed, inputs.shape.tokens
+    compiled = torch.compile(flex_attention, backend=compiler, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if packed:
+            q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))
+        out = compiled(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).contiguous()
+        return out.flatten(0, 1) if packed else out
+
+    return attend
+
+
+def _flash_attn(inputs: Inputs, module: str) -> Attention:
+    package = importlib.import_module(module)
+    bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
+    if bounds is None:
+        attention, options = package.flash_attn_func, {}
+    else:
+        lengths = {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": longest for x in "qk"}
+        attention, options = package.flash_attn_varlen_func, lengths
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention(q, k, v, **options)
+        return out[0] if isinstance(out, tuple) else out  # some releases return lse too
+
+    return attend
+
+
+# --------------------------------------------------------------------------------------------------------- directions
+
+
+def call(function: Attention, inputs: Inputs, direction: str) -> Callable[[], Any]:
+    """What is timed. "backward" computes the forward now, and keeps its graph."""
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs.qkv)
+
+        return forward
+    if direction == "backward":
+        out = function(*inputs.leaves)
+        return lambda: torch.autograd.grad(out, inputs.leaves, inputs.grad, retain_graph=True)
+    return lambda: torch.autograd.grad(function(*inputs.leaves), inputs.leaves, inputs.grad)
+
+
+def rotations(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """The rotation alone, and a copy of as many bytes, which is the least that any of them could take."""
+    q, k, _ = inputs.qkv
+    source = torch.randn(2, q.numel(), device=inputs.device, dtype=q.dtype)
+    target = torch.empty_like(source)
+    return {
+        "kernel": lambda: spatial_pe.apply_rotary_qk(q, k, inputs.rotary),
+        "eager": lambda: eager_rotary(q, k, inputs.cos, inputs.sin),
+        "copy": lambda: target.copy_(source),
+    }
+
+
+def rotation_bytes(inputs: Inputs) -> int:
+    """q and k read and written once, the tables read once: at most a thirty-second of the rest."""
+    q = inputs.qkv[0]
+    tables = inputs.rotary.cos.nbytes + inputs.rotary.sin.nbytes
+    return 4 * q.numel() * q.itemsize + tables

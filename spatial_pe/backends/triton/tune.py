@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure tiles on this GPU: `spatial-pe tune`, or `python -m spatial_pe.cli tune`.
+
+A few candidates for each unit (forward, query, key, windows), those that came out of the offline budgets, are timed on the
+shapes that vision towers have, and what wins is kept on disk for this GPU and these versions (tuned.py). Candidates are
+compiled beforehand by as many processes as there are cores, into Triton's own cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...rotary import Rotary
+from .. import composed
+from ..call import Call
+from . import configs, replay, tuned
+from .configs import Choice, Tile, Window
+from .plan import Plan, plan_backward, plan_forward
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A shape to tune for. Its winners serve all calls of its regime: dtype, head_dim, bucket of lengths."""
+
+    tokens: int
+    dim: int
+    windows: bool = False  # packed sequences of `tokens` tokens, as Qwen2.5-VL has
+    heads: int = 16
+    dtype: str = "bfloat16"
+    budget: int = 36_864  # tokens of all samples
+
+    def call(self, device: torch.device) -> Call:
+        """On random data: constant data draws less power, and clocks higher, than real data would."""
+        samples = max(1, self.budget // self.tokens)
+        shape = (1, samples * self.tokens) if self.windows else (samples, self.tokens)
+        dtype = getattr(torch, self.dtype)
+        q, k, v = torch.randn(*shape, 3, self.heads, self.dim, device=device, dtype=dtype).unbind(2)
+        angles = torch.randn(shape[1], self.dim // 2, device=device)
+        bounds = None
+        if self.windows:
+            bounds = torch.arange(0, shape[1] + 1, self.tokens, device=device, dtype=torch.int32)
+        rotary = Rotary.from_angles(angles)
+        return Call(q, k, v, rotary, self.dim**-0.5, bounds, self.tokens if self.windows else None, None)
+
+    def regime(self) -> tuple[torch.dtype, int, int]:
+        return getattr(torch, self.dtype), self.dim, configs.bucket(self.tokens)
+
+
+# What vision towers have: Qwen2.5-VL, DINOv2/v3 and CLIP at 224, SigLIP at 256 and 384, CLIP at 336, Qwen2-VL, ...
+PROBLEMS = (
+    Problem(64, 80, windows=True), Problem(196, 64), Problem(576, 64), Problem(729, 72), Problem(1024, 64),
+    Problem(1024, 80), Problem(4096, 64), Problem(64, 64), Problem(256, 72), Problem(2304, 64), Problem(256, 80),
+    Problem(576, 80), Problem(196, 96), Problem(576, 96), Problem(1024, 88), Problem(1024, 128), Problem(256, 128),
+    Problem(2304, 80), Problem(4096, 80), Problem(4096, 128),
+)  # fmt: skip
+QUICK = PROBLEMS[:7]
+
+_TILES = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3))
+CANDIDATES: dict[str, tuple[Any, ...]] = {
+    "forward": tuple(Tile(*tile, turn) for turn in ("loop", "before") for tile in _TILES),  # type: ignore[arg-type]
+    "query": tuple(Tile(*tile) for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3))),
+    "key": tuple(Tile(*tile) for tile in ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2))),
+    "window_forward": (
+        None,
+        *(Window(0, warps, heads, stages) for warps in (4, 8) for heads in (1, 2, 4, 8) for stages in (1, 2)),
+    ),
+    "window_backward": (None, Window(0, 4), Window(0, 8)),
+}
+
+
+def candidates(unit: str, problem: Problem, base: Choice) -> list[Any]:
+    """What is tried: that of the package first, and windows only where a sequence is one tile."""
+    dtype, _, longest = problem.regime()
+    found = [getattr(base, unit)]
+    if unit.startswith("window"):
+        if longest > 128 or dtype == torch.float32:
+            return found
+        others = (None if window is None else replace(window, block=longest) for window in CANDIDATES[unit])
+    else:
+        others = (tile for tile in CANDIDATES[unit] if dtype != torch.float32)
+    return found + [config for config in others if config not in found]
+
+
+def plan_of(unit: str, call: Call, choice: Choice, results: tuple) -> Plan:
+    if unit in ("forward", "window_forward"):
+        return plan_forward(call, choice)
+    out, lse, dout = results
+    return plan_backward(call, out, lse, dout, choice)
+
+
+def tune(
+    problems: Iterable[Problem],
+    device: torch.device,
+    seconds: float = math.inf,
+    file: Path | None = None,
+    say: Callable[[str], None] = print,
+    clock: Callable[[dict[Any, Callable[[], None]]], dict[Any, float]] | None = None,
+    workers: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Time the candidates of each problem and save what wins, problem by problem.
+
+    Args:
+        seconds: no new problem is begun after this long.
+        file: where to save; None is the cache folder, where calls of the next process find it.
+        clock: milliseconds of each of some functions; None is CUDA events.
+        workers: processes that compile beforehand; None is one a core, 0 none.
+
+    Returns:
+        The rows of tuned.py that were measured.
+    """
+    file = file or tuned.path(device)
+    clock = clock or milliseconds
+    begun = time.monotonic()
+    problems = list(problems)
+    if workers != 0:
+        _compile_all(problems, device, workers or min(16, os.cpu_count() or 1), seconds / 2)
+    rows: dict[str, dict[str, Any]] = {}
+    for problem in problems:
+        if time.monotonic() - begun > seconds:
+            say(f"{problem}: no time left, keeps the tiles of the package")
+            continue
+        row = _tune_one(problem, device, clock)
+        rows[tuned.regime(*problem.regime())] = row
+        say(f"{problem}: {row}")
+        tuned.save(rows, file)
+    configs.forget()
+    replay.forget()
+    return rows
+
+
+def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[str, Any]:
+    call = problem.call(device)
+    dtype, dim, longest = problem.regime()
+    choice = configs.prebuilt(configs.family_of(device), dtype, dim, longest)
+    row: dict[str, Any] = {"milliseconds": {}}
+    results: tuple = ()
+    # windows before tiles: None among them means that the tiles are timed, and have to be the best ones
+    for unit in ("forward", "window_forward", "query", "key", "window_backward"):
+        tried = candidates(unit, problem, choice)
+        base = replace(choice, window_forward=None) if unit == "forward" else choice
+        base = replace(base, window_backward=None) if unit in ("query", "key") else base
+        runs: dict[Any, Callable[[], None]] = {}
+        for config in tried:
+            try:
+                plan = plan_of(unit, call, replace(base, **{unit: config}), results)
+                plan.run(device)
+                runs[config] = functools.partial(plan.run, device)
+            except Exception as error:  # the compiler's failures have no common class: a candidate that does not compile
+                row.setdefault("failed", []).append(f"{unit} {config}: {type(error).__name__}: {error}"[:200])
+        times = clock(runs)
+        best = min(times, key=lambda config: times[config])
+        choice = replace(choice, **{unit: best})
+        row[unit] = tuned.plain(best)
+        row["milliseconds"][unit] = times[best]
+        if unit == "window_forward":
+            plan = plan_forward(call, choice)
+            plan.run(device)
+            results = (*plan.results, torch.randn_like(plan.results[0]))
+    row |= _against_composed(call, choice, results, device, clock, row["milliseconds"])
+    return row
+
+
+def _against_composed(call: Call, choice: Choice, results: tuple, device, clock, spent: dict[str, float]) -> dict:
+    """Who is faster: our kernels, or the rotation kernel and torch's attention."""
+    out, lse, dout = results
+    forward = functools.partial(plan_forward(call, choice).run, device)
+    backward = functools.partial(plan_backward(call, out, lse, dout, choice).run, device)
+    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+    wanted = replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
+
+    def inference() -> None:
+        with torch.no_grad():
+            composed.attention(call)
+
+    def training() -> None:
+        torch.autograd.grad(composed.attention(wanted), leaves, dout)
+
+    def both() -> None:
+        forward()
+        backward()
+
+    times = clock({"ours": forward, "composed": inference, "ours, training": both, "composed, training": training})
+    spent |= times
+    return {
+        "faster": {
+            "inference": "triton" if times["ours"] <= times["composed"] else "composed",
+            "training": "triton" if times["ours, training"] <= times["composed, training"] else "composed",
+        }
+    }
+
+
+def milliseconds(runs: dict[Any, Callable[[], None]], rounds: int = 5) -> dict[Any, float]:
+    """Medians of `rounds` samples in turns; a sample is half a millisecond or more of launches behind a busy queue."""
+
+    def sample(run: Callable[[], None], repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(400_000)
+        begin.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / repeats
+
+    repeats = {key: max(2, min(50, int(0.5 / max(sample(run, 2), 1e-3)))) for key, run in runs.items()}
+    samples: dict[Any, list[float]] = {key: [] for key in runs}
+    for turn in range(rounds):
+        for key in list(runs) if turn % 2 == 0 else reversed(runs):
+            samples[key].append(sample(runs[key], repeats[key]))
+    return {key: statistics.median(times) for key, times in samples.items()}
+
+
+# --------------------------------------------------------------------------------------------------- compiling beforehand
+
+
+def _compile_all(problems: list[Problem], device: torch.device, workers: int, seconds: float) -> None:
+    jobs = [
+        (problem, unit, index, str(device))
+        for problem in problems
+        for unit in CANDIDATES
+        for index in range(len(candidates(unit, problem, _base(problem, device))))
+    ]
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        waiting = [pool.submit(_compile, *job) for job in jobs]
+        deadline = time.monotonic() + seconds
+        for job in waiting:
+            job.result(timeout=max(0.1, deadline - time.monotonic()) if math.isfinite(seconds) else None)
+    except TimeoutError:
+        pass  # what is left is compiled when it is timed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _base(problem: Problem, device: torch.device) -> Choice:
+    dtype, dim, longest = problem.regime()
+    return configs.prebuilt(configs.family_of(device), dtype, dim, longest)
+
+
+def _compile(problem: Problem, unit: str, index: int, device_name: str) -> None:
+    """In a process of its own: into Triton's cache on disk. One that fails, fails again where it is timed, and is noted."""
+    device = torch.device(device_name)
+    small = replace(problem, budget=2 * problem.tokens, heads=max(2, problem.heads))
+    call = small.call(device)
+    base = _base(problem, device)
+    config = candidates(unit, problem, base)[index]
+    out = torch.empty(call.q.shape, dtype=call.q.dtype, device=device)
+    lse = torch.empty((call.q.shape[0], call.q.shape[2], call.q.shape[1]), device=device)
+    choice = replace(base, **{unit: config})
+    if not unit.startswith("window"):
+        choice = replace(choice, window_forward=None, window_backward=None)
+    for launch in plan_of(unit, call, choice, (out, lse, out)).launches:
+        try:
+            launch.compile()
+        except Exception:  # see above
+            return
