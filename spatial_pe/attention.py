@@ -71,21 +71,29 @@ def rope_attention(
     name = select(call, backend)
     if name == "composed":
         out = composed.attention(call)
-    elif _nobody_watches(call):
-        out, _ = BACKENDS[name].forward(call)
-    else:
+    elif _watched(call):
         out, _ = torch.ops.spatial_pe.rope_attention(*_flatten(call), name)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(call)):
+        out, _ = _Eager.apply(*_flatten(call), name)
+    else:
+        out, _ = BACKENDS[name].forward(call)
     return out[0] if packed else out
 
 
-def _nobody_watches(call: Call) -> bool:
-    """No autograd, no tracing, no dispatch mode: the torch op would only add 15 us of dispatch to a forward of 20."""
-    tensors = (call.q, call.k, call.v) + (() if call.rotary is None else (call.rotary.cos, call.rotary.sin))
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors):  # fake, functional, wrapped
-        return False
-    return not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors)
+def _watched(call: Call) -> bool:
+    """Whether tracing, a dispatch mode or a function transform must see a torch op. Nobody else needs one, and its
+    dispatch through Python costs 80 us with a gradient to come, 15 without: more than the kernel of a small image."""
+    if call.q.device.type == "meta" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in _tensors(call))  # fake, functional
+
+
+def _tensors(call: Call) -> tuple[Tensor, ...]:
+    """Those that may want a gradient."""
+    rotary = call.rotary
+    return (call.q, call.k, call.v) if rotary is None else (call.q, call.k, call.v, rotary.cos, rotary.sin)
 
 
 # ------------------------------------------------------------------------------------------------------- the torch op
@@ -160,13 +168,16 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd_backward(ctx, dout: Tensor, _dlse) -> tuple:
     q, k, v, cos, sin, cu_seqlens, seqlens, out, lse = ctx.saved_tensors
-    dq, dk, dv = torch.ops.spatial_pe.rope_attention_backward(
-        dout, out, lse, q, k, v, cos, sin, ctx.pairing, ctx.scale, cu_seqlens, ctx.max_seqlen, seqlens, ctx.backend
-    )
+    flat = (q, k, v, cos, sin, ctx.pairing, ctx.scale, cu_seqlens, ctx.max_seqlen, seqlens)
+    # with gradients recorded (create_graph=True) the op is there to raise when they are differentiated again
+    watched = torch.is_grad_enabled() or _watched(_unflatten(*flat))
+    attend_backward = torch.ops.spatial_pe.rope_attention_backward if watched else _backward
+    dq, dk, dv = attend_backward(dout, out, lse, *flat, ctx.backend)
     dcos = dsin = None
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
         if ctx.backend == "triton":
-            dphi = torch.ops.spatial_pe.angle_gradient(q, k, dq, dk, cos, ctx.pairing, seqlens)
+            gradient = torch.ops.spatial_pe.angle_gradient if watched else _angle_gradient
+            dphi = gradient(q, k, dq, dk, cos, ctx.pairing, seqlens)
         else:
             if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0
                 exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
@@ -179,6 +190,18 @@ def _autograd_backward(ctx, dout: Tensor, _dlse) -> tuple:
 torch.library.register_autograd(
     "spatial_pe::rope_attention", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
 )
+
+
+class _Eager(torch.autograd.Function):
+    """The op for calls that nobody watches."""
+
+    @staticmethod
+    def forward(ctx, *args):  # a setup_context of its own would cost 25 us
+        output = _forward(*args)
+        _setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(_autograd_backward)
 
 
 def _no_double_backward(ctx, *grads):

@@ -290,7 +290,9 @@ def markdown(report: dict) -> str:
             shown = " ".join(o for o in options if o.split("=")[0] not in ("D", "R", "PAIRING", "ALIGN", "TABLE_ALIGN"))
             cells = [row["regime"], kernel.removesuffix("_kernel"), shown]
             cells += [row[name] for name in ("registers", "spills", "shared")]
-            cells += [", ".join(f"{count} {name}" for name, count in row[key].items()) for key in ("tensor_core", "loop")]
+            cells += [
+                ", ".join(f"{count} {name}" for name, count in row[key].items()) for key in ("tensor_core", "loop")
+            ]
             cells.append(row["per_score"] or "")
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")

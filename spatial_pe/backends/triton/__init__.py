@@ -110,7 +110,9 @@ def _signature(call: Call) -> tuple[tuple, tuple[Tensor, ...]]:
         form = ("padded", None)
         inputs.append(call.seqlens)
     longest = bucket(longest_of(call))
-    return (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), tables, form, longest, call.scale), tuple(inputs)
+    return (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), tables, form, longest, call.scale), tuple(
+        inputs
+    )
 
 
 def _with(call: Call, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Call:

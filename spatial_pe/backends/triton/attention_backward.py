@@ -90,9 +90,13 @@ def query_kernel(
     # SPLIT, a loop of its own for whole tiles, saves a sixth of its instructions, and takes registers
     whole = keys // BN * BN if SPLIT else 0
     for at in tl.range(0, whole, BN, num_stages=STAGES):
-        acc = _add_keys(acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token, False, D, PAIRS, CUT, BM, BN)
+        acc = _add_keys(
+            acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token, False, D, PAIRS, CUT, BM, BN
+        )
     for at in tl.range(whole, keys, BN, num_stages=1 if SPLIT else STAGES):
-        acc = _add_keys(acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token, True, D, PAIRS, CUT, BM, BN)
+        acc = _add_keys(
+            acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token, True, D, PAIRS, CUT, BM, BN
+        )
 
     written = first + row < tokens if FORM == "padded" else exists
     store_turned_back(

@@ -89,7 +89,7 @@ class Choice:
 # Tokens that a program of operands.py turns, and of angles.py visits.
 OPERANDS_BLOCK = 64
 ANGLES_BLOCK = 32
-ROTATION = Rotation(block=64, per_program=4, warps=4)
+ROTATION = Rotation(block=32, per_program=4, warps=4)
 
 # k is turned in the loop for sequences up to this many tokens, and by a kernel of its own above. In the loop, every block
 # of BM queries reads the angles once more, 256 bytes of a token at D = 64 against 256 of its k and v, from L2 at about 25
@@ -99,23 +99,29 @@ TURN_IN_LOOP_UP_TO = 256
 
 # ------------------------------------------------------------------------------------------------- rows: (head_dim <=, tile)
 
-_FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))  # the ordinary units multiply, in small tiles
-_FLOAT32 = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
+# float32: the ordinary units multiply, in small tiles
+_FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
+_FLOAT32_QUERY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
+_FLOAT32_KEY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
 # Hopper: at D <= 64 128 registers a thread, so that two programs fit an SM, and 7.3 instructions per score.
 _BEFORE: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((128, Tile(128, 64, 8, 2)),),
+    "ampere": ((80, Tile(128, 64, 8, 2)), (88, Tile(128, 32, 8, 2)), (128, Tile(128, 64, 8, 2))),
     "hopper": ((128, Tile(128, 64, 8, 3)),),
-    "blackwell": ((128, Tile(128, 64, 8, 3)),),
+    "blackwell": ((96, Tile(128, 64, 8, 3)), (104, Tile(128, 32, 8, 3)), (128, Tile(128, 64, 8, 3))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((80, Tile(128, 64, 8, 2, "loop")), (128, Tile(128, 32, 8, 2, "loop"))),
+    "ampere": ((64, Tile(128, 64, 8, 2, "loop")), (128, Tile(128, 32, 8, 2, "loop"))),
     "hopper": ((128, Tile(128, 64, 8, 3, "loop")),),
-    "blackwell": ((128, Tile(128, 64, 8, 3, "loop")),),
+    "blackwell": (
+        (64, Tile(128, 64, 8, 3, "loop")),
+        (72, Tile(64, 64, 4, 2, "loop")),
+        (128, Tile(128, 64, 8, 3, "loop")),
+    ),
     "cdna": ((128, Tile(64, 64, 8, 1, "loop")),),
 }
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((64, Tile(128, 64, 8, 2)), (128, Tile(64, 32, 4, 2))),
+    "ampere": ((64, Tile(128, 64, 8, 2)), (80, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 4, 2))),
     "hopper": (
         (96, Tile(128, 64, 8, 2, split=True)), (112, Tile(64, 64, 8, 2, split=True)), (128, Tile(128, 64, 8, 2, split=True)),
     ),
@@ -127,31 +133,35 @@ _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((128, Tile(32, 32, 4, 2)),),
     "hopper": ((64, Tile(64, 128, 8, 2, split=True)), (80, Tile(64, 128, 8, 2)), (128, Tile(32, 128, 8, 2))),
-    "blackwell": ((80, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 2))),
+    "blackwell": (
+        (80, Tile(64, 128, 8, 2)),
+        (96, Tile(64, 64, 8, 2)),
+        (112, Tile(64, 64, 4, 2)),
+        (128, Tile(64, 64, 8, 2)),
+    ),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 # head_dim <= and the longest sequence decide; what is missing spills, and is served by the tiles.
 # Four warps: 1,058 instructions each for a window of 64 tokens at D = 80, half of what its memory traffic takes on an H200.
 _WINDOW_FORWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
-    "ampere": ((80, Window(64, 8, 4, 2)),),
-    "hopper": ((96, Window(64, 4, 4, 2)), (80, Window(128, 8, 2, 2))),
-    "blackwell": ((96, Window(64, 4, 4, 2)), (80, Window(128, 8, 2, 2))),
-    "cdna": ((64, Window(64, 8, 4, 1)),),
+    "ampere": ((96, Window(64, 8, 4, 2)), (64, Window(128, 8, 2, 1))),
+    "hopper": ((104, Window(64, 4, 4, 2)), (128, Window(64, 8, 4, 2)), (96, Window(128, 8, 2, 2))),
+    "blackwell": ((96, Window(64, 4, 4, 2)), (96, Window(128, 8, 2, 2))),
+    "cdna": ((80, Window(64, 8, 4, 1)),),
 }
 _WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
     "ampere": (),
-    "hopper": ((80, Window(64, 8)),),
-    "blackwell": ((80, Window(64, 8)),),
-    "cdna": ((64, Window(64, 8)),),
+    "hopper": ((96, Window(64, 4)), (128, Window(64, 8))),
+    "blackwell": ((96, Window(64, 4)),),
+    "cdna": ((80, Window(64, 8)),),
 }
 
 
 def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int) -> Choice:
     """longest: tokens of the longest sequence, as far as it is known."""
     if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
-        forward, query = _tile(_FLOAT32_FORWARD, dim), _tile(_FLOAT32, dim)
-        turn: Literal["loop", "before"] = "loop" if longest <= TURN_IN_LOOP_UP_TO else "before"
-        return Choice(family, replace(forward, turn=turn), query, query, None, None)
+        forward = replace(_tile(_FLOAT32_FORWARD, dim), turn="loop" if longest <= TURN_IN_LOOP_UP_TO else "before")
+        return Choice(family, forward, _tile(_FLOAT32_QUERY, dim), _tile(_FLOAT32_KEY, dim), None, None)
     return Choice(
         family,
         _tile((_LOOP if longest <= TURN_IN_LOOP_UP_TO else _BEFORE)[family], dim),

@@ -157,7 +157,9 @@ def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[s
                 plan = plan_of(unit, call, replace(base, **{unit: config}), results)
                 plan.run(device)
                 runs[config] = functools.partial(plan.run, device)
-            except Exception as error:  # the compiler's failures have no common class: a candidate that does not compile
+            except (
+                Exception
+            ) as error:  # the compiler's failures have no common class: a candidate that does not compile
                 row.setdefault("failed", []).append(f"{unit} {config}: {type(error).__name__}: {error}"[:200])
         times = clock(runs)
         best = min(times, key=lambda config: times[config])
