@@ -54,9 +54,9 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu_session --out $(OUT) $(if $(QUICK),--quick)
 endif
 
-# What the compiler makes of every Triton kernel on every GPU, without one. About 12 minutes.
+# What the compiler makes of every Triton kernel on every GPU, without one, and its limits in the tests. About 10 minutes.
 triton-budget: $(VENV)/installed
-	PYTHONPATH=. $(BIN)/python tests/triton/offline.py --markdown docs/triton_budget.md
+	PYTHONPATH=. $(BIN)/python tests/triton/offline.py --markdown docs/triton_budget.md --budget tests/triton/budget.json
 
 # The Triton of torch 2.11, beside the newest: tests/triton/test_budget.py compiles with both
 $(VENV)/triton-3.6: $(VENV)/installed

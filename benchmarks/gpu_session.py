@@ -51,7 +51,7 @@ class Budget:
     tune: float
 
 
-FULL = Budget(total=525, install=120, tests=170, sanitizer=90, tune=60)
+FULL = Budget(total=525, install=120, tests=150, sanitizer=90, tune=90)
 QUICK = Budget(total=170, install=60, tests=40, sanitizer=40, tune=15)
 # What is kept for measuring whatever the steps before it take, and what measuring may take over its time.
 MEASURE_AT_LEAST, MEASURE_OVER = 30.0, 25.0

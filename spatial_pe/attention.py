@@ -13,6 +13,7 @@ from .backends.call import Call
 from .backends.select import BACKENDS, select
 from .checks import check_call
 from .rotary import Rotary, angle_gradient
+from .watched import wants_gradient, watched
 
 
 def rope_attention(
@@ -71,23 +72,13 @@ def rope_attention(
     name = select(call, backend)
     if name == "composed":
         out = composed.attention(call)
-    elif _watched(call):
+    elif watched(tensors := _tensors(call)):
         out, _ = torch.ops.spatial_pe.rope_attention(*_flatten(call), name)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(call)):
+    elif wants_gradient(tensors):
         out, _ = _Eager.apply(*_flatten(call), name)
     else:
         out, _ = BACKENDS[name].forward(call)
     return out[0] if packed else out
-
-
-def _watched(call: Call) -> bool:
-    """Whether tracing, a dispatch mode or a function transform must see a torch op. Nobody else needs one, and its
-    dispatch through Python costs 80 us with a gradient to come, 15 without: more than the kernel of a small image."""
-    if call.q.device.type == "meta" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in _tensors(call))  # fake, functional
 
 
 def _tensors(call: Call) -> tuple[Tensor, ...]:
@@ -170,13 +161,13 @@ def _autograd_backward(ctx, dout: Tensor, _dlse) -> tuple:
     q, k, v, cos, sin, cu_seqlens, seqlens, out, lse = ctx.saved_tensors
     flat = (q, k, v, cos, sin, ctx.pairing, ctx.scale, cu_seqlens, ctx.max_seqlen, seqlens)
     # with gradients recorded (create_graph=True) the op is there to raise when they are differentiated again
-    watched = torch.is_grad_enabled() or _watched(_unflatten(*flat))
-    attend_backward = torch.ops.spatial_pe.rope_attention_backward if watched else _backward
+    seen = torch.is_grad_enabled() or watched((q, k, v, dout))
+    attend_backward = torch.ops.spatial_pe.rope_attention_backward if seen else _backward
     dq, dk, dv = attend_backward(dout, out, lse, *flat, ctx.backend)
     dcos = dsin = None
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
         if ctx.backend == "triton":
-            gradient = torch.ops.spatial_pe.angle_gradient if watched else _angle_gradient
+            gradient = torch.ops.spatial_pe.angle_gradient if seen else _angle_gradient
             dphi = gradient(q, k, dq, dk, cos, ctx.pairing, seqlens)
         else:
             if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0

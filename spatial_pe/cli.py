@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: spatial-pe doctor | inspect | demo.
+"""The command line: spatial-pe doctor | inspect | demo | tune.
 
 Exit codes: 0 for success, 1 where something is broken or a result is wrong, 2 for a wrong argument or a missing
 package, with one line on stderr and no traceback.
@@ -77,6 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
     demo.add_argument("--quick", action="store_true", help="224 px only and few repeats: seconds instead of minutes")
     demo.set_defaults(run=run_demo)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure the tile sizes of the Triton kernels on this GPU, and keep what wins",
+        description="Times a few tile sizes of each Triton kernel on the shapes that vision towers have, and whether "
+        "torch's own attention is faster. Calls of later processes on this GPU, with these versions, use what won.",
+    )
+    tune.add_argument("--quick", action="store_true", help="seven shapes instead of twenty")
+    tune.add_argument("--seconds", type=float, default=float("inf"), metavar="N", help="begin no shape after this long")
+    tune.add_argument("--device", default="cuda", metavar="DEVICE", help="which GPU (default: cuda)")
+    tune.add_argument("--out", type=Path, metavar="FILE", help="write what was measured here as well")
+    tune.set_defaults(run=run_tune)
     return parser
 
 
@@ -301,6 +313,34 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- shared
+
+
+# ---------------------------------------------------------------------------------------------------------------- tune
+
+
+def run_tune(options: argparse.Namespace) -> int:
+    """Measures tiles on the GPU, shape by shape; what is measured is saved at once."""
+    if options.seconds <= 0:
+        raise UsageError(f"--seconds must be positive, got {options.seconds:g}")
+    from .backends import triton
+
+    if (reason := triton.unavailable()) is not None:
+        raise UsageError(f"nothing to tune: {reason}")
+    try:
+        device = torch.device(options.device)
+        device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
+        name = torch.cuda.get_device_name(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(f"--device {options.device}: {_first_line(error)}") from None
+    from .backends.triton import tune, tuned
+
+    print(f"{name}, torch {torch.__version__}")
+    rows = tune.tune(tune.QUICK if options.quick else tune.PROBLEMS, device, options.seconds)
+    print(f"{len(rows)} shapes measured: {tuned.path(device)}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        tuned.save(rows, options.out)
+    return 0 if rows else 1
 
 
 def _need(module: str, extra: str) -> None:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .backends import triton
 from .rotary import Rotary, angle_gradient, check_rotary_fits, rotated
+from .watched import wants_gradient, watched
 
 
 def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
@@ -56,17 +59,23 @@ def apply_rotary_qk(q: Tensor, k: Tensor, rotary: Rotary, *, inplace: bool = Fal
     return q, k
 
 
-def _apply(xs: list[Tensor], rotary: Rotary, inplace: bool) -> list[Tensor]:
+def _apply(xs: list[Tensor], rotary: Rotary, inplace: bool) -> Sequence[Tensor]:
+    tensors = (*xs, rotary.cos, rotary.sin)
+    if inplace and wants_gradient(tensors):
+        raise ValueError("inplace=True overwrites what the gradient needs: use inplace=False, or torch.no_grad()")
+    if not all(_kernel_serves(x) for x in xs):
+        turned = [rotated(x, rotary) for x in xs]
+        return [x.copy_(new) for x, new in zip(xs, turned, strict=True)] if inplace else turned
+    seen = watched(tensors)
     if inplace:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, rotary.cos, rotary.sin)):
-            raise ValueError("inplace=True overwrites what the gradient needs: use inplace=False, or torch.no_grad()")
-        if all(_kernel_serves(x) for x in xs):
-            torch.ops.spatial_pe.rotate_(xs, rotary.cos, rotary.sin, rotary.pairing)
-            return xs
-        return [x.copy_(rotated(x, rotary)) for x in xs]
-    if all(_kernel_serves(x) for x in xs):
+        turn_in_place = torch.ops.spatial_pe.rotate_ if seen else _rotate_inplace
+        turn_in_place(xs, rotary.cos, rotary.sin, rotary.pairing)
+        return xs
+    if seen:
         return torch.ops.spatial_pe.rotate(xs, rotary.cos, rotary.sin, rotary.pairing, False)
-    return [rotated(x, rotary) for x in xs]
+    if wants_gradient(tensors):
+        return _Eager.apply(rotary.cos, rotary.sin, rotary.pairing, *xs)
+    return _rotate(xs, rotary.cos, rotary.sin, rotary.pairing, False)
 
 
 def _kernel_serves(x: Tensor) -> bool:
@@ -111,7 +120,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grads) -> tuple:
     cos, sin, *xs = ctx.saved_tensors
     grads = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
-    dxs = torch.ops.spatial_pe.rotate(grads, cos, sin, ctx.pairing, not ctx.inverse)
+    # with gradients recorded (create_graph=True) this must be an op with a gradient of its own
+    seen = torch.is_grad_enabled() or watched((*grads, cos))
+    turn = torch.ops.spatial_pe.rotate if seen else _rotate
+    dxs = turn(grads, cos, sin, ctx.pairing, not ctx.inverse)
     dcos = dsin = None
     if ctx.wanted:
         dphi = sum(angle_gradient(x, dx, cos, ctx.pairing) for x, dx in zip(xs, dxs, strict=True))
@@ -122,3 +134,18 @@ def _backward(ctx, grads) -> tuple:
 
 
 torch.library.register_autograd("spatial_pe::rotate", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+class _Eager(torch.autograd.Function):
+    """The op for calls that nobody watches."""
+
+    @staticmethod
+    def forward(ctx, cos, sin, pairing, *xs):
+        turned = tuple(_rotate(xs, cos, sin, pairing, False))
+        _setup_context(ctx, (xs, cos, sin, pairing, False), turned)
+        return turned
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dxs, dcos, dsin, _, _ = _backward(ctx, grads)
+        return dcos, dsin, None, *dxs

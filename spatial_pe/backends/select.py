@@ -56,13 +56,17 @@ def _slower(name: str, call: Call) -> str | None:
 
 
 def _triton_slower(call: Call) -> str | None:
-    """Modelled, not measured: `make gpu` decides. Packed sequences stay: the composed path waits for their lengths."""
+    """What `spatial-pe tune` measured; else modelled. Packed sequences stay: the composed path waits for their lengths."""
     tokens, dim = call.q.shape[1], call.q.shape[-1]
     if call.q.device.type == "cpu":
         return "Triton's interpreter is for tests"
-    if call.cu_seqlens is None and call.q.dtype == torch.float32:
+    if call.cu_seqlens is not None:
+        return None
+    if (faster := triton.faster(call)) is not None:
+        return None if faster == "triton" else "rotation and torch's attention were measured to be faster"
+    if call.q.dtype == torch.float32:
         return "float32 products leave the tensor cores idle: torch's own attention is likely faster (modelled)"
-    if call.cu_seqlens is None and dim > 80 and tokens > 1024:
+    if dim > 80 and tokens > 1024:
         return f"head_dim {dim} and {tokens} tokens: torch's own attention is likely faster (modelled)"
     return None
 

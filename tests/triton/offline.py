@@ -218,7 +218,7 @@ def _cuobjdump(flag: str, path: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--only", default="", help="regimes that contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="regimes that contain one of these")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="table to write")
     parser.add_argument("--budget", type=Path, help="limits to write: what was found and a tenth more")
@@ -229,15 +229,15 @@ def main() -> None:
     if arguments.markdown:
         arguments.markdown.write_text(markdown(report))
     if arguments.budget:
-        arguments.budget.write_text(json.dumps(budget(report), indent=0) + "\n")
+        arguments.budget.write_text(json.dumps(budget(report), indent=1) + "\n")
 
 
-def compile_all(targets: list[str], only: str) -> list[dict]:
+def compile_all(targets: list[str], only: list[str]) -> list[dict]:
     rows = []
     for target in targets:
         done = set()
         for regime, found in cases(TARGETS[target][1]).items():
-            for launch in found if only in regime else ():
+            for launch in found if any(part in regime for part in only) else ():
                 key = (source(launch).hash(), str(launch))
                 if key in done:  # lengths alone do not make another kernel
                     continue
@@ -247,19 +247,38 @@ def compile_all(targets: list[str], only: str) -> list[dict]:
     return rows
 
 
-def budget(report: dict) -> dict[str, dict[str, dict[str, float]]]:
-    """target -> launch -> limits. Registers count only where they decide how many programs fit an SM together."""
-    limits: dict[str, dict[str, dict[str, float]]] = {}
+def unit(row: dict) -> str:
+    """What has a budget of its own: a kernel on a GPU, in a dtype, for a head_dim, and for the forward where k is turned."""
+    kernel, dtype, *options = row["launch"].split()
+    shown = [option for option in options if option.startswith(("D=", "ROTATE_K=", "BLOCK="))]
+    return " ".join([row["target"], kernel, dtype, *shown])
+
+
+def budget(report: dict) -> dict[str, dict[str, float]]:
+    """Limits by unit: registers such that as many programs fit an SM together as do now, and a tenth more instructions."""
+    limits: dict[str, dict[str, float]] = {}
     for row in report["rows"]:
         threads = 32 * int(re.search(r"warps=(\d+)", row["launch"])[1])
-        together = 65536 // (threads * max(row["registers"], 32))
-        fit = 65536 // threads // together // 8 * 8 if together > 1 else 255
-        limits.setdefault(row["target"], {})[row["launch"]] = {
-            "registers": min(255, fit) if row["target"] != "gfx942" else 512,
-            "shared": row["shared"],
-            "per_score": math.ceil(row["per_score"] * 11) / 10,
-        }
-    return limits
+        together = 65536 // (threads * max(row["registers"], 24))
+        found = limits.setdefault(unit(row), {"registers": 0, "shared": 0, "per_score": 0})
+        most = 512 if row["target"] == "gfx942" else min(255, 65536 // threads // together // 8 * 8)
+        found["registers"] = max(found["registers"], most)
+        found["shared"] = max(found["shared"], row["shared"])
+        found["per_score"] = max(found["per_score"], math.ceil(row["per_score"] * 11) / 10)
+    return dict(sorted(limits.items()))
+
+
+def exceeded(report: dict, limits: dict[str, dict[str, float]]) -> list[str]:
+    """What is over its budget; a kernel without one, too."""
+    found = []
+    for row in report["rows"]:
+        limit = limits.get(unit(row))
+        if limit is None:
+            found.append(f"{unit(row)}: no budget (make triton-budget)")
+            continue
+        found += [f"{row['target']} {row['launch']}: {name} is {row[name]}, budget {most}"
+                  for name, most in limit.items() if row[name] > most]  # fmt: skip
+    return found
 
 
 def markdown(report: dict) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in the interpreter: indices, masks and arithmetic, in float32 and float16.
 
-It rounds bfloat16 by cutting it off, so that type is left to a GPU (tests/gpu). Layouts, races and speed are too; what
-the compiler makes of the kernels is in test_budget.py.
+It rounds bfloat16 by cutting it off, so that type is left to a GPU (tests/gpu). Its tiles and its way of computing, with a
+fixed reference in the softmax, are run in float32; float16 has a running maximum. Layouts, races and speed are left to a
+GPU too; what the compiler makes of the kernels is in test_budget.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
 from test_attention import BIASES, POISON, biased, poisoned
 
-from spatial_pe import PatchGrid, Rotary, rope_attention
+from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends import triton
 
 pytestmark = [
@@ -28,6 +29,7 @@ pytestmark = [
 FAMILIES = ("ampere", "hopper", "cdna")  # blackwell has hopper's tiles
 SHORT = [case for case in LENGTHS if case.tokens < 500]
 LONG = [case for case in LENGTHS if case.tokens >= 500]
+CALLS = [*[case for case in ROTATIONS if case.dim <= 128], *SEQUENCES, *VIEWS, *GROUPS, *SCALES]
 SMALL_DIMS = [replace(case, tokens=70) for case in HEAD_DIMS if case.dim <= 128]
 
 
@@ -39,10 +41,18 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def check_kernels(case: Case, monkeypatch, family: str) -> None:
+def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16) -> None:
+    """The tiles of another kind of GPU and of 16 bits: those of float32, 16 by 16, take the interpreter ten times as long."""
     from spatial_pe.backends.triton import configs
 
-    monkeypatch.setattr(configs, "family_of", lambda device: family)
+    def choice_of(call):
+        return configs.prebuilt(family, tiles, call.q.shape[-1], configs.bucket(configs.longest_of(call)))
+
+    monkeypatch.setattr(configs, "choice_of", choice_of)
+
+
+def check_kernels(case: Case, monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16) -> None:
+    choose(monkeypatch, family, tiles)
     inputs = make(case)
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
 
@@ -50,30 +60,36 @@ def check_kernels(case: Case, monkeypatch, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", [*SHORT, *SMALL_DIMS], ids=str)
 def test_lengths_and_head_dims(case, family, monkeypatch):
-    check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
+    check_kernels(case, monkeypatch, family)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_long_sequences(case, family, monkeypatch):
-    check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
+    check_kernels(case, monkeypatch, family)
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
-@pytest.mark.parametrize(
-    "case", [*[c for c in ROTATIONS if c.dim <= 128], *SEQUENCES, *VIEWS, *GROUPS, *SCALES], ids=str
-)
-def test_rotations_sequences_views(case, family, monkeypatch):
-    check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
-
-
-# few: its small tiles take ten times as long
-@pytest.mark.parametrize(
-    "case", [*SHORT[:3], *SMALL_DIMS[:2], ROTATIONS[3], *SEQUENCES[2:5:2], SEQUENCES[-1], VIEWS[0], *SCALES], ids=str
-)
-def test_float32(case, monkeypatch):
+@pytest.mark.parametrize("case", CALLS, ids=str)
+def test_rotations_sequences_views(case, monkeypatch):
     check_kernels(case, monkeypatch, "hopper")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", [*SHORT, *SMALL_DIMS, *CALLS], ids=str)
+def test_float16_everywhere(case, family, monkeypatch):
+    check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
+
+
+@pytest.mark.parametrize("case", [*SHORT[2:], ROTATIONS[3], *SEQUENCES[1:8:3], VIEWS[1], GROUPS[0]], ids=str)
+def test_float16(case, monkeypatch):
+    check_kernels(replace(case, dtype=torch.float16), monkeypatch, "ampere")
+
+
+@pytest.mark.parametrize("case", [SHORT[1], SMALL_DIMS[1], SEQUENCES[4], *SCALES], ids=str)
+def test_float32_in_its_own_tiles(case, monkeypatch):
+    check_kernels(case, monkeypatch, "hopper", torch.float32)
 
 
 @pytest.mark.parametrize("hint", [64, 100, 1000, None])
@@ -90,16 +106,35 @@ def test_max_seqlen_is_a_hint(lengths, hint):
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bias", BIASES)
-def test_extreme_scores(bias):
-    dtype = torch.float16  # its tiles are large, so that it takes a third of the time of float32
+def test_extreme_scores(bias, dtype, monkeypatch):
+    """Among them rows that outgrow the reference of their first tile, and take the second pass."""
+    choose(monkeypatch, "hopper")
     inputs, eager, truth = biased(bias, dtype)
     check(run(inputs, "triton"), eager, truth, inputs)
 
 
+def test_the_second_pass_is_needed_and_seldom(monkeypatch):
+    """Without it, a row that grows by 300 nats is lost; rows like those of a model do without it."""
+    from spatial_pe.backends.triton import attention
+
+    def never(*args, **kwargs):
+        raise AssertionError("the second pass")
+
+    choose(monkeypatch, "hopper")
+    monkeypatch.setattr(attention, "_running", never)
+    inputs = make(Case(tokens=300, dim=64))
+    inputs.call("triton")
+    inputs, _, _ = biased("late peak", torch.float32)
+    with pytest.raises(Exception, match="the second pass"):
+        inputs.call("triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("poison", POISON)
-def test_nan_and_inf_propagate(poison, dtype):
+def test_nan_and_inf_propagate(poison, dtype, monkeypatch):
+    choose(monkeypatch, "hopper")
     inputs, expected = poisoned(poison, dtype)
     got = inputs.call("triton").float()
     bad = expected.isnan().any(-1)
@@ -109,16 +144,16 @@ def test_nan_and_inf_propagate(poison, dtype):
 
 
 def test_long_sequences_turn_k_before():
-    """Above configs.ROTATE_K_UP_TO the plan has a launch more, and the result stays."""
+    """Above configs.TURN_IN_LOOP_UP_TO the plan has a launch more, and the result stays."""
     from spatial_pe.backends.call import Call
     from spatial_pe.backends.triton.plan import plan_forward
 
-    inputs = make(Case(tokens=1300, heads=1, dim=16, dtype=torch.float16))
+    inputs = make(Case(tokens=300, heads=1, dim=16, dtype=torch.float16))
     names = [
         launch.kernel.fn.__name__
         for launch in plan_forward(Call(inputs.q, inputs.k, inputs.v, inputs.rotary(), 0.25, None, None, None)).launches
     ]
-    assert names == ["rotate_kernel", "forward_kernel"]
+    assert names == ["operands_kernel", "forward_kernel"]
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
 
 
@@ -186,18 +221,68 @@ def test_auto_leaves_to_others_what_they_likely_do_faster(device, dtype, tokens,
     assert why is None if reason is None else reason in why
 
 
-def test_gradients_are_the_same_every_time():
+def test_gradients_are_the_same_every_time(monkeypatch):
     """No atomics: the same bits."""
+    choose(monkeypatch, "hopper")
     inputs = make(Case(batch=2, tokens=150, heads=4, kv_heads=2, dtype=torch.float16))
     first, second = run(inputs, "triton"), run(inputs, "triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_identity_start_is_exact():
+@pytest.mark.parametrize("tokens", [64, 150, 300])
+def test_identity_start_is_exact(tokens):
     """Angles of 0 and no rotary give the same bits: a tower that starts as the identity is the pretrained one."""
-    inputs = make(Case(batch=2, tokens=150, dim=72, rotary_dim=0, dtype=torch.float16))
-    grid = PatchGrid(10, 15)
-    identity = Rotary.from_angles(torch.zeros(grid.num_tokens, 36))
+    inputs = make(Case(batch=2, tokens=tokens, dim=72, rotary_dim=0, dtype=torch.float16))
+    identity = Rotary.from_angles(torch.zeros(tokens, 36))
     plain = rope_attention(inputs.q, inputs.k, inputs.v, backend="triton")
     with warnings.catch_warnings():
         assert torch.equal(rope_attention(inputs.q, inputs.k, inputs.v, identity, backend="triton"), plain)
+
+
+# ------------------------------------------------------------------------------------------- the tables of tiles
+
+
+@pytest.mark.parametrize("family", ["ampere", "hopper", "blackwell", "cdna"])
+def test_every_call_has_tiles(family):
+    from spatial_pe.backends.triton import configs
+
+    for dtype in triton.DTYPES:
+        for dim in range(16, 129, 8):
+            for tokens in (1, 16, 17, 64, 65, 128, 129, 256, 257, 5000):
+                choice = configs.prebuilt(family, dtype, dim, configs.bucket(tokens))
+                for window in (choice.window_forward, choice.window_backward):
+                    assert window is None or tokens <= window.block <= 128
+                assert choice.forward.turn == ("loop" if tokens <= configs.TURN_IN_LOOP_UP_TO else "before")
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [((8, 0), "ampere"), ((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 0), "blackwell"), ((12, 0), "ampere")],
+)
+def test_families(capability, family, monkeypatch):
+    """Consumer Blackwell multiplies by mma.sync, as Ampere does."""
+    from spatial_pe.backends.triton import configs
+
+    monkeypatch.setattr(configs, "capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert configs.family_of(torch.device("cuda", 0)) == family
+
+
+def test_an_old_gpu_says_so(monkeypatch):
+    from spatial_pe.backends.call import Call
+
+    class Fake:
+        """Of a tensor on a GPU, what cannot_serve looks at."""
+
+        device, dtype, shape = torch.device("cuda", 0), torch.float16, (1, 4, 2, 64)
+
+        def stride(self, dim):
+            return 128
+
+    monkeypatch.setattr(triton, "capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    x = Fake()
+    assert triton.cannot_serve(Call(x, x, x, None, 1.0, None, None, None)) == (
+        "Tesla T4 is sm_75: needs sm_80 (Ampere) or newer"
+    )

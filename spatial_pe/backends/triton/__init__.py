@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...rotary import Rotary
 from ..call import Call
+from . import tuned
 from .configs import INTERPRETED, bucket, capability, longest_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +64,17 @@ def cannot_serve(call: Call) -> str | None:
         if x.stride(1) >= MOST_BETWEEN_TOKENS:
             return f"{name} has {x.stride(1):,} elements between tokens: at most {MOST_BETWEEN_TOKENS - 1:,}"
     return None
+
+
+def faster(call: Call) -> str | None:
+    """ "triton" or "composed", as `spatial-pe tune` measured it for such calls on this GPU; None if it did not."""
+    if call.q.device.type != "cuda":
+        return None
+    measured = tuned.load(call.q.device)
+    if not measured.rows:
+        return None
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+    return measured.faster(call.q.dtype, call.q.shape[-1], bucket(longest_of(call)), training)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "cdna": ((128, Tile(64, 64, 8, 1, "loop")),),
 }
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((64, Tile(128, 64, 8, 2)), (80, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 4, 2))),
+    "ampere": ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 64, 8, 2)), (80, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 4, 2))),
     "hopper": (
         (96, Tile(128, 64, 8, 2, split=True)), (112, Tile(64, 64, 8, 2, split=True)), (128, Tile(128, 64, 8, 2, split=True)),
     ),
@@ -151,7 +151,7 @@ _WINDOW_FORWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
 }
 _WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
     "ampere": (),
-    "hopper": ((96, Window(64, 4)), (128, Window(64, 8))),
+    "hopper": ((96, Window(64, 4)), (112, Window(64, 8))),
     "blackwell": ((96, Window(64, 4)),),
     "cdna": ((80, Window(64, 8)),),
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure tiles on this GPU: `spatial-pe tune`, or `python -m spatial_pe.cli tune`.
 
-A few candidates for each unit (forward, query, key, windows), those that came out of the offline budgets, are timed on the
-shapes that vision towers have, and what wins is kept on disk for this GPU and these versions (tuned.py). Candidates are
+A few candidates for each unit (forward, query, key, windows) are timed on the shapes that vision towers have, and what wins
+is kept on disk for this GPU and these versions (tuned.py). Candidates are
 compiled beforehand by as many processes as there are cores, into Triton's own cache.
 """
 
@@ -67,17 +67,30 @@ PROBLEMS = (
 )  # fmt: skip
 QUICK = PROBLEMS[:7]
 
-_TILES = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3))
+# Those that came out of the offline budgets without spills and with the fewest instructions per score.
 CANDIDATES: dict[str, tuple[Any, ...]] = {
-    "forward": tuple(Tile(*tile, turn) for turn in ("loop", "before") for tile in _TILES),  # type: ignore[arg-type]
-    "query": tuple(Tile(*tile) for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3))),
-    "key": tuple(Tile(*tile) for tile in ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2))),
+    "forward": (
+        *(Tile(*tile, "loop") for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2))),
+        *(Tile(*tile) for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3))),
+    ),
+    "query": tuple(
+        Tile(*tile, split=split)
+        for tile in ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3))
+        for split in (False, True)
+    ),
+    "key": tuple(
+        Tile(*tile, split=split)
+        for tile in ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2))
+        for split in (False, True)
+    ),
     "window_forward": (
         None,
-        *(Window(0, warps, heads, stages) for warps in (4, 8) for heads in (1, 2, 4, 8) for stages in (1, 2)),
+        *(Window(0, warps, heads, stages) for warps in (4, 8) for heads in (2, 4, 8) for stages in (1, 2)),
     ),
     "window_backward": (None, Window(0, 4), Window(0, 8)),
 }
+# In the loop k is turned once for every block of queries: no use trying it for many.
+LOOP_UP_TO = 1280
 
 
 def candidates(unit: str, problem: Problem, base: Choice) -> list[Any]:
@@ -89,7 +102,11 @@ def candidates(unit: str, problem: Problem, base: Choice) -> list[Any]:
             return found
         others = (None if window is None else replace(window, block=longest) for window in CANDIDATES[unit])
     else:
-        others = (tile for tile in CANDIDATES[unit] if dtype != torch.float32)
+        others = (
+            tile
+            for tile in CANDIDATES[unit]
+            if dtype != torch.float32 and (tile.turn == "before" or longest <= LOOP_UP_TO)
+        )
     return found + [config for config in others if config not in found]
 
 

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning: what is fastest is kept and used, and nothing that is wrong on disk breaks a call.
+
+Times come from a clock of the test; that the candidates compute the same is what the interpreter checks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spatial_pe.backends import select, triton
+from spatial_pe.backends.call import Call
+
+pytestmark = [
+    pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}"),
+    pytest.mark.skipif(not triton.INTERPRETED, reason="a GPU is here: tests/gpu tunes on it"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Two candidates a unit, so that the interpreter is done soon."""
+    from spatial_pe.backends.triton import configs, tune, tuned
+
+    few = {
+        "forward": (configs.Tile(64, 64, 4, 2), configs.Tile(64, 64, 4, 2, "loop")),
+        "query": (configs.Tile(64, 64, 4, 2),),
+        "key": (configs.Tile(64, 64, 4, 2),),
+        "window_forward": (None, configs.Window(0, 4, 2, 1)),
+        "window_backward": (None, configs.Window(0, 8)),
+    }
+    monkeypatch.setattr(tune, "CANDIDATES", few)
+    return configs, tune, tuned
+
+
+def clock_that_prefers(wanted: list):
+    """Milliseconds: 1 for what is wanted, 2 for the rest; runs everything once."""
+
+    def clock(runs):
+        for run in runs.values():
+            run()
+        return {key: 1.0 if key in wanted else 2.0 for key in runs}
+
+    return clock
+
+
+def tuned_row(modules, tmp_path: Path, wanted: list, tokens: int = 40) -> tuple[dict, Path]:
+    _, tune, _ = modules
+    problem = tune.Problem(tokens, 16, heads=2, dtype="float16", budget=tokens)
+    file = tmp_path / "tuned.json"
+    said: list[str] = []
+    rows = tune.tune([problem], CPU, file=file, clock=clock_that_prefers(wanted), workers=0, say=said.append)
+    assert len(said) == 1 and str(problem) in said[0]
+    assert json.loads(file.read_text())["rows"] == json.loads(json.dumps(rows))
+    ((name, row),) = rows.items()
+    assert name == f"float16 D=16 N<={64 if tokens <= 64 else 256}"
+    assert "failed" not in row
+    return row, file
+
+
+def test_the_fastest_is_kept_and_used(modules, tmp_path):
+    configs, tune, tuned = modules
+    window, tile = configs.Window(64, 4, 2, 1), configs.Tile(64, 64, 4, 2)
+    row, file = tuned_row(modules, tmp_path, [window, tile, None, "composed", "ours, training"])
+    assert row["forward"] == asdict(tile) and row["key"] == asdict(tile)
+    # None is as fast as the window here, and is asked first
+    assert row["window_backward"] is None
+    assert row["faster"] == {"inference": "composed", "training": "triton"}
+
+    kept = tuned._checked(json.loads(file.read_text()))
+    before = configs.prebuilt("hopper", torch.float16, 16, 64)
+    after = kept.over(before, torch.float16, 16, 64)
+    assert after.query == tile and after.window_backward is None and after != before
+    assert kept.over(before, torch.float16, 16, 128) == before, "another regime"
+    assert kept.over(before, torch.bfloat16, 16, 64) == before, "another dtype"
+    assert [kept.faster(torch.float16, 16, 64, training) for training in (False, True)] == ["composed", "triton"]
+    assert kept.faster(torch.float16, 16, 128, False) is None
+
+
+def test_sequences_longer_than_a_window_are_given_tiles(modules, tmp_path):
+    configs, _, _ = modules
+    row, _ = tuned_row(modules, tmp_path, [configs.Tile(64, 64, 4, 2, "loop")], tokens=130)
+    assert row["window_forward"] is None and row["window_backward"] is None
+    assert row["forward"] == asdict(configs.Tile(64, 64, 4, 2, "loop"))
+
+
+def test_a_candidate_that_does_not_compile_is_noted(modules, tmp_path, monkeypatch):
+    configs, tune, _ = modules
+    broken = configs.Tile(48, 64, 4, 2)  # not a power of two
+    monkeypatch.setitem(tune.CANDIDATES, "query", (broken,))
+    problem = tune.Problem(40, 16, heads=1, dtype="float16", budget=40)
+    rows = tune.tune(
+        [problem], CPU, file=tmp_path / "t.json", clock=clock_that_prefers([]), workers=0, say=lambda _: None
+    )
+    (row,) = rows.values()
+    assert any(str(broken) in line for line in row["failed"])
+    assert row["query"] != asdict(broken)
+
+
+def test_no_time_is_no_loss(modules, tmp_path):
+    _, tune, _ = modules
+    said: list[str] = []
+    rows = tune.tune(
+        tune.QUICK, CPU, seconds=-1, file=tmp_path / "t.json", clock=clock_that_prefers([]), workers=0, say=said.append
+    )
+    assert rows == {} and len(said) == len(tune.QUICK) and not (tmp_path / "t.json").exists()
+
+
+def test_saving_keeps_what_was_there(modules, tmp_path):
+    _, _, tuned = modules
+    file = tmp_path / "deep" / "tuned.json"
+    tuned.save({"a": {"query": None}}, file)
+    tuned.save({"b": {"query": None}}, file)
+    assert json.loads(file.read_text())["rows"] == {"a": {"query": None}, "b": {"query": None}}
+    file.write_text("{")
+    tuned.save({"c": {}}, file)
+    assert json.loads(file.read_text())["rows"] == {"c": {}}
+    assert [path.name for path in file.parent.iterdir()] == ["tuned.json"], "a temporary file was left"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"format": 0, "rows": {}}', '{"format": 1, "rows": {"a": {"query": {"bm": 1}}}}', '{"format": 1}'],
+)
+def test_a_broken_file_warns_and_is_left_out(content, modules, tmp_path, monkeypatch):
+    _, _, tuned = modules
+    file = tmp_path / "tuned.json"
+    file.write_text(content)
+    monkeypatch.setattr(tuned, "path", lambda device: file)
+    tuned.load.cache_clear()
+    with pytest.warns(UserWarning, match="is not used .*spatial-pe tune"):
+        assert tuned.load(CPU).rows == {}
+    tuned.load.cache_clear()
+
+
+def test_no_file_is_silent(modules, tmp_path, monkeypatch):
+    _, _, tuned = modules
+    monkeypatch.setattr(tuned, "path", lambda device: tmp_path / "none.json")
+    tuned.load.cache_clear()
+    assert tuned.load(CPU).rows == {}
+    tuned.load.cache_clear()
+
+
+def test_where_it_is_kept(modules, tmp_path, monkeypatch):
+    _, _, tuned = modules
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 / 141 GB")
+    monkeypatch.setenv("SPATIAL_PE_CACHE", str(tmp_path))
+    path = tuned.path(CPU)
+    assert path.parent == tmp_path and path.name.startswith("NVIDIA-H200-141-GB-triton-") and "spatial-pe-" in path.name
+    monkeypatch.delenv("SPATIAL_PE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert tuned.path(CPU).parent == tmp_path / "xdg" / "spatial_pe"
+
+
+@pytest.mark.parametrize(("faster", "reason"), [("triton", None), ("composed", "measured to be faster"), (None, None)])
+def test_auto_follows_what_was_measured(faster, reason, monkeypatch):
+    q = torch.empty(1, 576, 2, 64, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(triton, "faster", lambda call: faster)
+    why = select._slower("triton", Call(q, q, q, None, 1.0, None, None, None))
+    assert why is None if reason is None else reason in why
+
+
+def test_problems_are_of_different_regimes(modules):
+    _, tune, _ = modules
+    regimes = [problem.regime() for problem in tune.PROBLEMS]
+    assert len(set(regimes)) == len(regimes)
+    assert set(tune.QUICK) <= set(tune.PROBLEMS)
+
+
+def test_problem_makes_the_call(modules):
+    _, tune, _ = modules
+    call = tune.Problem(64, 80, windows=True, heads=2, budget=192).call(CPU)
+    assert call.q.shape == (1, 192, 2, 80) and call.cu_seqlens.tolist() == [0, 64, 128, 192] and call.max_seqlen == 64
+    call = replace(tune.Problem(196, 64), budget=600, heads=1).call(CPU)
+    assert call.q.shape == (3, 196, 1, 64) and call.q.dtype == torch.bfloat16 and call.cu_seqlens is None
