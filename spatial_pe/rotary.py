@@ -115,7 +115,7 @@ class Rotary:
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """R(x) in plain PyTorch, of (B, N, H, D) or packed (T, H, D): float32 inside (float64 for float64 x), rounded once."""
+    """R(x) in plain PyTorch, (B, N, H, D) or packed (T, H, D): float32 inside (float64 for float64 x), rounded once."""
     if x.ndim == 3:
         return rotated(x[None], rotary)[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

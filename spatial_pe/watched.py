@@ -12,16 +12,15 @@ from torch import Tensor
 def watched(tensors: Sequence[Tensor]) -> bool:
     """Whether tracing, a dispatch mode, a function transform or a tensor without values must see a torch op.
 
-    Nobody else needs one, and its dispatch through Python costs 80 us with a gradient to come, 15 without: more than the
-    kernel of a small image (`python -m benchmarks.throughput.host`).
+    Nobody else needs one, and its dispatch through Python costs 80 us with a gradient to come, 15 without: more than
+    the kernel of a small image (`python -m benchmarks.throughput.host`).
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or tensors[0].device.type == "meta":
         return True
-    return any(
-        type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors
-    )  # fake, functional, DTensor
+    # fake, functional, distributed tensors
+    return any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
 
 
 def wants_gradient(tensors: Sequence[Tensor]) -> bool:

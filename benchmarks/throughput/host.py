@@ -3,8 +3,8 @@
 
     python -m benchmarks.throughput.host
 
-Kernels are compiled for an H100; a driver that launches nothing stands in for the real one, whose launch takes another 3 to
-5 us. Microseconds of this process's CPU time, so that load on the machine counts little. With a GPU, attention_gpu
+Kernels are compiled for an H100; a driver that launches nothing stands in for the real one, whose launch comes on
+top. Microseconds of this process's CPU time, so that load on the machine counts little. With a GPU, attention_gpu
 measures the whole.
 """
 

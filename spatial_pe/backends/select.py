@@ -56,7 +56,7 @@ def _slower(name: str, call: Call) -> str | None:
 
 
 def _triton_slower(call: Call) -> str | None:
-    """What `spatial-pe tune` measured; else modelled. Packed sequences stay: the composed path waits for their lengths."""
+    """What `spatial-pe tune` measured; else modelled. Packed calls stay: the composed path waits for their lengths."""
     tokens, dim = call.q.shape[1], call.q.shape[-1]
     if call.q.device.type == "cpu":
         return "Triton's interpreter is for tests"

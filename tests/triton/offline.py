@@ -248,14 +248,14 @@ def compile_all(targets: list[str], only: list[str]) -> list[dict]:
 
 
 def unit(row: dict) -> str:
-    """What has a budget of its own: a kernel on a GPU, in a dtype, for a head_dim, and for the forward where k is turned."""
+    """What has a budget of its own: a kernel on a GPU, by dtype and head_dim, the forward also by where k is turned."""
     kernel, dtype, *options = row["launch"].split()
     shown = [option for option in options if option.startswith(("D=", "ROTATE_K=", "BLOCK="))]
     return " ".join([row["target"], kernel, dtype, *shown])
 
 
 def budget(report: dict) -> dict[str, dict[str, float]]:
-    """Limits by unit: registers such that as many programs fit an SM together as do now, and a tenth more instructions."""
+    """Limits by unit: registers that let as many programs fit an SM as do now, and a tenth more instructions."""
     limits: dict[str, dict[str, float]] = {}
     for row in report["rows"]:
         threads = 32 * int(re.search(r"warps=(\d+)", row["launch"])[1])

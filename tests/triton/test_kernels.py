@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in the interpreter: indices, masks and arithmetic, in float32 and float16.
 
-It rounds bfloat16 by cutting it off, so that type is left to a GPU (tests/gpu). Its tiles and its way of computing, with a
-fixed reference in the softmax, are run in float32; float16 has a running maximum. Layouts, races and speed are left to a
-GPU too; what the compiler makes of the kernels is in test_budget.py.
+It rounds bfloat16 by cutting it off, so that type is left to a GPU (tests/gpu). Its tiles and its way of computing,
+with a fixed reference in the softmax, run in float32 here; float16 has a running maximum. Layouts, races and speed
+are left to a GPU too; what the compiler makes of the kernels is in test_budget.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def poisoned_memory():
 
 
 def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16) -> None:
-    """The tiles of another kind of GPU and of 16 bits: those of float32, 16 by 16, take the interpreter ten times as long."""
+    """The tiles of another kind of GPU and of 16 bits: those of float32 take the interpreter ten times as long."""
     from spatial_pe.backends.triton import configs
 
     def choice_of(call):

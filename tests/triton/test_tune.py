@@ -66,7 +66,7 @@ def tuned_row(modules, tmp_path: Path, wanted: list, tokens: int = 40) -> tuple[
 
 
 def test_the_fastest_is_kept_and_used(modules, tmp_path):
-    configs, tune, tuned = modules
+    configs, _, tuned = modules
     window, tile = configs.Window(64, 4, 2, 1), configs.Tile(64, 64, 4, 2)
     row, file = tuned_row(modules, tmp_path, [window, tile, None, "composed", "ours, training"])
     assert row["forward"] == asdict(tile) and row["key"] == asdict(tile)
@@ -165,6 +165,22 @@ def test_auto_follows_what_was_measured(faster, reason, monkeypatch):
     monkeypatch.setattr(triton, "faster", lambda call: faster)
     why = select._slower("triton", Call(q, q, q, None, 1.0, None, None, None))
     assert why is None if reason is None else reason in why
+
+
+def test_what_was_measured_is_asked_without_a_graph_break(modules, tmp_path, monkeypatch):
+    """A file is read while a call is traced."""
+    _, _, tuned = modules
+    tuned.save({"bfloat16 D=64 N<=256": {"faster": {"inference": "composed"}}}, tmp_path / "t.json")
+    monkeypatch.setattr(tuned, "path", lambda device: tmp_path / "t.json")
+    tuned.load.cache_clear()
+
+    def function(x):
+        if tuned.any_rows(x.device) and tuned.faster(x.device, torch.bfloat16, 64, 256, False) == "composed":
+            return x + 1
+        return x - 1
+
+    assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
+    tuned.load.cache_clear()
 
 
 def test_problems_are_of_different_regimes(modules):

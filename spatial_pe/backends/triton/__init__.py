@@ -15,7 +15,6 @@ This file answers what a backend must answer, and imports nothing of Triton unti
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Sequence
 
@@ -27,23 +26,19 @@ from ..call import Call
 from . import tuned
 from .configs import INTERPRETED, bucket, capability, longest_of
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Offsets within a tile, of at most 128 tokens, are 32 bits; those of tiles are 64.
 MOST_BETWEEN_TOKENS = 2**31 // 128
 
 
 def unavailable() -> str | None:
-    if not _installed():
+    if not INSTALLED:
         return "triton is not installed: pip install triton (Linux; comes with torch's CUDA and ROCm builds)"
     # asked for every call: is_available looks at the driver each time
     if INTERPRETED or torch.cuda.is_initialized() or torch.cuda.is_available():
         return None
     return "no GPU that torch can use"
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -68,13 +63,11 @@ def cannot_serve(call: Call) -> str | None:
 
 def faster(call: Call) -> str | None:
     """ "triton" or "composed", as `spatial-pe tune` measured it for such calls on this GPU; None if it did not."""
-    if call.q.device.type != "cuda":
+    q = call.q
+    if q.device.type != "cuda" or not tuned.any_rows(q.device):
         return None
-    measured = tuned.load(call.q.device)
-    if not measured.rows:
-        return None
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-    return measured.faster(call.q.dtype, call.q.shape[-1], bucket(longest_of(call)), training)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v))
+    return tuned.faster(q.device, q.dtype, q.shape[-1], bucket(longest_of(call)), training)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -114,12 +107,12 @@ def _signature(call: Call) -> tuple[tuple, tuple[Tensor, ...]]:
         cos, sin = tables_of(rotary)
         tables = (rotary.pairing, cos.shape, cos.stride())
         inputs += (cos, sin)
-    form = (None, None)
+    form: tuple[str, int] | None = None
     if call.cu_seqlens is not None:
         form = ("packed", call.cu_seqlens.shape[0])
         inputs.append(call.cu_seqlens)
     elif call.seqlens is not None:
-        form = ("padded", None)
+        form = ("padded", call.seqlens.shape[0])
         inputs.append(call.seqlens)
     longest = bucket(longest_of(call))
     return (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), tables, form, longest, call.scale), tuple(

@@ -38,9 +38,14 @@ def family_of(device: torch.device) -> Family:
     return "hopper" if major == 9 else "blackwell" if major in (10, 11) else "ampere"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    if index not in _CAPABILITIES:  # torch's own answer takes 2 us, in every call
+        _CAPABILITIES[index] = torch.cuda.get_device_capability(index)
+    return _CAPABILITIES[index]
+
+
+_CAPABILITIES: dict[int, tuple[int, int]] = {}
 
 
 @dataclass(frozen=True)

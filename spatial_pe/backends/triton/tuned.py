@@ -70,6 +70,19 @@ class Tuned:
         return row.get("faster", {}).get("training" if training else "inference")
 
 
+# Asked while a call is traced, too; torch.compile takes their answers as they are.
+
+
+@torch.compiler.assume_constant_result
+def any_rows(device: torch.device) -> bool:
+    return bool(load(device).rows)
+
+
+@torch.compiler.assume_constant_result
+def faster(device: torch.device, dtype: torch.dtype, dim: int, longest: int, training: bool) -> str | None:
+    return load(device).faster(dtype, dim, longest, training)
+
+
 @functools.cache
 def load(device: torch.device) -> Tuned:
     """An unreadable file is left out with a warning: the tiles that come with the package serve."""
