@@ -132,6 +132,10 @@ class PatchGrid:
         return torch.cat(order), _cumulative(lengths)
 
 
+# Mixed precision of FSDP rebuilds every dataclass among a block's arguments, and this one has a constructor of its own.
+del PatchGrid.__dataclass_fields__
+
+
 def _check_int(name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")

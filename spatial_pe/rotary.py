@@ -114,6 +114,10 @@ class Rotary:
         return self._unchecked(self.cos, -self.sin, self.pairing)
 
 
+# Mixed precision of FSDP rebuilds every dataclass among a block's arguments, its tensors cast down: bfloat16 angles.
+del Rotary.__dataclass_fields__
+
+
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
     """R(x) in plain PyTorch, (B, N, H, D) or packed (T, H, D): float32 inside (float64 for float64 x), rounded once."""
     if x.ndim == 3:

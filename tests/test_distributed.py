@@ -182,3 +182,12 @@ def test_it_takes_the_exchange_of_gradients(runs):
     expected, ranks = runs
     far = distances(expected, [got["alone"] for got in ranks])
     assert not {name: distance for name, distance in far.items() if not distance > 100 * TOLERANCE}
+
+
+def test_mixed_precision_leaves_grids_and_angles_alone():
+    """FSDP casts the tensors among a block's arguments, within dataclasses too: angles in bfloat16 are wrong angles."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    grid, rotary = PatchGrid(3, 4, prefix=1), Rotary.from_angles(torch.randn(13, 8))
+    x, same_grid, same_rotary = _apply_to_tensors(lambda t: t.bfloat16(), (torch.zeros(2), grid, rotary))
+    assert x.dtype == torch.bfloat16 and same_grid is grid and same_rotary is rotary
