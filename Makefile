@@ -54,7 +54,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu_session --out $(OUT) $(if $(QUICK),--quick)
 endif
 
-# What the compiler makes of every Triton kernel on every GPU, without one, and its limits in the tests. About 10 minutes.
+# What the compiler makes of every Triton kernel on every GPU, without one, and its limits in the tests. 4 minutes.
 triton-budget: $(VENV)/installed
 	PYTHONPATH=. $(BIN)/python tests/triton/offline.py --markdown docs/triton_budget.md --budget tests/triton/budget.json
 

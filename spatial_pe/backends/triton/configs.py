@@ -136,7 +136,7 @@ _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }  # fmt: skip
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((128, Tile(32, 128, 8, 2)),),
+    "ampere": ((96, Tile(32, 128, 8, 2)), (112, Tile(32, 32, 4, 2)), (128, Tile(32, 128, 8, 2))),
     "hopper": ((64, Tile(64, 128, 8, 2, split=True)), (80, Tile(64, 128, 8, 2)), (128, Tile(32, 128, 8, 2))),
     "blackwell": (
         (80, Tile(64, 128, 8, 2)),
