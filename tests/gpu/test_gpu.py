@@ -40,10 +40,31 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """The tiles and the heads per program of a large batch, for the small ones of tests."""
+    from spatial_pe.backends.triton import configs, replay
+
+    monkeypatch.setattr(configs, "SMS", 0)
+    configs.forget()
+    replay.forget()
+    yield
+    configs.forget()
+    replay.forget()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_error_rule(case, dtype):
+def test_error_rule(case, dtype, large):
     case = replace(case, dtype=dtype)
+    inputs = make(case)
+    check(on_gpu(case, "triton"), on_gpu(case, "composed"), exact(inputs), inputs)
+
+
+@pytest.mark.parametrize("case", [*LENGTHS, *SEQUENCES, *GROUPS], ids=str)
+def test_one_image(case):
+    """Where blocks of 128 queries would leave SMs without a program."""
+    case = replace(case, dtype=torch.bfloat16)
     inputs = make(case)
     check(on_gpu(case, "triton"), on_gpu(case, "composed"), exact(inputs), inputs)
 
@@ -85,7 +106,7 @@ def moved(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("unit", ["forward", "query", "key", "window_forward", "window_backward"])
 @pytest.mark.parametrize("dim", [64, 80])
-def test_every_candidate_of_the_tuner(unit, dim, monkeypatch):
+def test_every_candidate_of_the_tuner(unit, dim, monkeypatch, large):
     """Whatever `spatial-pe tune` may choose is right."""
     from spatial_pe.backends.triton import configs, replay, tune
 

@@ -69,6 +69,9 @@ def cases(family: Family) -> dict[str, list[Launch]]:
             for tokens in (64, 128, 256, 576):  # a window, a larger one, k turned in the loop, and before
                 found[f"{name} D={dim} N={tokens}"] = launches(family, dtype, dim, tokens)
     bf16 = torch.bfloat16
+    for dim in (64, 72, 80, 88, 96, 104, 112, 128):  # tiles for a single image; windows with one head a program
+        for tokens in (64, 256, 576):
+            found[f"bf16 D={dim} N={tokens}, one image"] = launches(family, bf16, dim, tokens, few=True)
     found["bf16 D=80 windows of 64, packed"] = launches(family, bf16, 80, 640, windows=64)
     found["bf16 D=80 windows of 16, packed"] = launches(family, bf16, 80, 640, windows=16)
     found["bf16 D=80 packed, lengths unknown"] = launches(family, bf16, 80, 640, windows=64, hint=False)
@@ -84,10 +87,11 @@ def cases(family: Family) -> dict[str, list[Launch]]:
 
 def launches(
     family, dtype, dim, tokens, *,
-    heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False,
+    heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False, few=False,
 ) -> list[Launch]:  # fmt: skip
-    """Those of a call on views of a fused projection, four heads wide."""
-    batch = 1 if windows else 2
+    """Those of a call on views of a fused projection, four heads wide, whose tensors are never touched."""
+    batch = 1 if windows or few else 300
+    tokens *= 300 if windows else 1
     qkv = torch.empty(batch, tokens, heads + 2 * kv_heads, dim, dtype=dtype)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
     rotary_dim = dim if rotary_dim is None else rotary_dim
@@ -95,7 +99,8 @@ def launches(
     bounds = torch.arange(0, tokens + 1, windows, dtype=torch.int32) if windows else None
     lengths = torch.full((batch,), tokens, dtype=torch.int32) if padded else None
     call = Call(q, k, v, rotary, dim**-0.5, bounds, windows if windows and hint else None, lengths)
-    choice = configs.prebuilt(family, dtype, dim, configs.bucket(configs.longest_of(call)))
+    choice = configs.prebuilt(family, dtype, dim, configs.bucket(configs.longest_of(call)), few)
+    assert few == configs.few_programs(call)
     forward = plan_forward(call, choice)
     out, lse = forward.results
     backward = plan_backward(call, out, lse, torch.empty_like(out), choice)

@@ -41,12 +41,16 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16) -> None:
+def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16, few: bool = False) -> None:
     """The tiles of another kind of GPU and of 16 bits: those of float32 take the interpreter ten times as long."""
     from spatial_pe.backends.triton import configs
 
+    if not few:  # the tiles and the heads per program of a large batch, for the small ones of tests
+        monkeypatch.setattr(configs, "SMS", 0)
+
     def choice_of(call):
-        return configs.prebuilt(family, tiles, call.q.shape[-1], configs.bucket(configs.longest_of(call)))
+        longest = configs.bucket(configs.longest_of(call))
+        return configs.prebuilt(family, tiles, call.q.shape[-1], longest, configs.few_programs(call))
 
     monkeypatch.setattr(configs, "choice_of", choice_of)
 
@@ -61,6 +65,14 @@ def check_kernels(case: Case, monkeypatch, family: str, tiles: torch.dtype = tor
 @pytest.mark.parametrize("case", [*SHORT, *SMALL_DIMS], ids=str)
 def test_lengths_and_head_dims(case, family, monkeypatch):
     check_kernels(case, monkeypatch, family)
+
+
+@pytest.mark.parametrize("case", [*SHORT, SMALL_DIMS[2], *SEQUENCES[:2], GROUPS[0]], ids=str)
+def test_one_image(case, monkeypatch):
+    """Where blocks of 128 queries would leave SMs without a program."""
+    choose(monkeypatch, "hopper", few=True)
+    inputs = make(case)
+    check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
 
 
 @pytest.mark.slow
@@ -242,6 +254,22 @@ def test_identity_start_is_exact(tokens):
 # ------------------------------------------------------------------------------------------- the tables of tiles
 
 
+def test_few_programs():
+    """An image of 576 tokens and 16 heads has 80 blocks of 128 queries for 132 SMs; four of them have enough."""
+    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.triton import configs
+
+    def call(shape, bounds=None):
+        q = torch.empty(shape, device="meta")
+        return Call(q, q, q, None, 1.0, bounds, None, None)
+
+    assert configs.few_programs(call((1, 576, 16, 64)))
+    assert not configs.few_programs(call((4, 576, 16, 64)))
+    assert not configs.few_programs(call((1, 1024, 16, 80), torch.empty(17, dtype=torch.int32, device="meta")))
+    window = configs.Window(64, 4, per_program=4)
+    assert [configs.heads_per_program(window, windows, 16) for windows in (4, 16, 32, 64, 500)] == [1, 1, 1, 2, 4]
+
+
 @pytest.mark.parametrize("family", ["ampere", "hopper", "blackwell", "cdna"])
 def test_every_call_has_tiles(family):
     from spatial_pe.backends.triton import configs
@@ -249,7 +277,9 @@ def test_every_call_has_tiles(family):
     for dtype in triton.DTYPES:
         for dim in range(16, 129, 8):
             for tokens in (1, 16, 17, 64, 65, 128, 129, 256, 257, 5000):
+                few = configs.prebuilt(family, dtype, dim, configs.bucket(tokens), few=True)
                 choice = configs.prebuilt(family, dtype, dim, configs.bucket(tokens))
+                assert few.forward.bm <= choice.forward.bm and few.forward.turn == choice.forward.turn
                 for window in (choice.window_forward, choice.window_backward):
                     assert window is None or tokens <= window.block <= 128
                 assert choice.forward.turn == ("loop" if tokens <= configs.TURN_IN_LOOP_UP_TO else "before")

@@ -91,6 +91,8 @@ class Choice:
     window_backward: Window | None
 
 
+# Of an H100 or H200; an A100 has 108, a B200 148.
+SMS = 132
 # Tokens that a program of operands.py turns, and of angles.py visits.
 OPERANDS_BLOCK = 64
 ANGLES_BLOCK = 32
@@ -124,6 +126,13 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
         (128, Tile(128, 64, 8, 3, "loop")),
     ),
     "cdna": ((128, Tile(64, 64, 8, 1, "loop")),),
+}
+# Where tiles of 128 queries would leave SMs without a program: one image, say.
+_FEW: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((80, Tile(64, 64, 4, 2)),),
+    "hopper": ((128, Tile(64, 64, 4, 3)),),
+    "blackwell": ((80, Tile(64, 64, 4, 2)),),
+    "cdna": (),
 }
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 64, 8, 2)), (80, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 4, 2))),
@@ -162,14 +171,18 @@ _WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
 }
 
 
-def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int) -> Choice:
-    """longest: tokens of the longest sequence, as far as it is known."""
+def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int, few: bool = False) -> Choice:
+    """longest: tokens of the longest sequence, as far as it is known; few: see few_programs."""
     if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
         forward = replace(_tile(_FLOAT32_FORWARD, dim), turn="loop" if longest <= TURN_IN_LOOP_UP_TO else "before")
         return Choice(family, forward, _tile(_FLOAT32_QUERY, dim), _tile(_FLOAT32_KEY, dim), None, None)
+    in_loop = longest <= TURN_IN_LOOP_UP_TO
+    forward = _tile((_LOOP if in_loop else _BEFORE)[family], dim)
+    if few and any(dim <= width for width, _ in _FEW[family]):
+        forward = replace(_tile(_FEW[family], dim), turn=forward.turn)
     return Choice(
         family,
-        _tile((_LOOP if longest <= TURN_IN_LOOP_UP_TO else _BEFORE)[family], dim),
+        forward,
         _tile(_QUERY[family], dim),
         _tile(_KEY[family], dim),
         _window(_WINDOW_FORWARD[family], dim, longest),
@@ -197,8 +210,24 @@ def longest_of(call: Call) -> int:
     return int(call.max_seqlen) if packed else call.q.shape[1]  # type: ignore[arg-type]
 
 
+def few_programs(call: Call) -> bool:
+    """Whether blocks of 128 queries are fewer than the SMs of a large GPU."""
+    batch, tokens, heads, _ = call.q.shape
+    blocks = batch * -(-tokens // 128) if call.cu_seqlens is None else tokens // 128 + call.cu_seqlens.shape[0] - 1
+    return blocks * heads < SMS
+
+
+def heads_per_program(window: Window, sequences: int, heads: int) -> int:
+    """Fewer where that many heads one after another would leave SMs with less than two programs."""
+    count = window.per_program
+    while count > 1 and sequences * -(-heads // count) < 2 * SMS:
+        count //= 2
+    return count
+
+
 def choice_of(call: Call) -> Choice:
-    return _choice(call.q.device, call.q.dtype, call.q.shape[-1], bucket(longest_of(call)))
+    q = call.q
+    return _choice(q.device, q.dtype, q.shape[-1], bucket(longest_of(call)), few_programs(call))
 
 
 # Lengths within a bucket share their tiles.
@@ -210,9 +239,10 @@ def bucket(tokens: int) -> int:
 
 
 @functools.lru_cache(1024)
-def _choice(device: torch.device, dtype: torch.dtype, dim: int, longest: int) -> Choice:
-    choice = prebuilt(family_of(device), dtype, dim, longest)
-    return choice if device.type != "cuda" else tuned.load(device).over(choice, dtype, dim, longest)
+def _choice(device: torch.device, dtype: torch.dtype, dim: int, longest: int, few: bool) -> Choice:
+    """What was tuned, on many programs, tells nothing of few."""
+    choice = prebuilt(family_of(device), dtype, dim, longest, few)
+    return choice if few or device.type != "cuda" else tuned.load(device).over(choice, dtype, dim, longest)
 
 
 def forget() -> None:

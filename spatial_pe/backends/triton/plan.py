@@ -150,14 +150,15 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
     lse = torch.empty((q.shape[0], shape.heads, shape.tokens), dtype=torch.float32, device=q.device)
     sizes = (shape.sequences, shape.tokens, shape.heads, shape.heads // shape.kv_heads, call.scale)
     if window := shape.choice.window_forward:
+        per_program = configs.heads_per_program(window, shape.sequences, shape.heads)
         forward = Launch(
             window_forward_kernel,
-            (shape.sequences, triton.cdiv(shape.heads, window.per_program)),
+            (shape.sequences, triton.cdiv(shape.heads, per_program)),
             (q, k, v, out, lse, *shape.tables, shape.bounds, *sizes)
             + (*strides(q), *strides(k), *strides(v), *shape.table_strides),
             shape.constants(q, k, v)
             | shape.settle
-            | {"BLOCK": window.block, "PER_PROGRAM": window.per_program, "STAGES": window.stages},
+            | {"BLOCK": window.block, "PER_PROGRAM": per_program, "STAGES": window.stages},
             window.warps,
         )
         return Plan((forward,), (out, lse))
