@@ -89,15 +89,16 @@ def launches(
     family, dtype, dim, tokens, *,
     heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False, few=False,
 ) -> list[Launch]:  # fmt: skip
-    """Those of a call on views of a fused projection, four heads wide, whose tensors are never touched."""
+    """Those of a call on views of a fused projection, four heads wide. Tensors without memory: none is read."""
     batch = 1 if windows or few else 300
     tokens *= 300 if windows else 1
-    qkv = torch.empty(batch, tokens, heads + 2 * kv_heads, dim, dtype=dtype)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-    rotary_dim = dim if rotary_dim is None else rotary_dim
-    rotary = Rotary.from_angles(torch.zeros(tokens, rotary_dim // 2), pairing) if rotary_dim else None
-    bounds = torch.arange(0, tokens + 1, windows, dtype=torch.int32) if windows else None
-    lengths = torch.full((batch,), tokens, dtype=torch.int32) if padded else None
+    with torch.device("meta"):
+        qkv = torch.empty(batch, tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+        rotary_dim = dim if rotary_dim is None else rotary_dim
+        rotary = Rotary.from_angles(torch.empty(tokens, rotary_dim // 2), pairing) if rotary_dim else None
+        bounds = torch.empty(tokens // windows + 1, dtype=torch.int32) if windows else None
+        lengths = torch.empty(batch, dtype=torch.int32) if padded else None
     call = Call(q, k, v, rotary, dim**-0.5, bounds, windows if windows and hint else None, lengths)
     choice = configs.prebuilt(family, dtype, dim, configs.bucket(configs.longest_of(call)), few)
     assert few == configs.few_programs(call)

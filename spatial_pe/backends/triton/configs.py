@@ -130,7 +130,7 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
 # Where tiles of 128 queries would leave SMs without a program: one image, say.
 _FEW: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((80, Tile(64, 64, 4, 2)),),
-    "hopper": ((128, Tile(64, 64, 4, 3)),),
+    "hopper": ((96, Tile(64, 64, 4, 3)),),
     "blackwell": ((80, Tile(64, 64, 4, 2)),),
     "cdna": (),
 }
