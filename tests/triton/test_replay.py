@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 OLDER = ROOT / ".venv/triton-3.6"
 
 
-@pytest.mark.parametrize("path", ["", str(OLDER)], ids=["installed", "3.6"])
+@pytest.mark.parametrize("path", ["", pytest.param(str(OLDER), marks=pytest.mark.slow)], ids=["installed", "3.6"])
 def test_replayed_launches(path, tmp_path):
     if path and not OLDER.exists():
         pytest.skip("no second Triton: make test installs it")

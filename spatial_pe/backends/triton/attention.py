@@ -57,7 +57,7 @@ def forward_kernel(
     table_head = aligned(table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
     sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
-    if FORM == "packed":
+    if FORM == "packed":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
         if first >= length:  # a program that is left over
             return
     sample = tl.cast(sample, tl.int64)  # a tensor may hold more than 2^31 elements
