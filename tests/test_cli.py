@@ -242,3 +242,42 @@ def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "spatial_pe.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout == f"spatial_pe {spatial_pe.__version__}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- tune
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu tunes on it")
+def test_tune_without_a_gpu_says_so(run, monkeypatch):
+    from spatial_pe.backends import triton
+
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    done = run("tune", "--quick")
+    assert done.code == 2 and done.err.startswith("spatial-pe tune: nothing to tune: ")
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    done = run("tune", "--device", "cuda:0")
+    assert done.code == 2 and done.err.startswith("spatial-pe tune: --device cuda:0: ")
+
+
+def test_tune_with_no_time(run):
+    done = run("tune", "--seconds", "0")
+    assert (done.code, done.err) == (2, "spatial-pe tune: --seconds must be positive, got 0\n")
+
+
+def test_tune_saves_and_prints(run, monkeypatch, tmp_path):
+    """The command around the measuring, which tests/triton/test_tune.py tests."""
+    from spatial_pe.backends import triton
+
+    pytest.importorskip("triton")
+    from spatial_pe.backends.triton import tune, tuned
+
+    rows = {"bfloat16 D=64 N<=256": {"query": None}}
+    asked = []
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(tune, "tune", lambda problems, device, seconds: asked.append((problems, seconds)) or rows)
+    monkeypatch.setattr(tuned, "path", lambda device: tmp_path / "kept.json")
+    done = run("tune", "--quick", "--seconds", "60", "--device", "cuda:0", "--out", str(tmp_path / "deep" / "out.json"))
+    assert (done.code, done.err) == (0, "") and asked == [(tune.QUICK, 60.0)]
+    assert "NVIDIA H200" in done.out and "1 shapes measured" in done.out and "kept.json" in done.out
+    assert json.loads((tmp_path / "deep" / "out.json").read_text())["rows"] == rows
