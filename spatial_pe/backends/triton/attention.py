@@ -2,7 +2,7 @@
 """Forward of any length: out = softmax(R(q) R(k)ᵀ scale) v and lse, the log of each row's sum of exponentials.
 
 A program has BM queries of one head and runs over the keys in tiles of BN. q is turned as it is loaded; k is turned tile
-by tile in the loop (ROTATE_K), or was turned before by rotate.py.
+by tile in the loop (ROTATE_K), or was turned before by operands.py.
 
 The softmax is relative to a row's maximum over its first tile, and stays so: no maximum, no rescaling in the loop,
 which saves a third of its instructions. Weights above 1 are as exact as those below. A row whose sum leaves float's

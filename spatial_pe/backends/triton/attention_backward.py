@@ -3,7 +3,7 @@
 
 P = softmax(S), dP = dO Vᵀ, dS = P (dP - delta), delta = rowsum(dO O): dq̂ = dS k̂ scale, dk̂ = dSᵀ q̂ scale, dV = Pᵀ dO.
 
-``query_kernel`` has BM queries of a head and runs over the keys, which rotate.py has turned before. It turns its own
+``query_kernel`` has BM queries of a head and runs over the keys, which operands.py has turned before. It turns its own
 queries, keeps them and delta for the next kernel, and turns dq̂ back in float32 before it is rounded.
 ``key_kernel`` has BN keys of a key head and runs over the queries of every head that shares it.
 """
@@ -44,7 +44,7 @@ def query_kernel(
     FORM: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and dq (B, N, H, D) contiguous, dout with strides g; turned_q (H, B N, padded D), turned_k likewise by key head,
-    in operand order; lse and delta (B, H, N)."""
+    operands side by side; lse and delta (B, H, N)."""
     q_batch = aligned(q_batch, ALIGN)
     q_token = aligned(q_token, ALIGN)
     q_head = aligned(q_head, ALIGN)
