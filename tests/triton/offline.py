@@ -224,12 +224,17 @@ def _cuobjdump(flag: str, path: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--reports", type=Path, nargs="+", help="JSON files of earlier runs, instead of compiling")
     parser.add_argument("--only", nargs="+", default=[""], help="regimes that contain one of these")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="table to write")
     parser.add_argument("--budget", type=Path, help="limits to write: what was found and a tenth more")
     arguments = parser.parse_args()
-    report = {"triton": triton.__version__, "rows": compile_all(arguments.targets, arguments.only)}
+    if arguments.reports:
+        reports = [json.loads(path.read_text()) for path in arguments.reports]
+        report = {"triton": reports[0]["triton"], "rows": [row for found in reports for row in found["rows"]]}
+    else:
+        report = {"triton": triton.__version__, "rows": compile_all(arguments.targets, arguments.only)}
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1))
     if arguments.markdown:
@@ -265,7 +270,8 @@ def budget(report: dict) -> dict[str, dict[str, float]]:
     limits: dict[str, dict[str, float]] = {}
     for row in report["rows"]:
         threads = 32 * int(re.search(r"warps=(\d+)", row["launch"])[1])
-        together = 65536 // (threads * max(row["registers"], 24))
+        allocated = max(24, -(-row["registers"] // 8) * 8)  # in units of 8
+        together = 65536 // (threads * allocated)
         found = limits.setdefault(unit(row), {"registers": 0, "shared": 0, "per_score": 0})
         most = 512 if row["target"] == "gfx942" else min(255, 65536 // threads // together // 8 * 8)
         found["registers"] = max(found["registers"], most)

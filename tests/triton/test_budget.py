@@ -109,6 +109,8 @@ def test_a_budget_that_is_exceeded_is_noticed():
     assert limits == {"sm_90 forward_kernel bfloat16 D=64 ROTATE_K=False": {
         "registers": 128, "shared": 1000, "per_score": 7.7}}  # fmt: skip
     assert exceeded({"rows": [row]}, limits) == []
+    small = budget({"rows": [row | {"registers": 43, "launch": row["launch"].replace("warps=8", "warps=4")}]})
+    assert [limit["registers"] for limit in small.values()] == [48], "registers come in units of 8"
     worse = [row | change for change in ({"registers": 129}, {"shared": 1001}, {"per_score": 7.8})]
     assert [len(exceeded({"rows": [other]}, limits)) for other in worse] == [1, 1, 1]
     assert exceeded({"rows": [row]}, {}) == [
