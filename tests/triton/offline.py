@@ -75,6 +75,7 @@ def cases(family: Family) -> dict[str, list[Launch]]:
     found["bf16 D=80 windows of 64, packed"] = launches(family, bf16, 80, 640, windows=64)
     found["bf16 D=80 windows of 16, packed"] = launches(family, bf16, 80, 640, windows=16)
     found["bf16 D=80 packed, lengths unknown"] = launches(family, bf16, 80, 640, windows=64, hint=False)
+    found["bf16 D=64 packed, lengths unknown"] = launches(family, bf16, 64, 640, windows=64, hint=False)
     found["bf16 D=64 padded"] = launches(family, bf16, 64, 576, padded=True)
     found["bf16 D=64 GQA"] = launches(family, bf16, 64, 576, kv_heads=2)
     for tokens in (64, 256, 576):
@@ -232,7 +233,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.reports:
         reports = [json.loads(path.read_text()) for path in arguments.reports]
-        report = {"triton": reports[0]["triton"], "rows": [row for found in reports for row in found["rows"]]}
+        rows = {(row["target"], row["launch"]): row for found in reversed(reports) for row in reversed(found["rows"])}
+        report = {"triton": reports[0]["triton"], "rows": list(reversed(rows.values()))}
     else:
         report = {"triton": triton.__version__, "rows": compile_all(arguments.targets, arguments.only)}
     if arguments.out:

@@ -245,8 +245,13 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: co
         + (shape.sequences, shape.tokens, shape.rows, shape.heads, shape.kv_heads, group, call.scale)
         + (*strides(v), *strides(dout), *shape.table_strides),
         constants
-        # with a loop over heads around it, a loop more spills
-        | {"SPLIT": tile.split and group == 1, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
+        # with a loop over heads around it, or starts of sequences that 16 does not divide (Triton 3.6), a loop more spills
+        | {
+            "SPLIT": tile.split and group == 1 and shape.form != PACKED,
+            "BM": tile.bm,
+            "BN": tile.bn,
+            "STAGES": tile.stages,
+        },
         tile.warps,
     )
     return Plan((turn, by_query, by_key), (dq, dk, dv), (turned_k, turned_q, delta))
