@@ -55,7 +55,7 @@ gpu:
 endif
 
 # What the compiler makes of every Triton kernel on every GPU, without one, and its limits in the tests. Two targets at a
-# time; 5 to 12 minutes.
+# time; 4 to 12 minutes.
 triton-budget: $(VENV)/installed
 	mkdir -p build
 	printf '%s\n' sm_80 sm_90 sm_100 gfx942 | PYTHONPATH=. xargs -P 2 -I {} $(BIN)/python tests/triton/offline.py --targets {} --out build/{}.json
