@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .pieces import aligned, begin_of, count_of, load_pairs
+from .sequences import block_of_tokens
 
 
 @triton.jit
@@ -19,27 +20,14 @@ def angles_kernel(
 ):  # fmt: skip
     """q, dq (B, N, H, D), k, dk (B, N, Hkv, D); out (B, N, H|1, R/2) contiguous: of one head, or the sum over all heads in
     their order, so that results are the same every time."""
-    q_batch = aligned(q_batch, ALIGN)
-    q_token = aligned(q_token, ALIGN)
-    q_head = aligned(q_head, ALIGN)
-    k_batch = aligned(k_batch, ALIGN)
-    k_token = aligned(k_token, ALIGN)
-    k_head = aligned(k_head, ALIGN)
-    dq_batch = aligned(dq_batch, ALIGN)
-    dq_token = aligned(dq_token, ALIGN)
-    dq_head = aligned(dq_head, ALIGN)
-    dk_batch = aligned(dk_batch, ALIGN)
-    dk_token = aligned(dk_token, ALIGN)
-    dk_head = aligned(dk_head, ALIGN)
-    blocks = tl.cdiv(tokens, BLOCK)
-    sample = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    first = (tl.program_id(0) % blocks) * BLOCK
-    token = tl.cast(first, tl.int64)
-    row = tl.arange(0, BLOCK)
-    written = first + row < tokens
+    q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
+    k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
+    dq_batch, dq_token, dq_head = aligned(dq_batch, dq_token, dq_head, ALIGN)
+    dk_batch, dk_token, dk_head = aligned(dk_batch, dk_token, dk_head, ALIGN)
+    sample, token, row, written = block_of_tokens(tl.program_id(0), tokens, BLOCK)
     exists = written
     if PADDED:  # what lies behind a sample's end may be NaN
-        exists = first + row < tl.load(lengths + sample)
+        exists = token + row < tl.load(lengths + sample)
     q += sample * q_batch + token * q_token
     k += sample * k_batch + token * k_token
     dq += sample * dq_batch + token * dq_token

@@ -45,18 +45,10 @@ def query_kernel(
 ):  # fmt: skip
     """out and dq (B, N, H, D) contiguous, dout with strides g; turned_q (H, B N, padded D), turned_k likewise by key head,
     operands side by side; lse and delta (B, H, N)."""
-    q_batch = aligned(q_batch, ALIGN)
-    q_token = aligned(q_token, ALIGN)
-    q_head = aligned(q_head, ALIGN)
-    v_batch = aligned(v_batch, ALIGN)
-    v_token = aligned(v_token, ALIGN)
-    v_head = aligned(v_head, ALIGN)
-    g_batch = aligned(g_batch, ALIGN)
-    g_token = aligned(g_token, ALIGN)
-    g_head = aligned(g_head, ALIGN)
-    table_batch = aligned(table_batch, TABLE_ALIGN)
-    table_token = aligned(table_token, TABLE_ALIGN)
-    table_head = aligned(table_head, TABLE_ALIGN)
+    q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
+    v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
+    g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
+    table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
     sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
     if FORM == "packed":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
@@ -135,15 +127,9 @@ def key_kernel(
     FORM: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (B, N, Hkv, D) contiguous; the rest as query_kernel has left it."""
-    v_batch = aligned(v_batch, ALIGN)
-    v_token = aligned(v_token, ALIGN)
-    v_head = aligned(v_head, ALIGN)
-    g_batch = aligned(g_batch, ALIGN)
-    g_token = aligned(g_token, ALIGN)
-    g_head = aligned(g_head, ALIGN)
-    table_batch = aligned(table_batch, TABLE_ALIGN)
-    table_token = aligned(table_token, TABLE_ALIGN)
-    table_head = aligned(table_head, TABLE_ALIGN)
+    v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
+    g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
+    table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     kv_head = tl.cast(tl.program_id(1), tl.int64)
     sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BN)
     sample = tl.cast(sample, tl.int64)

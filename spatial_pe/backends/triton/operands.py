@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .pieces import aligned, load_turned, operand_cut, store_operands, total_of
+from .sequences import block_of_tokens
 
 
 @triton.jit
@@ -18,19 +19,10 @@ def operands_kernel(
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x (B, N, H, D) with any strides to out (H, B N, padded D)."""
-    x_batch = aligned(x_batch, ALIGN)
-    x_token = aligned(x_token, ALIGN)
-    x_head = aligned(x_head, ALIGN)
-    table_batch = aligned(table_batch, TABLE_ALIGN)
-    table_token = aligned(table_token, TABLE_ALIGN)
-    table_head = aligned(table_head, TABLE_ALIGN)
+    x_batch, x_token, x_head = aligned(x_batch, x_token, x_head, ALIGN)
+    table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
-    blocks = tl.cdiv(tokens, BLOCK)
-    sample = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    first = (tl.program_id(0) % blocks) * BLOCK
-    token = tl.cast(first, tl.int64)
-    row = tl.arange(0, BLOCK)
-    exists = first + row < tokens
+    sample, token, row, exists = block_of_tokens(tl.program_id(0), tokens, BLOCK)
     cos += sample * table_batch + token * table_token + head * table_head
     sin += sample * table_batch + token * table_token + head * table_head
     x += sample * x_batch + token * x_token + head * x_head

@@ -64,10 +64,10 @@ def count_of(sizes):
 
 
 @triton.jit
-def aligned(stride, ALIGN: tl.constexpr):
-    """The same number; the compiler learns that ALIGN divides it. Alone it only notices 16, so that every load of a
+def aligned(batch, token, head, ALIGN: tl.constexpr):
+    """The same strides; the compiler learns that ALIGN divides them. Alone it only notices 16, so that every load of a
     head of 72 channels would be one of single elements."""
-    return stride // ALIGN * ALIGN
+    return batch // ALIGN * ALIGN, token // ALIGN * ALIGN, head // ALIGN * ALIGN
 
 
 # ---------------------------------------------------------------------------------------------- v, dout, out, dv

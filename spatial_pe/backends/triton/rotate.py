@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .pieces import aligned, begin_of, count_of, load_angles, load_pairs, store_pairs, turn
+from .sequences import block_of_tokens
 
 
 @triton.jit
@@ -24,27 +25,12 @@ def rotate_kernel(
 ):  # fmt: skip
     """q (B, N, H, D), k (B, N, Hkv, D), and the results, with any strides. VISITED pairs of each head are read and written:
     all D/2, or in place only the R/2 that turn. Heads past H are those of k."""
-    q_batch = aligned(q_batch, ALIGN)
-    q_token = aligned(q_token, ALIGN)
-    q_head = aligned(q_head, ALIGN)
-    k_batch = aligned(k_batch, ALIGN)
-    k_token = aligned(k_token, ALIGN)
-    k_head = aligned(k_head, ALIGN)
-    qo_batch = aligned(qo_batch, ALIGN)
-    qo_token = aligned(qo_token, ALIGN)
-    qo_head = aligned(qo_head, ALIGN)
-    ko_batch = aligned(ko_batch, ALIGN)
-    ko_token = aligned(ko_token, ALIGN)
-    ko_head = aligned(ko_head, ALIGN)
-    table_batch = aligned(table_batch, TABLE_ALIGN)
-    table_token = aligned(table_token, TABLE_ALIGN)
-    table_head = aligned(table_head, TABLE_ALIGN)
-    blocks = tl.cdiv(tokens, BLOCK)
-    sample = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    first = (tl.program_id(0) % blocks) * BLOCK
-    token = tl.cast(first, tl.int64)
-    row = tl.arange(0, BLOCK)
-    exists = first + row < tokens
+    q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
+    k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
+    qo_batch, qo_token, qo_head = aligned(qo_batch, qo_token, qo_head, ALIGN)
+    ko_batch, ko_token, ko_head = aligned(ko_batch, ko_token, ko_head, ALIGN)
+    table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
+    sample, token, row, exists = block_of_tokens(tl.program_id(0), tokens, BLOCK)
     cos += sample * table_batch + token * table_token
     sin += sample * table_batch + token * table_token
     q += sample * q_batch + token * q_token

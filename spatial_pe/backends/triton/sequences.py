@@ -43,6 +43,16 @@ def locate(program, bounds, sequences, tokens, FORM: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def block_of_tokens(program, tokens, BLOCK: tl.constexpr):
+    """(sample, first token of the block, rows, which of them exist), for kernels to which sequences are nothing."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    sample = tl.cast(program // blocks, tl.int64)
+    first = (program % blocks) * BLOCK
+    row = tl.arange(0, BLOCK)
+    return sample, tl.cast(first, tl.int64), row, first + row < tokens
+
+
+@triton.jit
 def whole_sequence(index, bounds, tokens, FORM: tl.constexpr):
     """(sample, first token, length) of sequence `index`."""
     if FORM == "packed":

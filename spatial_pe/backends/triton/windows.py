@@ -40,18 +40,10 @@ def window_forward_kernel(
     FORM: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As forward_kernel; no sequence is longer than BLOCK."""
-    q_batch = aligned(q_batch, ALIGN)
-    q_token = aligned(q_token, ALIGN)
-    q_head = aligned(q_head, ALIGN)
-    k_batch = aligned(k_batch, ALIGN)
-    k_token = aligned(k_token, ALIGN)
-    k_head = aligned(k_head, ALIGN)
-    v_batch = aligned(v_batch, ALIGN)
-    v_token = aligned(v_token, ALIGN)
-    v_head = aligned(v_head, ALIGN)
-    table_batch = aligned(table_batch, TABLE_ALIGN)
-    table_token = aligned(table_token, TABLE_ALIGN)
-    table_head = aligned(table_head, TABLE_ALIGN)
+    q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
+    k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
+    v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
+    table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     sample, start, length = whole_sequence(tl.program_id(0), bounds, tokens, FORM)
     sample = tl.cast(sample, tl.int64)
     start = tl.cast(start, tl.int64)
@@ -96,7 +88,6 @@ def window_forward_kernel(
 
 @triton.jit
 def window_backward_kernel(
-
     q, k, v, out, dout, lse, dq, dk, dv, cos, sin, bounds,
     sequences, tokens, heads, kv_heads, group, scale,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
@@ -106,21 +97,11 @@ def window_backward_kernel(
     FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a key head of a sequence, the query heads that share it one after another."""
-    q_batch = aligned(q_batch, ALIGN)
-    q_token = aligned(q_token, ALIGN)
-    q_head = aligned(q_head, ALIGN)
-    k_batch = aligned(k_batch, ALIGN)
-    k_token = aligned(k_token, ALIGN)
-    k_head = aligned(k_head, ALIGN)
-    v_batch = aligned(v_batch, ALIGN)
-    v_token = aligned(v_token, ALIGN)
-    v_head = aligned(v_head, ALIGN)
-    g_batch = aligned(g_batch, ALIGN)
-    g_token = aligned(g_token, ALIGN)
-    g_head = aligned(g_head, ALIGN)
-    table_batch = aligned(table_batch, TABLE_ALIGN)
-    table_token = aligned(table_token, TABLE_ALIGN)
-    table_head = aligned(table_head, TABLE_ALIGN)
+    q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
+    k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
+    v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
+    g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
+    table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     sample, start, length = whole_sequence(tl.program_id(0), bounds, tokens, FORM)
     sample = tl.cast(sample, tl.int64)
     start = tl.cast(start, tl.int64)
