@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import composed, triton
+from .backends import composed
 from .backends.call import Call
 from .backends.select import BACKENDS, select
 from .checks import check_call
-from .rotary import Rotary, angle_gradient
+from .rotary import Rotary
 from .watched import wants_gradient, watched
 
 
@@ -95,6 +95,10 @@ _ARGS = (
 )
 _LIBRARY = torch.library.Library("spatial_pe", "DEF")
 _LIBRARY.define(f"rope_attention({_ARGS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "angle_gradient(Tensor q, Tensor k, Tensor dq, Tensor dk, Tensor cos, str pairing, Tensor? seqlens, str backend)"
+    " -> Tensor"
+)
 _LIBRARY.define(f"rope_attention_backward(Tensor dout, Tensor out, Tensor lse, {_ARGS}) -> (Tensor, Tensor, Tensor)")
 
 
@@ -112,11 +116,6 @@ def _unflatten(q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlen
     return Call(q, k, v, rotary, scale, cu_seqlens, max_seqlen, seqlens)
 
 
-_LIBRARY.define(
-    "angle_gradient(Tensor q, Tensor k, Tensor dq, Tensor dk, Tensor cos, str pairing, Tensor? seqlens) -> Tensor"
-)
-
-
 @torch.library.impl(_LIBRARY, "rope_attention", "CompositeExplicitAutograd")
 def _forward(*args):
     *flat, backend = args
@@ -130,12 +129,12 @@ def _backward(dout, out, lse, *args):
 
 
 @torch.library.impl(_LIBRARY, "angle_gradient", "CompositeExplicitAutograd")
-def _angle_gradient(q, k, dq, dk, cos, pairing, seqlens):
-    return triton.angle_gradient(q, k, dq, dk, Rotary._unchecked(cos, cos, pairing), seqlens)
+def _angle_gradient(q, k, dq, dk, cos, pairing, seqlens, backend):
+    return BACKENDS[backend].angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
 
 
 @torch.library.register_fake("spatial_pe::angle_gradient", lib=_LIBRARY)
-def _angle_gradient_fake(q, k, dq, dk, cos, pairing, seqlens):
+def _angle_gradient_fake(q, k, dq, dk, cos, *args):
     return cos.new_empty(cos.shape)
 
 
@@ -166,14 +165,8 @@ def _autograd_backward(ctx, dout: Tensor, _dlse) -> tuple:
     dq, dk, dv = attend_backward(dout, out, lse, *flat, ctx.backend)
     dcos = dsin = None
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-        if ctx.backend == "triton":
-            gradient = torch.ops.spatial_pe.angle_gradient if seen else _angle_gradient
-            dphi = gradient(q, k, dq, dk, cos, ctx.pairing, seqlens)
-        else:
-            if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0
-                exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
-                q, k = torch.where(exists, q, 0), torch.where(exists, k, 0)
-            dphi = angle_gradient(q, dq, cos, ctx.pairing) + angle_gradient(k, dk, cos, ctx.pairing)
+        gradient = torch.ops.spatial_pe.angle_gradient if seen else _angle_gradient
+        dphi = gradient(q, k, dq, dk, cos, ctx.pairing, seqlens, ctx.backend)
         dcos, dsin = -sin * dphi, cos * dphi
     return dq, dk, dv, dcos, dsin, None, None, None, None, None, None
 
@@ -187,7 +180,7 @@ class _Eager(torch.autograd.Function):
     """The op for calls that nobody watches."""
 
     @staticmethod
-    def forward(ctx, *args):  # a setup_context of its own would cost 25 us
+    def forward(ctx, *args):  # torch binds arguments by inspection for a setup_context of its own, in every call
         output = _forward(*args)
         _setup_context(ctx, args, output)
         return output

@@ -312,9 +312,6 @@ def run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-# -------------------------------------------------------------------------------------------------------------- shared
-
-
 # ---------------------------------------------------------------------------------------------------------------- tune
 
 
@@ -341,6 +338,9 @@ def run_tune(options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         tuned.save(rows, options.out)
     return 0 if rows else 1
+
+
+# -------------------------------------------------------------------------------------------------------------- shared
 
 
 def _need(module: str, extra: str) -> None:

@@ -55,6 +55,8 @@ def apply_rotary_qk(q: Tensor, k: Tensor, rotary: Rotary, *, inplace: bool = Fal
         raise TypeError(f"q and k must share a dtype, got q {q.dtype}, k {k.dtype}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same head_dim, got {q.shape[-1]} and {k.shape[-1]}")
+    if q.shape[0] != k.shape[0]:  # the kernel counts the samples of q
+        raise ValueError(f"q and k must have the same batch, got {tuple(q.shape)} and {tuple(k.shape)}")
     q, k = _apply([q, k], rotary, inplace)
     return q, k
 

@@ -12,8 +12,8 @@ from torch import Tensor
 def watched(tensors: Sequence[Tensor]) -> bool:
     """Whether tracing, a dispatch mode, a function transform or a tensor without values must see a torch op.
 
-    Nobody else needs one, and its dispatch through Python costs 80 us with a gradient to come, 15 without: more than
-    the kernel of a small image (`python -m benchmarks.throughput.host`).
+    Nobody else needs one, and its dispatch through Python costs 65 us or more with a gradient to come, 15 without:
+    more than the kernel of a small image (`python -m benchmarks.throughput.host`).
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True

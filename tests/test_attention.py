@@ -35,15 +35,8 @@ from spatial_pe import Rotary, apply_rotary, rope_attention
 from spatial_pe.rotary import PAIRINGS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FUSED = [Kernel("reference"), *CPU_KERNELS]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN: an output that nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-# no GPU here: what is CPU memory is called the GPU's
+# What Triton compiles for: backend, architecture, lanes of a warp.
 HOPPER = ("cuda", 90, 32)
 
 
@@ -34,7 +34,7 @@ class Launched:
 
 
 class FakeGPU:
-    """A Triton driver that compiles for an H100 and notes launches."""
+    """A Triton driver that compiles for an H100, takes CPU memory for the GPU's, and notes launches."""
 
     binary_ext = "cubin"
 
@@ -110,7 +110,7 @@ def main() -> None:
     import spatial_pe
     from spatial_pe import rope_attention
     from spatial_pe.backends.call import Call
-    from spatial_pe.backends.triton import plan, rotation
+    from spatial_pe.backends.triton import forward, plan, rotation
 
     FakeGPU().install()
     torch.set_num_threads(1)
@@ -119,9 +119,13 @@ def main() -> None:
     rotary = spatial_pe.Rotary(rotary.cos.detach(), rotary.sin.detach(), rotary.pairing)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     call = Call(q, k, v, rotary, 0.125, None, None, None)
+    op, settings = torch.ops.spatial_pe.rope_attention, ("half", 0.125, None, None, None, "triton")
     rows = {
         "forward, inference": lambda: rope_attention(q, k, v, rotary),
         "forward, training": lambda: rope_attention(*leaves, rotary),
+        "the backend's forward alone": lambda: forward(call),
+        "the torch op, inference": lambda: op(q, k, v, rotary.cos, rotary.sin, *settings),
+        "the torch op, training": lambda: op(*leaves, rotary.cos, rotary.sin, *settings),
         "rotation of q and k": lambda: rotation([q, k], rotary),
         "planning, for a new shape": lambda: plan.plan_forward(call),
         "Triton's own dispatch of one launch": plan.plan_forward(call).launches[0].run,

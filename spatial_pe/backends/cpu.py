@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import reference
 from .call import Call
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -74,6 +75,10 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
         dv=_view(dv),
     )
     return dq, dk, dv
+
+
+# Only for tables that want a gradient: one pass over q and k, which torch does.
+angle_gradient = reference.angle_gradient
 
 
 def _allocator(call: Call):

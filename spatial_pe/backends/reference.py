@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import rotary
 from ..rotary import rotated
 from .call import Call
 
@@ -59,6 +60,16 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
         back = call.rotary.inverse()
         dq, dk = rotated(dq, back), rotated(dk, back)
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def angle_gradient(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+) -> Tensor:
+    """dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k."""
+    if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0
+        exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
+        q, k = torch.where(exists, q, 0), torch.where(exists, k, 0)
+    return rotary.angle_gradient(q, dq, cos, pairing) + rotary.angle_gradient(k, dk, cos, pairing)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -20,6 +20,7 @@ from spatial_pe.backends.call import Call
 from spatial_pe.rotary import rotated
 
 pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
@@ -31,13 +32,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 def on_gpu(case: Case, backend: str) -> dict[str, torch.Tensor]:
     return {name: x.cpu() for name, x in run(make(case, "cuda"), backend).items()}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def launches(
         dq, dk, _ = backward.results
         found += plan_rotation([q, k], rotary).launches
         found += plan_rotation([q, k], rotary, inplace=True).launches
-        found += plan_angles(q, k, dq, dk, rotary, lengths).launches
+        found += plan_angles(q, k, dq, dk, rotary.cos.shape, rotary.pairing, lengths).launches
     return found
 
 

@@ -46,7 +46,7 @@ def main() -> None:
 
     for name, case in CASES.items():
         replay.forget()
-        first, second = call_of(case), call_of(case)
+        first, second = Calls(case), Calls(case)
         planned = launched(second)  # what this call is told without anything kept
         replay.forget()
         launched(first)
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"{found} launches")
 
 
-class call_of:  # noqa: N801, a function with state
+class Calls:
     """Forward, backward with a gradient of the angles, and rotation, on fresh tensors."""
 
     def __init__(self, case: Case) -> None:

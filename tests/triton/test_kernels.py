@@ -21,6 +21,7 @@ from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends import triton
 
 pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}"),
     pytest.mark.skipif(not triton.INTERPRETED, reason="a GPU is here: tests/gpu runs the kernels on it"),
     # numpy, where a row does not exist
@@ -31,14 +32,6 @@ SHORT = [case for case in LENGTHS if case.tokens < 500]
 LONG = [case for case in LENGTHS if case.tokens >= 500]
 CALLS = [*[case for case in ROTATIONS if case.dim <= 128], *SEQUENCES, *VIEWS, *GROUPS, *SCALES]
 SMALL_DIMS = [replace(case, tokens=70) for case in HEAD_DIMS if case.dim <= 128]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN: an output, or scratch, that nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16, few: bool = False) -> None:
@@ -280,6 +273,8 @@ def test_every_call_has_tiles(family):
                 few = configs.prebuilt(family, dtype, dim, configs.bucket(tokens), few=True)
                 choice = configs.prebuilt(family, dtype, dim, configs.bucket(tokens))
                 assert few.forward.bm <= choice.forward.bm and few.forward.turn == choice.forward.turn
+                if (family, dim) == ("hopper", 64) and dtype == torch.bfloat16:
+                    assert (few.forward.bm, choice.forward.bm) == (64, 128)
                 for window in (choice.window_forward, choice.window_backward):
                     assert window is None or tokens <= window.block <= 128
                 assert choice.forward.turn == ("loop" if tokens <= configs.TURN_IN_LOOP_UP_TO else "before")

@@ -159,9 +159,11 @@ def test_where_it_is_kept(modules, tmp_path, monkeypatch):
     assert tuned.path(CPU).parent == tmp_path / "xdg" / "spatial_pe"
 
 
-@pytest.mark.parametrize(("faster", "reason"), [("triton", None), ("composed", "measured to be faster"), (None, None)])
+@pytest.mark.parametrize(
+    ("faster", "reason"), [("triton", None), ("composed", "measured to be faster"), (None, "modelled")]
+)
 def test_auto_follows_what_was_measured(faster, reason, monkeypatch):
-    q = torch.empty(1, 576, 2, 64, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(1, 576, 2, 64, dtype=torch.float32, device="meta")
     monkeypatch.setattr(triton, "faster", lambda call: faster)
     why = select._slower("triton", Call(q, q, q, None, 1.0, None, None, None))
     assert why is None if reason is None else reason in why

@@ -8,6 +8,7 @@
     operands.py   turns k once, where the loop does not
     rotate.py     the rotation alone; angles.py: the gradient of its angles
     plan.py       from a call to the launches that serve it; launch.py: one of them
+    replay.py     launches kept for the next call of the same shapes
     configs.py    tile sizes; tune.py measures them, tuned.py keeps what was measured
 
 This file answers what a backend must answer, and imports nothing of Triton until it is known to be there.
@@ -114,10 +115,8 @@ def _signature(call: Call) -> tuple[tuple, tuple[Tensor, ...]]:
     elif call.seqlens is not None:
         form = ("padded", call.seqlens.shape[0])
         inputs.append(call.seqlens)
-    longest = bucket(longest_of(call))
-    return (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), tables, form, longest, call.scale), tuple(
-        inputs
-    )
+    views = (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride())
+    return (views, tables, form, bucket(longest_of(call)), call.scale), tuple(inputs)
 
 
 def _with(call: Call, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Call:
@@ -131,17 +130,18 @@ def _with(call: Call, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Call:
     return Call(q, k, v, rotary, call.scale, cu_seqlens, call.max_seqlen, seqlens)
 
 
-def angle_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, rotary: Rotary, seqlens: Tensor | None) -> Tensor:
+def angle_gradient(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+) -> Tensor:
     """dφ in the shape of the tables, (B|1, N, H|1, R/2) float32, from the final gradients of q and k."""
     from . import plan, replay
 
     inputs = (q, k, dq, dk) if seqlens is None else (q, k, dq, dk, seqlens)
-    cos = rotary.cos
 
     def planned(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, seqlens: Tensor | None = None) -> plan.Plan:
-        return plan.plan_angles(q, k, dq, dk, rotary, seqlens)
+        return plan.plan_angles(q, k, dq, dk, cos.shape, pairing, seqlens)
 
-    signature = ("angles", rotary.pairing, cos.shape, *((x.dtype, x.shape, x.stride()) for x in inputs))
+    signature = ("angles", pairing, cos.shape, *((x.dtype, x.shape, x.stride()) for x in inputs))
     (dphi,) = replay.run(signature, inputs, planned)
     return dphi.sum_to_size(cos.shape).to(cos.dtype)
 

@@ -292,11 +292,15 @@ def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, i
     return Plan((launch,), () if inplace else outs)
 
 
-def plan_angles(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, rotary: Rotary, seqlens: Tensor | None) -> Plan:
-    """dφ of every (sample, token, table head, pair): summed over the heads that share an angle; (B, N, H|1, R/2) float32."""
+def plan_angles(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, table: torch.Size, pairing: str, seqlens: Tensor | None
+) -> Plan:
+    """dφ of every (sample, token, table head, pair): summed over the heads that share an angle; (B, N, H|1, R/2) float32.
+
+    table: the shape of cos, (B|1, N, H|1, R/2).
+    """
     batch, tokens, heads, dim = q.shape
-    table_heads = rotary.cos.shape[2]
-    pairs = rotary.rotary_dim // 2
+    table_heads, pairs = table[2:]
     out = torch.empty((batch, tokens, table_heads, pairs), dtype=torch.float32, device=q.device)
     block = configs.ANGLES_BLOCK
     launch = Launch(
@@ -307,7 +311,7 @@ def plan_angles(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, rotary: Rotary, se
         {
             "D": dim,
             "R": 2 * pairs,
-            "PAIRING": rotary.pairing,
+            "PAIRING": pairing,
             "PAIRS": pair_cut(2 * pairs),
             "ALIGN": alignment(q, k, dq, dk),
             "PADDED": seqlens is not None,

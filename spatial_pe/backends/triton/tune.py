@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure tiles on this GPU: `spatial-pe tune`, or `python -m spatial_pe.cli tune`.
 
-A few candidates for each unit (forward, query, key, windows) are timed on the shapes that vision towers have, and what wins
-is kept on disk for this GPU and these versions (tuned.py). Candidates are
-compiled beforehand by as many processes as there are cores, into Triton's own cache.
+A few candidates for each unit (forward, query, key, windows) are timed on the shapes that vision towers have, and what
+wins is kept on disk for this GPU and these versions (tuned.py). Candidates are compiled beforehand by as many processes
+as there are cores, into Triton's own cache.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[s
     row: dict[str, Any] = {"milliseconds": {}}
     results: tuple = ()
     # windows before tiles: None among them means that the tiles are timed, and have to be the best ones
-    for unit in ("forward", "window_forward", "query", "key", "window_backward"):
+    for unit in tuned.UNITS:
         tried = candidates(unit, problem, choice)
         base = replace(choice, window_forward=None) if unit == "forward" else choice
         base = replace(base, window_backward=None) if unit in ("query", "key") else base
@@ -176,7 +176,7 @@ def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[s
                 runs[config] = functools.partial(plan.run, device)
             except (
                 Exception
-            ) as error:  # the compiler's failures have no common class: a candidate that does not compile
+            ) as error:  # does not compile, or does not fit: the compiler's failures have no common class
                 row.setdefault("failed", []).append(f"{unit} {config}: {type(error).__name__}: {error}"[:200])
         times = clock(runs)
         best = min(times, key=lambda config: times[config])
