@@ -67,6 +67,17 @@ $(VENV)/triton-3.6: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.6.0
 	touch $@
 
+# The oldest transformers that is supported, beside the newest, with the packages that it pins
+$(VENV)/transformers-4.57: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ transformers==4.57.6 "huggingface_hub<1" "tokenizers<0.23" \
+	  requests urllib3 certifi idna charset_normalizer
+	touch $@
+
+# timm and the torchvision that it imports, beside a torch for the CPU (tests/towers/timm_path.py says how)
+$(VENV)/timm: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
+	touch $@
+
 wheel: $(VENV)/installed
 	$(BIN)/pip wheel --no-deps -w dist .
 
