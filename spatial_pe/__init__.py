@@ -10,7 +10,7 @@ from .grid import PatchGrid
 from .modules import RoPE2DAttention
 from .rotary import Rotary
 from .rotation import apply_rotary, apply_rotary_qk
-from .towers import PatchReport, inspect, patch, unpatch
+from .towers import PatchReport, from_pretrained, inspect, patch, unpatch
 from .verify import RotaryReport, verify_rotary
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "apply_rotary_qk",
     "backends",
     "convention",
+    "from_pretrained",
     "inspect",
     "patch",
     "rope_attention",

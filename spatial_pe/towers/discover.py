@@ -9,12 +9,10 @@ from inspect import Parameter, signature
 
 from torch import nn
 
-from .adapters import SHAPES, Adapter, Shape
+from .adapters import LEFT_ALONE, SHAPES, FusedAttention, Shape
+from .grids import is_patch_convolution
 from .layout import QKV, Layout, read_layout
 from .swap import swap_refusal
-
-# A tower that takes one of these pads its images, and masks the padding in every call.
-PADDING = ("pixel_attention_mask", "patch_attention_mask", "spatial_shapes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +58,11 @@ def discover(model: nn.Module) -> list[Found]:
 
 
 def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -> Found:
-    if isinstance(module, Adapter):
+    if isinstance(module, FusedAttention):
         return Found(name, module, tower_name, tower, reason="already patched")
     shape = _shape_of(type(module))
     layout: Layout | str = "" if isinstance(shape, str) else read_layout(module)
-    reason = swap_refusal(module)
+    reason = LEFT_ALONE.get(type(module).__name__) or swap_refusal(module)
     if reason is None and isinstance(module, nn.MultiheadAttention):
         reason = "torch.nn.MultiheadAttention is not patched"
     if reason is None and isinstance(shape, str):
@@ -73,9 +71,6 @@ def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -
         reason = layout
     if reason is None and getattr(module, "is_causal", False):
         reason = "is_causal is True: attention over patches is bidirectional here"
-    padding = [argument for argument in PADDING if argument in _arguments(type(tower))]
-    if reason is None and padding and isinstance(shape, Shape) and shape.name != "packed":
-        reason = f"its tower pads images and masks the padding ({', '.join(padding)})"
     if reason is None:
         bias = next((n for n in _names_in(tower) if "relative_position" in n or "rel_pos" in n), None)
         reason = f"its tower has a relative position bias ({bias})" if bias else None
@@ -87,15 +82,11 @@ def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -
 def _shape_of(cls: type[nn.Module]) -> Shape | str:
     arguments = _arguments(cls)
     names = list(arguments)
-    shown = f"its forward takes ({', '.join(names)})"
-    if not names or names[0] != "hidden_states":
-        return shown
     given = frozenset(names[1:])
     for shape in SHAPES:
-        if shape.needs <= given <= shape.takes:
-            required = {n for n in given if arguments[n].default is Parameter.empty}
-            return shape if required <= shape.needs else shown
-    return shown
+        if names and names[0] == shape.first and shape.needs <= given <= shape.takes:
+            return shape
+    return f"its forward takes ({', '.join(names)})"
 
 
 def _arguments(cls: type[nn.Module]) -> dict[str, Parameter]:
@@ -113,7 +104,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _towers(modules: dict[str, nn.Module], attention: dict[str, nn.Module]) -> set[str]:
     """A tower is the smallest module that holds both a patch embedding and attention."""
-    patches = [name for name in modules if "patch_embed" in _last(name) or "patch_conv" in _last(name)]
+    patches = [name for name, module in modules.items() if _is_patch_embedding(name, module)]
     patches = patches or [name for name, module in modules.items() if is_patch_convolution(module)]
     towers = set()
     for name in patches:
@@ -125,12 +116,9 @@ def _towers(modules: dict[str, nn.Module], attention: dict[str, nn.Module]) -> s
     return towers
 
 
-def is_patch_convolution(module: nn.Module) -> bool:
-    """A convolution over disjoint patches."""
-    if not isinstance(module, nn.Conv2d | nn.Conv3d):
-        return False
-    kernel, stride = module.kernel_size, module.stride
-    return kernel == stride and max(kernel) > 1
+def _is_patch_embedding(name: str, module: nn.Module) -> bool:
+    last = _last(name)
+    return "patch_embed" in last or "patch_conv" in last or "patchembed" in type(module).__name__.lower()
 
 
 def _names_in(tower: nn.Module) -> Iterator[str]:

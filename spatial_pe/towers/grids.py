@@ -8,72 +8,114 @@ their class when the model is unpatched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..grid import PatchGrid
-from ..rotary import Rotary
 
 
-class GridRecorder:
-    """Forward hook on a tower's patch embedding convolution: its output (B, C, h, w) is the grid.
+class Grids:
+    """Where the layers of a tower with an added RoPE find the patch grid of the forward that they are part of.
 
-    Layers find the grid by their number of patches. With gradient checkpointing they ask again during backward, maybe
-    after another forward: then a grid of another size is still here, and one with as many patches but another shape is
+    Layers find it by the size of their input. With gradient checkpointing they ask again during backward, maybe after
+    another forward: then a grid of another size is still here, and one with as many patches but another shape is
     noticed and raises, since nothing tells which of the two is being recomputed.
     """
 
     def __init__(self) -> None:
-        self.shapes: dict[int, tuple[int, int]] = {}
-        self.awaiting: set[int] = set()  # numbers of patches with a forward that backward has not come back to
-        self.ambiguous: set[int] = set()
-        self.cached: tuple[Any, Rotary] | None = None
+        self.known: dict[Any, Any] = {}
+        self.awaiting: set = set()  # sizes with a forward that backward has not come back to
+        self.ambiguous: set = set()
+        self.cached: tuple[Any, Any] | None = None
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        shape = (output.shape[-2], output.shape[-1])
-        patches = shape[0] * shape[1]
-        if patches in self.awaiting and self.shapes[patches] != shape:
-            self.ambiguous.add(patches)
+    def record(self, size: Any, grid: Any, same: Callable[[Any, Any], bool]) -> None:
+        if size in self.awaiting and not same(self.known[size], grid):
+            self.ambiguous.add(size)
         else:
-            self.ambiguous.discard(patches)
-        self.shapes[patches] = shape
+            self.ambiguous.discard(size)
+        self.known[size] = grid
         if torch.is_grad_enabled():
-            self.awaiting.add(patches)
+            self.awaiting.add(size)
 
-    def grid(self, tokens: int, prefix: int) -> PatchGrid:
-        """The grid of a sequence of prefix + h * w tokens."""
-        patches = tokens - prefix
-        if patches not in self.shapes:
-            known = ", ".join(f"{h} x {w}" for h, w in self.shapes.values()) or "none"
-            raise ValueError(
-                f"attention got {tokens} tokens, {prefix} of them prefix, but no patch grid has {patches} patches "
-                f"(seen: {known}): RoPE needs every patch of the image, in order"
-            )
+    def find(self, size: Any, what: str) -> Any:
         # inside backward: a checkpointed layer runs again (compiled code does not: its recomputation is traced)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if patches in self.ambiguous:
+            if size in self.ambiguous:
                 raise RuntimeError(
-                    f"gradient checkpointing recomputes a layer with {patches} patches, but two forwards with this "
-                    "many patches in different shapes came before this backward: run backward after each of them"
+                    f"gradient checkpointing recomputes a layer with {what}, but two forwards with this many "
+                    "patches in different shapes came before this backward: run backward after each of them"
                 )
-            self.awaiting.discard(patches)
-        return PatchGrid(*self.shapes[patches], prefix=prefix)
+            self.awaiting.discard(size)
+        return self.known[size]
 
-    def rotary(self, rope: nn.Module, tokens: int, prefix: int, like: Tensor) -> Rotary:
+    def where(self, x: Tensor, prefix: int) -> tuple[Any, Any]:
+        """What to give to the encoding for tokens x (B, N, C), and a key that says when it is the same again."""
+        raise NotImplementedError
+
+    def rotary(self, rope: nn.Module, x: Tensor, prefix: int) -> Any:
         """The tables of one layer; those of an encoding without parameters are made once for all layers."""
-        grid = self.grid(tokens, prefix)
+        where, key = self.where(x, prefix)
         if next(rope.parameters(), None) is not None:
-            return rope(grid).to(like.device)
-        key = (id(rope), grid, like.device, like.dtype == torch.float64)
+            return rope(where).to(x.device)
+        key = (id(rope), key, x.device, x.dtype == torch.float64)
         if self.cached is None or self.cached[0] != key:
-            self.cached = (key, rope(grid).to(like.device))
+            self.cached = (key, rope(where).to(x.device))
         return self.cached[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cached": None}  # an id means nothing in a copy
+
+
+class GridRecorder(Grids):
+    """Forward hook on a tower's patch embedding convolution: its output (B, C, h, w) is the grid."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        shape = (output.shape[-2], output.shape[-1])
+        self.record(shape[0] * shape[1], shape, operator.eq)
+
+    def where(self, x: Tensor, prefix: int) -> tuple[PatchGrid, PatchGrid]:
+        patches = x.shape[1] - prefix
+        if patches not in self.known:
+            known = ", ".join(f"{h} x {w}" for h, w in self.known.values()) or "none"
+            raise ValueError(
+                f"attention got {x.shape[1]} tokens, {prefix} of them prefix, but no patch grid has {patches} patches "
+                f"(seen: {known}): RoPE needs every patch of the image, in order"
+            )
+        grid = PatchGrid(*self.find(patches, f"{patches} patches"), prefix=prefix)
+        return grid, grid
+
+
+class ShapesRecorder(Grids):
+    """Forward pre-hook on a tower that is told the grid of each padded image, as ``spatial_shapes`` (B, 2) (SigLIP 2).
+
+    The encoding gets (row, column) coordinates (B, N, 2); tokens past an image's own get (0, 0).
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.position = position  # of spatial_shapes among the positional arguments
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        shapes = kwargs.get("spatial_shapes", args[self.position] if len(args) > self.position else None)
+        if shapes is not None:
+            shapes = torch.as_tensor(shapes)
+            self.record(shapes.shape[0], shapes, torch.equal)
+
+    def where(self, x: Tensor, prefix: int) -> tuple[Tensor, Any]:
+        batch, tokens = x.shape[0], x.shape[1]
+        if batch not in self.known:
+            raise ValueError(f"attention got a batch of {batch} images, but no spatial_shapes of so many were given")
+        shapes = self.find(batch, f"{batch} images")
+        height, width = shapes.to(x.device)[:, :, None].unbind(1)
+        token = torch.arange(tokens, device=x.device)
+        row, column = token // width.clamp(min=1), token % width.clamp(min=1)
+        inside = token < height * width
+        return torch.stack([row, column], dim=-1) * inside[..., None], (id(shapes), tokens)
 
 
 class PackImages:
@@ -117,8 +159,38 @@ def _patch_counts(pixels: Tensor, sizes: Any, patch: int) -> list[int]:
     return [min(h, height) // patch * (min(w, width) // patch) for (h, w), _ in zip(pairs, range(batch), strict=False)]
 
 
-def add_hooks(tower: nn.Module, hook: PackImages) -> None:
-    tower.register_forward_pre_hook(hook, with_kwargs=True)
+def record_grids(tower: nn.Module) -> Grids:
+    """Hook up what records the grids of a tower. Raises where nothing tells them."""
+    names = list(signature(type(tower).forward).parameters)[1:]
+    if "spatial_shapes" in names:
+        shapes = ShapesRecorder(names.index("spatial_shapes"))
+        tower.register_forward_pre_hook(shapes, with_kwargs=True)
+        return shapes
+    recorder = GridRecorder()
+    patch_convolution(tower).register_forward_hook(recorder)
+    return recorder
+
+
+def patch_convolution(tower: nn.Module) -> nn.Conv2d:
+    found = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and is_patch_convolution(m)]
+    if len(found) != 1:
+        raise ValueError(
+            f"cannot add RoPE to {type(tower).__name__}: it has {len(found)} convolutions over disjoint patches, the "
+            "grid is read from exactly one"
+        )
+    return found[0]
+
+
+def is_patch_convolution(module: nn.Module) -> bool:
+    """A convolution over disjoint patches."""
+    if not isinstance(module, nn.Conv2d | nn.Conv3d):
+        return False
+    kernel, stride = module.kernel_size, module.stride
+    return kernel == stride and max(kernel) > 1
+
+
+def pack_images(tower: nn.Module) -> None:
+    tower.register_forward_pre_hook(PackImages(), with_kwargs=True)
     tower.register_forward_hook(RestoreConfig(), always_call=True)
 
 
@@ -126,6 +198,6 @@ def remove_hooks(module: nn.Module) -> None:
     """Take our hooks off a module. By class and not by handle: handles do not survive a copy."""
     for kind in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = getattr(module, kind)
-        for key in [key for key, hook in hooks.items() if isinstance(hook, GridRecorder | PackImages | RestoreConfig)]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Grids | PackImages | RestoreConfig)]:
             for table in (hooks, getattr(module, f"{kind}_with_kwargs"), module._forward_hooks_always_called):
                 table.pop(key, None)

@@ -4,17 +4,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # The names that the field uses. Adding a family that has new ones is adding them here.
 QKV = (("qkv",), ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
-OUT = ("proj", "out_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
+QKV_BIAS = ("q_bias", "k_bias", "v_bias")  # timm's EVA: beside a fused projection that has none
+OUT = ("proj", "out_proj", "o_proj", "projection_layer")
+NORMS = ("q_norm", "k_norm", "v_norm")
+OUT_NORM = "norm"  # timm: of all heads, before the output projection
+GATE = "gate"  # timm: a sigmoid gate on the heads, before the output projection
+OUT_DROPOUT = ("proj_drop", "projection_dropout")
 HEADS = ("num_heads", "num_attention_heads")
 HEAD_DIM = ("head_dim", "attention_head_size")
 SCALE = ("scaling", "scale")
-DROPOUT = ("attention_dropout", "dropout", "dropout_prob")
+DROPOUT = ("attention_dropout", "attn_drop", "dropout", "dropout_prob")
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,13 @@ class Layout:
     """C -> q (H, D), k and v (Hkv, D) -> C."""
 
     qkv: tuple[str, ...]  # one fused projection, its output ordered [q | k | v], or three
+    bias: tuple[str, ...]  # QKV_BIAS or none
+    norms: tuple[str, ...]  # of q and k, maybe v, before the rotation, or none
+    norms_all_heads: bool  # over all heads at once (InternVL), not per head
+    out_norm: str | None
+    gate: str | None
     out: str | None  # None: the output projection is not in this module (BERT-style SelfAttention)
-    norms: tuple[str, ...]  # per-head norms of q and k before the rotation, or none
+    out_dropout: str | None
     dropout: str | None
     width: int  # C
     heads: int
@@ -34,16 +45,18 @@ class Layout:
 
 def read_layout(module: nn.Module) -> Layout | str:
     """The layout of an attention module, or why it has none that this package knows."""
-    qkv = next((names for names in QKV if all(isinstance(getattr(module, n, None), nn.Module) for n in names)), None)
-    heads = _first(module, HEADS)
-    if qkv is None or not isinstance(heads, int):
+    qkv = next((names for names in QKV if all(_child(module, n) for n in names)), None)
+    heads, head_dim = _first(module, HEADS), _first(module, HEAD_DIM)
+    if qkv is None or not (isinstance(heads, int) or isinstance(head_dim, int)):
         return f"no query, key and value projections found, only {_children(module)}"
-    projections = [getattr(module, name) for name in qkv]
-    if not all(hasattr(p, "in_features") and hasattr(p, "out_features") for p in projections):
-        return f"its projections are not linear layers but {type(projections[0]).__name__}"
-    widths = [p.out_features for p in projections]
+    projections = [_linear(getattr(module, name)) for name in qkv]
+    if any(p is None for p in projections):
+        return f"its projections are not linear layers but {type(getattr(module, qkv[0])).__name__}"
+    widths = [int(p.out_features) for p in projections]  # type: ignore[union-attr]
+    width = int(projections[0].in_features)  # type: ignore[union-attr]
     # q and fused qkv without a declared head_dim: q is as wide as the tokens
-    head_dim = _first(module, HEAD_DIM) or (projections[0].in_features if len(widths) == 1 else widths[0]) // heads
+    head_dim = head_dim or (width if len(widths) == 1 else widths[0]) // heads
+    heads = heads or widths[0] // head_dim
     if len(widths) == 1:
         key_width, odd = divmod(widths[0] - heads * head_dim, 2)
         widths = [heads * head_dim, key_width, key_width]
@@ -51,31 +64,67 @@ def read_layout(module: nn.Module) -> Layout | str:
         odd = 0
     if odd or widths[0] != heads * head_dim or widths[1] != widths[2] or widths[1] % head_dim or widths[1] <= 0:
         return f"its projections are {widths} wide, which does not fit {heads} heads of {head_dim} channels"
-    out = next((name for name in OUT if isinstance(getattr(module, name, None), nn.Module)), None)
-    norms = NORMS if all(isinstance(getattr(module, name, None), nn.Module) for name in NORMS) else ()
+    present = tuple(name for name in NORMS if _child(module, name))
+    norms = tuple(name for name in present if not isinstance(getattr(module, name), nn.Identity))
+    over = {_norm_width(module, name) for name in norms} - {None}
+    bias = QKV_BIAS if len(qkv) == 1 and all(getattr(module, n, None) is not None for n in QKV_BIAS) else ()
+    out = next((name for name in OUT if _child(module, name)), None)
+    out_norm = OUT_NORM if _child(module, OUT_NORM) and out else None
+    gate = GATE if _child(module, GATE) and out else None
+    out_dropout = next((name for name in OUT_DROPOUT if _child(module, name)), None)
     dropout = next((name for name in DROPOUT if hasattr(module, name)), None)
-    unknown = _unknown_parts(module, {*qkv, *norms, out, "rope"}, head_dim, norms)
+    unknown = _unknown_parts(module, {*qkv, *bias, *present, out_norm, gate, out, out_dropout, "rope"})
+    if norms and (len(over) > 1 or not over <= {head_dim, heads * head_dim}):
+        unknown.append(f"norms over {sorted(over)} channels")  # type: ignore[type-var]
     if unknown:
-        return f"has {unknown}, which is not part of plain or rotary attention"
+        return f"has {', '.join(unknown)}, which is not part of plain or rotary attention"
     scale = _first(module, SCALE)
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    return Layout(qkv, out, norms, dropout, projections[0].in_features, heads, widths[1] // head_dim, head_dim, scale)
+    return Layout(
+        qkv=qkv,
+        bias=bias,
+        norms=norms,
+        norms_all_heads=heads > 1 and over == {heads * head_dim},
+        out_norm=out_norm,
+        gate=gate,
+        out=out,
+        out_dropout=out_dropout,
+        dropout=dropout,
+        width=width,
+        heads=heads,
+        kv_heads=widths[1] // head_dim,
+        head_dim=head_dim,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+    )
 
 
 def project(module: nn.Module, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(..., C) -> q (..., H, D), k and v (..., Hkv, D): views of what the projections return."""
     if len(layout.qkv) == 1:
         fused = getattr(module, layout.qkv[0])(x)
-        # (..., (H + 2 Hkv) D) -> (..., H + 2 Hkv, D) -> three slices of it
-        heads = fused.view(*fused.shape[:-1], -1, layout.head_dim)
-        q, k, v = heads.split((layout.heads, layout.kv_heads, layout.kv_heads), dim=-2)
+        if layout.bias:
+            fused = fused + torch.cat([getattr(module, name) for name in layout.bias])
+        # (..., H + 2 Hkv, D) -> three slices of it
+        parts = list(_split(fused, layout.head_dim).split((layout.heads, layout.kv_heads, layout.kv_heads), dim=-2))
     else:
-        q, k, v = (getattr(module, name)(x) for name in layout.qkv)
-        shape = (*x.shape[:-1], -1, layout.head_dim)
-        q, k, v = q.view(shape), k.view(shape), v.view(shape)
-    if layout.norms:
-        q, k = getattr(module, layout.norms[0])(q), getattr(module, layout.norms[1])(k)
+        parts = [_split(getattr(module, name)(x), layout.head_dim) for name in layout.qkv]
+    for i, name in enumerate(layout.norms):
+        norm = getattr(module, name)
+        parts[i] = _split(norm(parts[i].flatten(-2)), layout.head_dim) if layout.norms_all_heads else norm(parts[i])
+    q, k, v = parts
     return q, k, v
+
+
+def output(module: nn.Module, layout: Layout, attended: Tensor, x: Tensor) -> Tensor:
+    """(..., H, D) -> (..., C); x are the tokens, which a gate looks at."""
+    flat = attended.view(*attended.shape[:-2], -1)
+    if layout.out_norm is not None:
+        flat = getattr(module, layout.out_norm)(flat)
+    if layout.gate is not None:
+        flat = flat * getattr(module, layout.gate)(x).sigmoid()
+    for name in (layout.out, layout.out_dropout):
+        if name is not None:
+            flat = getattr(module, name)(flat)
+    return flat
 
 
 def dropout_of(module: nn.Module, layout: Layout) -> float:
@@ -86,21 +135,39 @@ def dropout_of(module: nn.Module, layout: Layout) -> float:
     return float(getattr(value, "p", value))
 
 
-def _first(module: nn.Module, names: tuple[str, ...]):
+def _split(x: Tensor, head_dim: int) -> Tensor:
+    return x.view(*x.shape[:-1], -1, head_dim)
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
     return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+
+
+def _child(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
+
+
+def _linear(module: nn.Module) -> nn.Module | None:
+    """The linear layer that a projection is, or that it wraps (Gemma 4's, which clips; PEFT's)."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module
+    inner = [m for m in module.children() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    return inner[0] if len(inner) == 1 else None
+
+
+def _norm_width(module: nn.Module, name: str) -> int | None:
+    weight = getattr(getattr(module, name), "weight", None)
+    return None if weight is None else weight.numel()
 
 
 def _children(module: nn.Module) -> str:
     return ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children()) or "no submodules"
 
 
-def _unknown_parts(module: nn.Module, known: set, head_dim: int, norms: tuple[str, ...]) -> str:
+def _unknown_parts(module: nn.Module, known: set) -> list[str]:
     """Parameters, buffers and submodules that say: this attention computes more than we know of."""
-    own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
+    own = (*module._parameters.items(), *module._buffers.items())
+    found = [name for name, value in own if value is not None and name not in known]
     inert = (nn.Dropout, nn.Identity)
-    own += [name for name, child in module.named_children() if name not in known and not isinstance(child, inert)]
-    for name in norms:
-        weight = getattr(getattr(module, name), "weight", None)
-        if weight is not None and weight.numel() != head_dim:
-            own.append(f"{name} over {weight.numel()} channels")
-    return ", ".join(own)
+    others = {name: child for name, child in module.named_children() if name not in known}
+    return found + [name for name, child in others.items() if not isinstance(child, inert)]

@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
-from typing import Any
+from dataclasses import replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.call import Call
 from ..backends.select import select
-from ..encodings import AxialRoPE, MixedRoPE
-from ..grid import PatchGrid
-from .adapters import TESTED, Adapter, Binding
-from .discover import Found, discover, is_patch_convolution
-from .grids import GridRecorder, PackImages, add_hooks, remove_hooks
+from ..rotary import PAIRINGS
+from .adapters import TESTED, Binding, FusedAttention, Known
+from .discover import Found, discover
+from .grids import pack_images, patch_convolution, record_grids, remove_hooks
 from .layout import Layout
+from .legacy import warn_of_legacy
 from .report import PatchedRow, PatchReport, SkippedRow
+from .request import Request
+from .saved import forget, mark, remember
 from .swap import restore, swap
 from .verify import Proof, prove
 
@@ -32,6 +34,7 @@ def patch(
     rope: str | nn.Module | None = None,
     start: str = "identity",
     keep_absolute: bool = True,
+    legacy: str | None = None,
     backend: str = "auto",
     verify: bool = True,
 ) -> PatchReport:
@@ -57,6 +60,8 @@ def patch(
             rounding (the cpu kernels order them by pairs, which depends on pairing and dtype).
             "full": "axial" is fixed, without parameters, "mixed" starts from random frequencies.
         keep_absolute: False sets the learned absolute position embedding to zero and freezes it, until ``unpatch``.
+        legacy: "2601.09954" adds, in place of ``rope``, what the public code of that paper computes, which is not a
+            rotation (see ``towers/legacy.py``), and drops the absolute position embedding as it does. It warns.
         backend: see ``rope_attention``.
         verify: prove each kind of module right before anything is changed, see ``towers/verify.py``. Without it only
             classes that are part of this package's tests are patched.
@@ -69,22 +74,11 @@ def patch(
             another way: ``unpatch`` it first.
         RuntimeError: a module computes something else when patched; nothing was changed.
     """
-    _check_arguments(rope, start)
-    request = (rope, start, keep_absolute)
-    found, proofs = _examine(model, rope, backend, verify)
-    _check_repeated(found, request, backend)
-    chosen = [f for f in found if f.reason is None]
-    report = _report(found, proofs, backend, rope, start)
-    if not chosen:
-        if any(isinstance(f.module, Adapter) for f in found):
-            return report
-        raise ValueError(f"nothing to patch in {type(model).__name__}: {_summary(found)}")
-    if rope is None:
-        _swap_all(chosen, backend, request)
-    else:
-        _add_rope(chosen, backend, request)
-        added = {id(p): p for f in chosen for p in f.module.rope.parameters()}  # type: ignore[union-attr]
-        report._added.extend(added.values())
+    request = Request(rope, start, keep_absolute, legacy)
+    request.check()
+    report = apply(model, request, backend, verify)
+    if legacy is not None:
+        warn_of_legacy()
     return report
 
 
@@ -94,9 +88,10 @@ def unpatch(model: nn.Module) -> None:
     Weights trained in between stay. A model that is not patched is left as it is.
     """
     for module in list(model.modules()):
-        if isinstance(module, Adapter):
+        if isinstance(module, FusedAttention):
             restore(module)
         remove_hooks(module)
+        forget(module)
         for name, (value, requires_grad) in module.__dict__.pop("_spatial_pe_absolute", {}).items():
             parameter = module.get_parameter(name)
             with torch.no_grad():
@@ -106,47 +101,75 @@ def unpatch(model: nn.Module) -> None:
 
 def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> PatchReport:
     """What ``patch(model)`` would do, proofs included, with nothing changed."""
-    found, proofs = _examine(model, None, backend, verify)
-    return _report(found, proofs, backend, None, "identity")
+    found, proofs = _examine(model, Request(), backend, verify)
+    return _report(found, proofs, backend, Request())
+
+
+def apply(model: nn.Module, request: Request, backend: str, verify: bool) -> PatchReport:
+    """patch, with its arguments checked."""
+    found, proofs = _examine(model, request, backend, verify)
+    _check_repeated(found, request, backend)
+    chosen = [f for f in found if f.reason is None]
+    report = _report(found, proofs, backend, request)
+    if not chosen:
+        if any(isinstance(f.module, FusedAttention) for f in found):
+            return report
+        raise ValueError(f"nothing to patch in {type(model).__name__}: {_summary(found)}")
+    if request.adds:
+        _add_rope(chosen, proofs, backend, request)
+        added = {id(p): p for f in chosen for p in f.module.rope.parameters()}  # type: ignore[union-attr]
+        report._added.extend(added.values())
+    else:
+        _swap_all(chosen, proofs, backend, request)
+    for tower in {id(f.tower): f.tower for f in chosen}.values():
+        remember(tower, request, backend)
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------------ examine
 
 
-def _examine(model: nn.Module, rope: Any, backend: str, verify: bool) -> tuple[list[Found], dict[str, Proof]]:
+def _examine(model: nn.Module, request: Request, backend: str, verify: bool) -> tuple[list[Found], dict[str, Proof]]:
     """Discover, and prove one module of each kind. Raises where a class that must be right is not."""
     found: list[Found] = []
     proofs: dict[str, Proof] = {}
     by_kind: dict[tuple, Proof] = {}
     for f in discover(model):
         if f.reason is None:
-            reason, proof = _judge(f, rope, backend, verify, by_kind)
+            reason, proof = _judge(f, request, backend, verify, by_kind)
             proofs[f.name] = proof
             f = f if reason is None else Found(f.name, f.module, f.tower_name, f.tower, reason=reason)
         found.append(f)
     return found, proofs
 
 
-def _judge(f: Found, rope: Any, backend: str, verify: bool, by_kind: dict[tuple, Proof]) -> tuple[str | None, Proof]:
+def _judge(
+    f: Found, request: Request, backend: str, verify: bool, by_kind: dict[tuple, Proof]
+) -> tuple[str | None, Proof]:
     """Why this module is skipped after all, or None; and what was proven."""
     assert f.shape is not None and f.layout is not None
-    tested = type(f.module).__name__ in TESTED and type(f.module).__module__.startswith("transformers.")
-    if rope is not None and f.shape.has_rope:
-        return "has RoPE of its own", Proof()
-    if rope is not None and hasattr(f.module, "rope"):
-        return "has an attribute rope", Proof()
+    known = TESTED.get(type(f.module).__name__) if _is_of_a_tested_library(type(f.module)) else None
+    if request.adds:
+        if f.shape.rotation:
+            return "has RoPE of its own", Proof()
+        if f.shape.bounds:
+            return "its images are packed, and nothing tells the grid of each", Proof()
+        if hasattr(f.module, "rope"):
+            return "has an attribute rope", Proof()
     if not verify:
-        return (None if tested else "its class is not part of the tests: needs verify=True"), Proof()
+        return (None if known else "its class is not part of the tests: needs verify=True"), _trusted(f, known)
     weight = next(f.module.parameters())
     # modules of a tested class differ only in what the layout says; of an unknown class, each one is asked
-    which = None if tested else f.name
+    which = None if known else f.name
     kind = (type(f.module), f.layout, f.packs_images, weight.dtype, weight.device.type, which)
     if kind not in by_kind:
-        by_kind[kind] = prove(f.module, f.shape, Binding(f.layout, backend), f.packs_images)
+        by_kind[kind] = prove(f.module, f.shape, f.layout, backend, f.packs_images, _pairings(f, known))
     proof = by_kind[kind]
-    if proof.failure is None or (tested and not proof.ran):
+    if proof.failure is None:
         return None, proof
-    if tested:
+    if known and not proof.ran:
+        return None, replace(_trusted(f, known), failure=proof.failure, ran=False)
+    if known:
         raise RuntimeError(
             f"{f.name} ({type(f.module).__name__}) computes something else when patched: {proof.failure}. "
             "Nothing was changed; please report this with the model's configuration."
@@ -154,35 +177,39 @@ def _judge(f: Found, rope: Any, backend: str, verify: bool, by_kind: dict[tuple,
     return f"it has the form of {f.shape.name} attention, but {proof.failure}", proof
 
 
-def _check_arguments(rope: Any, start: str) -> None:
-    if not (rope in (None, "axial", "mixed") if rope is None or isinstance(rope, str) else isinstance(rope, nn.Module)):
-        raise ValueError(f'rope must be "axial", "mixed", a module or None, got {rope!r}')
-    if start not in ("identity", "full"):
-        raise ValueError(f'start must be "identity" or "full", got {start!r}')
-    if isinstance(rope, nn.Module) and start == "identity":
-        table = rope(PatchGrid(3, 5))
-        if not bool((table.cos == 1).all() and (table.sin == 0).all()):
-            raise ValueError(
-                f'start="identity" needs a rope that rotates by nothing at first, but {type(rope).__name__} rotates: '
-                'build it with strength=0.0 or init="identity", or pass start="full"'
-            )
+def _is_of_a_tested_library(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in ("transformers", "timm")
 
 
-def _check_repeated(found: list[Found], request: tuple, backend: str) -> None:
+def _trusted(f: Found, known: Known | None) -> Proof:
+    """What a Binding needs, for a module that is not verified."""
+    assert f.shape is not None
+    known = known or Known()
+    return Proof(pairing=_pairings(f, known)[0], returns=known.returns or f.shape.returns, masks=known.masks, ran=False)
+
+
+def _pairings(f: Found, known: Known | None) -> tuple[str, ...]:
+    """Those that the module may use."""
+    assert f.shape is not None and f.layout is not None
+    if f.shape.rotation is None:
+        return ("half",)
+    says = getattr(f.module, "rotate_half", None)  # timm
+    if isinstance(says, bool):
+        return ("half",) if says else ("interleaved",)
+    if known is not None:
+        return (known.pairing,)
+    return tuple(p for p in PAIRINGS if p != "axis_half" or f.layout.head_dim % 4 == 0)
+
+
+def _check_repeated(found: list[Found], request: Request, backend: str) -> None:
     for f in found:
-        if isinstance(f.module, Adapter):
+        if isinstance(f.module, FusedAttention):
             bound = f.module._spatial_pe
             if (bound.request, bound.backend) != (request, backend):
                 raise ValueError(
-                    f"{f.name} is already patched with {_words(bound.request, bound.backend)}, now asked for "
-                    f"{_words(request, backend)}: call unpatch(model) first"
+                    f"{f.name} is already patched with {bound.request}, backend={bound.backend}, now asked for "
+                    f"{request}, backend={backend}: call unpatch(model) first"
                 )
-
-
-def _words(request: tuple, backend: str) -> str:
-    rope, start, keep_absolute = request
-    name = type(rope).__name__ if isinstance(rope, nn.Module) else rope
-    return f"rope={name}, start={start}, keep_absolute={keep_absolute}, backend={backend}"
 
 
 def _summary(found: list[Found]) -> str:
@@ -195,17 +222,20 @@ def _summary(found: list[Found]) -> str:
 # -------------------------------------------------------------------------------------------------------------- apply
 
 
-def _swap_all(chosen: list[Found], backend: str, request: tuple) -> None:
-    packing = {id(f.tower): f.tower for f in chosen if f.packs_images}
+def _binding(f: Found, proof: Proof, backend: str, request: Request) -> Binding:
+    assert f.shape is not None and f.layout is not None
+    return Binding(f.layout, f.shape, proof.pairing, proof.returns, backend, proof.masks, request=request)
+
+
+def _swap_all(chosen: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
     for f in chosen:
-        swap(f.module, f.shape.adapter, Binding(f.layout, backend, request=request))  # type: ignore[union-attr, arg-type]
-    for tower in packing.values():
+        swap(f.module, _binding(f, proofs[f.name], backend, request))
+    for tower in {id(f.tower): f.tower for f in chosen if f.packs_images}.values():
         assert tower is not None
-        add_hooks(tower, PackImages())
+        pack_images(tower)
 
 
-def _add_rope(chosen: list[Found], backend: str, request: tuple) -> None:
-    rope, start, keep_absolute = request
+def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
     towers: dict[int, list[Found]] = {}
     for f in chosen:
         towers.setdefault(id(f.tower), []).append(f)
@@ -214,41 +244,26 @@ def _add_rope(chosen: list[Found], backend: str, request: tuple) -> None:
     for members in towers.values():
         tower = members[0].tower
         assert tower is not None
-        convolution, absolute = _patch_convolution(tower), {} if keep_absolute else _absolute(tower)
-        encodings = [_encoding(rope, start, f.layout) for f in members]  # type: ignore[arg-type]
-        plans.append((tower, members, convolution, absolute, encodings))
-    for tower, members, convolution, absolute, encodings in plans:
-        recorder, prefix = GridRecorder(), _prefix_tokens(tower)
-        convolution.register_forward_hook(recorder)
+        if "spatial_shapes" not in signature(type(tower).forward).parameters:
+            patch_convolution(tower)
+        absolute = {} if request.keeps_absolute else _absolute(tower)
+        encodings = [request.encoding(f.layout) for f in members]  # type: ignore[arg-type]
+        plans.append((tower, members, absolute, encodings))
+    for tower, members, absolute, encodings in plans:
+        grids, prefix = record_grids(tower), _prefix_tokens(tower)
         shared = encodings[0] if not encodings[0].state_dict() and not list(encodings[0].parameters()) else None
         for f, encoding in zip(members, encodings, strict=True):
             weight = next(f.module.parameters())
-            binding = Binding(f.layout, backend, recorder, prefix, request)  # type: ignore[arg-type]
-            swap(f.module, f.shape.adapter, binding)  # type: ignore[union-attr]
+            binding = _binding(f, proofs[f.name], backend, request)
+            binding.grids, binding.prefix = grids, prefix
+            swap(f.module, binding)
             f.module.rope = (shared or encoding).to(weight.device).train(f.module.training)
+            mark(f.module)
         if absolute:
             tower.__dict__["_spatial_pe_absolute"] = saved = {}
             for name, parameter in absolute.items():
                 saved[name] = (parameter.detach().clone(), parameter.requires_grad)
                 parameter.requires_grad_(False).zero_()
-
-
-def _encoding(rope: str | nn.Module, start: str, layout: Layout) -> nn.Module:
-    if isinstance(rope, nn.Module):
-        return copy.deepcopy(rope)
-    if rope == "axial":
-        return AxialRoPE(layout.head_dim, strength=0.0 if start == "identity" else None)
-    return MixedRoPE(layout.head_dim, layout.heads, init="identity" if start == "identity" else "random")
-
-
-def _patch_convolution(tower: nn.Module) -> nn.Conv2d:
-    found = [m for m in tower.modules() if is_patch_convolution(m) and isinstance(m, nn.Conv2d)]
-    if len(found) != 1:
-        raise ValueError(
-            f"cannot add RoPE to {type(tower).__name__}: it has {len(found)} convolutions over disjoint patches, the "
-            "grid is read from exactly one"
-        )
-    return found[0]
 
 
 def _prefix_tokens(tower: nn.Module) -> int:
@@ -273,7 +288,7 @@ def _absolute(tower: nn.Module) -> dict[str, nn.Parameter]:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def _report(found: list[Found], proofs: dict[str, Proof], backend: str, rope: Any, start: str) -> PatchReport:
+def _report(found: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> PatchReport:
     report = PatchReport()
     for f in found:
         attention = type(f.module).__name__
@@ -282,12 +297,12 @@ def _report(found: list[Found], proofs: dict[str, Proof], backend: str, rope: An
             continue
         assert f.shape is not None and f.layout is not None
         proof = proofs[f.name]
-        name = rope if isinstance(rope, str) else type(rope).__name__
-        convention = f.shape.convention if rope is None else f"{name} RoPE added, start={start}"
+        own = f"{f.shape.convention} ({proof.pairing})" if f.shape.rotation else f.shape.convention
         tower = f"{f.tower_name or 'model'} ({type(f.tower).__name__})"
         serves = _serving_backend(f.module, f.layout, backend)
         note = proof.failure or ""
         errors = (None, None) if note else (proof.error, proof.own_error)
+        convention = request.name if request.adds else own
         report.patched.append(PatchedRow(f.name, tower, attention, convention, serves, *errors, note))
     return report
 

@@ -12,7 +12,8 @@ from types import FunctionType, MethodType
 
 from torch import nn
 
-from .adapters import Adapter, Binding, patched_class
+from .adapters import Binding, FusedAttention, patched_class
+from .saved import MARK
 
 
 def swap_refusal(module: nn.Module) -> str | None:
@@ -25,16 +26,17 @@ def swap_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def swap(module: nn.Module, adapter: type[Adapter], binding: Binding) -> None:
+def swap(module: nn.Module, binding: Binding) -> None:
     """Make module an instance of the patched class."""
-    _rebind(module, patched_class(adapter, type(module)))
+    _rebind(module, patched_class(FusedAttention, type(module)))
     module._spatial_pe = binding  # type: ignore[assignment]
 
 
-def restore(module: Adapter) -> None:
+def restore(module: FusedAttention) -> None:
     """Make module what it was, its added encoding removed."""
-    if module._spatial_pe.grids is not None:
+    if module._spatial_pe.added:
         del module.rope
+        delattr(module, MARK)
     del module._spatial_pe
     _rebind(module, module.original)
 

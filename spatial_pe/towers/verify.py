@@ -18,21 +18,25 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, Binding, Shape, patched_class
-from .layout import project
+from ..rotary import join_pairs
+from .adapters import Binding, FusedAttention, Shape, patched_class
+from .layout import Layout, project
 
 PREFIX, BOUNDS = 3, (0, 5, 6, 15)  # unrotated tokens; three sequences, one of a single token
+TOKENS = BOUNDS[-1]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """error: of the patched forward; own_error: of the module's own.
+    """error: of the patched forward; own_error: of the module's own. pairing, returns, masks: what a Binding needs.
 
     failure: why this is no proof, or None. ran: False if nothing was found wrong, but nothing could be compared either.
     """
@@ -41,99 +45,190 @@ class Proof:
     own_error: float | None = None
     failure: str | None = None
     ran: bool = True
+    pairing: str = "half"
+    returns: str = "tuple"
+    masks: bool = False
 
 
-def prove(module: nn.Module, shape: Shape, binding: Binding, packs_images: bool) -> Proof:
-    """Run all three and apply the rule."""
+def prove(
+    module: nn.Module, shape: Shape, layout: Layout, backend: str, packs_images: bool, pairings: tuple[str, ...]
+) -> Proof:
+    """Run all three and apply the rule, for each pairing and each form that the arguments may have, until it holds."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if weight is None or weight.is_meta:
         return Proof(failure="its weights are not in memory", ran=False)
-    cls, dtype = patched_class(shape.adapter, type(module)), weight.dtype
-    plain = Binding(binding.layout, binding.backend)
+    found: list[Proof] = []
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        try:
-            reference, own = _bare(module, torch.float64), _bare(module, None)
-            inputs = _inputs(reference, shape, plain, packs_images, weight.device)
-            exact, turned = (
-                _first(reference(**_own_inputs(given, torch.float64, shape, packs_images)))
-                for given in (inputs, _turned_back(inputs))
-            )
-            theirs = own(**_own_inputs(inputs, dtype, shape, packs_images))
-        except Exception as failed:
-            return Proof(failure=f"its own forward fails on a test input ({_brief(failed)})", ran=False)
-        try:
-            wide = _as_patched(reference, cls, Binding(binding.layout, "composed"))(**inputs)
-            ours = _as_patched(own, cls, plain)(**_cast(inputs, dtype, shape))
-        except Exception as failed:
-            return Proof(failure=f"the patched forward fails on a test input ({_brief(failed)})")
-    if isinstance(ours, tuple) != isinstance(theirs, tuple) or _first(ours).shape != exact.shape:
-        return Proof(failure=f"its own forward returns {_form(theirs)}, the patched one {_form(ours)}")
+        reference, own = _bare(module, torch.float64), _bare(module, None)
+        for pairing in pairings:
+            for inputs in _examples(reference, shape, layout, pairing, packs_images, weight.device):
+                proof = _compare(reference, own, shape, layout, backend, pairing, inputs, weight.dtype)
+                if proof.failure is None:
+                    return proof
+                found.append(proof)
+    compared = [proof for proof in found if proof.ran]
+    return compared[0] if compared else found[0]
+
+
+def _compare(
+    reference: nn.Module,
+    own: nn.Module,
+    shape: Shape,
+    layout: Layout,
+    backend: str,
+    pairing: str,
+    inputs: dict[str, Any],
+    dtype: torch.dtype,
+) -> Proof:
+    cls = patched_class(FusedAttention, type(reference))
+    try:
+        exact, turned = (
+            _first(reference(**_own_inputs(given, torch.float64, shape)))
+            for given in (inputs, _turned_back(inputs, shape))
+        )
+        result = own(**_own_inputs(inputs, dtype, shape))
+    except Exception as failed:
+        return Proof(failure=f"its own forward fails on a test input ({_brief(failed)})", ran=False)
+    theirs, returns = _first(result), "tuple" if isinstance(result, tuple) else "tensor"
+    binding = Binding(layout, shape, pairing, returns, backend)
+    try:
+        wide = _as_patched(reference, cls, replace(binding, backend="composed"))(**inputs)
+        ours = _as_patched(own, cls, binding)(**_cast(inputs, dtype, shape))
+    except Exception as failed:
+        return Proof(failure=f"the patched forward fails on a test input ({_brief(failed)})")
+    if _first(ours).shape != exact.shape:
+        shapes = tuple(exact.shape), tuple(_first(ours).shape)
+        return Proof(failure=f"its own forward returns {shapes[0]}, the patched one {shapes[1]}")
     allowed = 4 * torch.finfo(torch.float32).eps
-    if shape.has_rope and not _distance(turned, exact) > allowed:  # true also for NaN, as of weights that are all zero
+    if shape.rotation and not _distance(turned, exact) > allowed:  # true also for NaN, as of weights that are all zero
         return Proof(failure="its output does not depend on the rotation", ran=False)
     error = _distance(_first(wide), exact)
     if not error <= allowed:
         return Proof(error, 0.0, f"relative error {error:.2g} in float64")
-    error, own_error = _distance(_first(ours), exact), _distance(_first(theirs), exact)
+    error, own_error = _distance(_first(ours), exact), _distance(theirs, exact)
     if not error <= 1.5 * own_error + 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps):
         return Proof(error, own_error, f"relative error {error:.2g}, its own forward has {own_error:.2g} ({dtype})")
-    return Proof(error, own_error)
+    masks = _takes_padding(reference, cls, replace(binding, backend="composed"), inputs, exact)
+    return Proof(error, own_error, pairing=pairing, returns=returns, masks=masks)
+
+
+def _takes_padding(
+    reference: nn.Module, cls: type[FusedAttention], binding: Binding, inputs: dict[str, Any], exact: Tensor
+) -> bool:
+    """Whether its own forward takes a mask of padding, at the end of one sample and scattered in the other, as such."""
+    name = binding.shape.mask
+    if exact.ndim != 3 or exact.shape[0] != 2 or name not in signature(type(reference).forward).parameters:
+        return False
+    valid = torch.ones(2, TOKENS, dtype=torch.bool, device=exact.device)
+    valid[0, -4:], valid[1, 4:9:2] = False, False
+    masked = {**inputs, name: valid[:, None, None].expand(2, 1, TOKENS, TOKENS)}
+    try:
+        theirs = _first(reference(**masked))
+        ours = _first(_as_patched(reference, cls, binding)(**masked))
+    except Exception:
+        return False
+    uses_it = _distance(theirs[valid], exact[valid]) > 4 * torch.finfo(torch.float32).eps
+    return uses_it and _distance(ours[valid], theirs[valid]) <= 4 * torch.finfo(torch.float32).eps
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _inputs(reference: nn.Module, shape: Shape, plain: Binding, packs: bool, device: torch.device) -> dict[str, Any]:
-    """Arguments of the patched forward, in float64."""
-    layout = plain.layout
-    generator = torch.Generator().manual_seed(0)
-    packed = shape.name == "packed" or packs
-    tokens = BOUNDS[-1]
-    rows = tokens if packed or not shape.has_rope else tokens - PREFIX
-    lead = (tokens,) if shape.name == "packed" else (1 if packs else 2, tokens)
-    x = torch.randn(*lead, layout.width, generator=generator, dtype=torch.float64, device="cpu").to(device)
-    angles = torch.randn(rows, layout.head_dim // 2, generator=generator, dtype=torch.float64, device="cpu")
-    angles = torch.cat([angles, angles], dim=-1).to(device)
+def _examples(
+    reference: nn.Module, shape: Shape, layout: Layout, pairing: str, packs: bool, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Arguments of the patched forward, in float64, in the forms that attention modules of a shape take."""
+    packed = shape.bounds is not None or packs
     bounds = torch.tensor(BOUNDS, dtype=torch.int32, device=device)
-    # Logits near zero would make every attention uniform and every rotation look right: give them a spread of 2,
-    # which q kᵀ reaches where x is scaled by the root of what is missing.
-    q, k, _ = project(reference, layout, x)
-    spread = float((q * k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)).sum(-1).std()) * layout.scale
-    if math.isfinite(spread) and spread > 0:
-        x = x * min(max((2 / spread) ** 0.5, 1e-3), 1e3)
-    inputs: dict[str, Any] = {"hidden_states": x}
-    if shape.has_rope:
-        inputs["position_embeddings"] = (angles.cos(), angles.sin())
-    if shape.name == "packed":
-        inputs["cu_seqlens"] = bounds
+    if shape.bounds is not None:
+        forms = [((TOKENS,), (TOKENS,)), ((1, TOKENS), (TOKENS,))]
     elif packs:
-        inputs["cu_seq_lens_q"] = bounds
-    return inputs
+        forms = [((1, TOKENS), (TOKENS,))]
+    elif shape.rotation is None:
+        forms = [((2, TOKENS), (TOKENS,))]
+    else:
+        prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # timm says so
+        forms = [
+            ((2, TOKENS), (TOKENS - prefix,)),  # DINOv3, timm
+            ((2, TOKENS), (TOKENS,)),  # MLCD, Llama 4
+            ((2, TOKENS), (2, TOKENS)),  # Gemma 4
+            ((2, 3, TOKENS // 3), (TOKENS,)),  # SAM 3
+        ]
+    for lead, rows in forms:
+        generator = torch.Generator().manual_seed(0)
+        x, angles = (
+            torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
+            for size in ((*lead, layout.width), (*rows, layout.head_dim // 2))
+        )
+        inputs: dict[str, Any] = {shape.first: x * _spread(reference, layout, x)}
+        if shape.rotation is not None:
+            inputs[shape.rotation] = _rotation(angles, shape.rotation, pairing)
+        if packed:
+            inputs[shape.bounds or "cu_seq_lens_q"] = bounds
+        for name, parameter in [*signature(type(reference).forward).parameters.items()][1:]:
+            if name == "position_ids":  # Gemma 4 asks for the number of axes
+                inputs[name] = torch.zeros(2, TOKENS, 2, dtype=torch.long, device=device)
+            elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
+                inputs.setdefault(name, None)
+        if shape.bounds and shape.rotation:
+            # most packed towers hand on float32 tables whatever they are in, some their own dtype
+            yield {**inputs, shape.rotation: tuple(t.float() for t in inputs[shape.rotation])}
+        yield inputs
 
 
-def _turned_back(inputs: dict[str, Any]) -> dict[str, Any]:
+def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:
+    """A factor for x: logits near zero would make every attention uniform and every rotation look right. Give them a
+    spread of 2, which q kᵀ reaches where x is scaled by the root of what is missing."""
+    try:
+        q, k, _ = project(reference, layout, x)
+    except Exception:  # then its own forward fails too, and says how
+        return 1.0
+    spread = float((q * k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)).sum(-1).std()) * layout.scale
+    return min(max((2 / spread) ** 0.5, 1e-3), 1e3) if math.isfinite(spread) and spread > 0 else 1.0
+
+
+def _rotation(angles: Tensor, name: str, pairing: str) -> Any:
+    """(..., N, D/2) angles in the form of that argument, see ``adapters/tables.py``."""
+    if name == "freqs_ci":
+        return torch.polar(torch.ones_like(angles), angles)
+    angles = join_pairs(angles, angles, pairing)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([sin, cos], dim=-1) if name == "rope" else (cos, sin)
+
+
+def _turned_back(inputs: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """The same with every angle negated."""
-    if "position_embeddings" not in inputs:
-        return inputs
-    cos, sin = inputs["position_embeddings"]
-    return {**inputs, "position_embeddings": (cos, -sin)}
+    value = inputs.get(shape.rotation or "")
+    if isinstance(value, tuple):
+        value = (value[0], -value[1])
+    elif isinstance(value, Tensor) and value.is_complex():
+        value = value.conj().resolve_conj()
+    elif isinstance(value, Tensor):
+        sin, cos = value.chunk(2, dim=-1)
+        value = torch.cat([-sin, cos], dim=-1)
+    return inputs if value is None else {**inputs, shape.rotation: value}
 
 
 def _cast(inputs: dict[str, Any], dtype: torch.dtype, shape: Shape) -> dict[str, Any]:
-    """In the module's dtype; the tables of packed towers arrive in float32 whatever it is."""
-    cast = {**inputs, "hidden_states": inputs["hidden_states"].to(dtype)}
-    if shape.has_rope:
-        table = torch.float32 if shape.name == "packed" and dtype != torch.float64 else dtype
-        cast["position_embeddings"] = tuple(t.to(table) for t in inputs["position_embeddings"])
+    """In the module's dtype; a float32 table stays one."""
+    cast = {**inputs, shape.first: inputs[shape.first].to(dtype)}
+    value = inputs.get(shape.rotation or "")
+    if isinstance(value, tuple):
+        wide = dtype != torch.float64 and value[0].dtype == torch.float32
+        cast[shape.rotation] = value if wide else tuple(t.to(dtype) for t in value)
+    elif isinstance(value, Tensor) and value.is_complex():
+        cast[shape.rotation] = value if dtype == torch.float64 else value.to(torch.complex64)
+    elif isinstance(value, Tensor):
+        cast[shape.rotation] = value.to(dtype)
     return cast
 
 
-def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, shape: Shape, packs: bool) -> dict[str, Any]:
+def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, shape: Shape) -> dict[str, Any]:
     """The same for the module's own forward, which takes packed images as a mask."""
     cast = _cast(inputs, dtype, shape)
-    if packs:
+    if "cu_seq_lens_q" in cast:
         bounds = cast.pop("cu_seq_lens_q")
-        image = torch.searchsorted(bounds, torch.arange(BOUNDS[-1], device=bounds.device), right=True)
+        image = torch.searchsorted(bounds, torch.arange(TOKENS, device=bounds.device), right=True)
         mask = torch.zeros(len(image), len(image), dtype=dtype, device=image.device)
         cast["attention_mask"] = mask.masked_fill_(image[:, None] != image, torch.finfo(dtype).min)[None, None]
     return cast
@@ -165,10 +260,11 @@ def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return twin
 
 
-def _as_patched(twin: nn.Module, cls: type[Adapter], binding: Binding) -> nn.Module:
-    twin.__class__ = cls
-    twin._spatial_pe = binding  # type: ignore[assignment]
-    return twin
+def _as_patched(twin: nn.Module, cls: type[FusedAttention], binding: Binding) -> nn.Module:
+    patched = type(twin).__new__(cls)
+    patched.__dict__.update(twin.__dict__)
+    patched._spatial_pe = binding  # type: ignore[assignment]
+    return patched
 
 
 def _converted(value: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
@@ -183,11 +279,6 @@ def _converted(value: Tensor | None, dtype: torch.dtype | None) -> Tensor | None
 
 def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
-
-
-def _form(result: Any) -> str:
-    shape = tuple(_first(result).shape)
-    return f"a tuple with {shape}" if isinstance(result, tuple) else f"a tensor {shape}"
 
 
 def _distance(x: Tensor, exact: Tensor) -> float:

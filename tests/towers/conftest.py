@@ -6,13 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spatial_pe.towers.adapters import base, batched, packed, plain
+from spatial_pe.towers.adapters import fused, masks, patched
 
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
     """The fallback warns once per class and reason: each test is a first time."""
-    base._warned.clear()
+    patched._warned.clear()
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def calls(monkeypatch):
         seen.append((args, kwargs))
         return original(*args, **kwargs)
 
-    original = packed.rope_attention
-    for module in (packed, batched, plain):
+    original = fused.rope_attention
+    for module in (fused, masks):
         monkeypatch.setattr(module, "rope_attention", spy)
     return seen
 

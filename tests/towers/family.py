@@ -45,6 +45,10 @@ class Family:
             return False
         return True
 
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+        """What the model returns for the tokens that exist."""
+        return outputs(model, inputs, self.valid(inputs) if self.valid else None)
+
     def make(self, seed: int = 0, implementation: str = "sdpa", **options: Any) -> nn.Module:
         model, config = self.load()
         chosen = config(**{**self.options, **options})

@@ -12,15 +12,15 @@ import torch
 from families import FAMILIES, HERE, WITH_TABLES, outputs, randn, to
 
 from spatial_pe.towers import patch, unpatch
-from spatial_pe.towers.adapters import batched, packed
+from spatial_pe.towers.adapters import fused
 
 EAGER = {"implementation": "eager"}
 
 
-def run(model, inputs, dtype):
+def run(model, family, inputs, dtype):
     """Outputs, and the gradient of every parameter, of one random projection of all outputs."""
     model.zero_grad(set_to_none=True)
-    found = outputs(model, to(inputs, dtype))
+    found = family.outputs(model, to(inputs, dtype))
     loss = sum((x * randn(*x.shape, seed=7 + i).to(x.dtype)).sum() for i, x in enumerate(found))
     loss.backward()
     grads = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -40,9 +40,9 @@ def assert_error_rule(ours, theirs, exact, dtype, what, floor=0.0):
 def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls):
     family = FAMILIES[name]
     inputs = family.inputs()
-    exact, exact_grads = run(family.make().double(), inputs, torch.float64)
+    exact, exact_grads = run(family.make().double(), family, inputs, torch.float64)
     model = family.make().to(dtype)
-    theirs, their_grads = run(model, inputs, dtype)
+    theirs, their_grads = run(model, family, inputs, dtype)
     assert not calls
     report = patch(model, backend=backend)
     calls.clear()  # those of the proof
@@ -50,7 +50,7 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls
     assert {row.attention for row in report.patched} <= set(family.attention)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a fallback to the model's own forward would prove nothing
-        ours, our_grads = run(model, inputs, dtype)
+        ours, our_grads = run(model, family, inputs, dtype)
     assert len(calls) == family.layers
     for i, triple in enumerate(zip(ours, theirs, exact, strict=True)):
         assert_error_rule(*triple, dtype, f"output {i}")
@@ -69,11 +69,11 @@ def test_outputs_in_half_and_double_precision(name, dtype):
     family = FAMILIES[name]
     known = dtype if dtype == torch.float16 else torch.float32
     with torch.no_grad():
-        exact = outputs(family.make().double(), to(family.inputs(), torch.float64))
-        theirs = outputs(family.make().to(known), to(family.inputs(), known))
+        exact = family.outputs(family.make().double(), to(family.inputs(), torch.float64))
+        theirs = family.outputs(family.make().to(known), to(family.inputs(), known))
         model = family.make().to(dtype)
         patch(model)
-        ours = outputs(model, to(family.inputs(), dtype))
+        ours = family.outputs(model, to(family.inputs(), dtype))
     for i, triple in enumerate(zip(ours, theirs, exact, strict=True)):
         assert_error_rule(*(x.double() for x in triple), dtype, f"output {i}")
 
@@ -141,7 +141,7 @@ def test_verification_notices_a_wrong_attention(name, fault, case, monkeypatch):
     model = family.make()
     if dtype == torch.bfloat16:
         model = small_weights(model, bias=1 if "biases" in case else 0).to(dtype)
-    for module in (packed, batched):
+    for module in (fused,):
         original = module.rope_attention
 
         def wrong(q, k, v, rotary, *, original=original, **kwargs):

@@ -18,7 +18,7 @@ from families import FAMILIES, outputs, randn, randomize
 from torch import nn
 
 from spatial_pe.towers import inspect, patch, unpatch
-from spatial_pe.towers.adapters import tables
+from spatial_pe.towers.adapters import memo
 
 transformers = pytest.importorskip("transformers")
 
@@ -160,7 +160,7 @@ def test_tables_are_not_kept_between_forwards(tower):
         outputs(model, inputs)
         outputs(model, inputs)
     gc.collect()
-    assert len(tables._entries) == 0
+    assert len(memo._entries) == 0
 
 
 # ------------------------------------------------------------------------------------------------- wrapped forwards

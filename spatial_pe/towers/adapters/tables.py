@@ -1,68 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tower's own (cos, sin) as a Rotary, made once per forward and not once per layer."""
+"""The rotation that a tower hands to its attention, as a Rotary: made once per forward and not once per layer.
+
+Three forms are in use, with one column per channel (each angle twice) or per pair:
+
+- ``(cos, sin)``, each (N, R), (1, N, R) or (B, N, R): transformers;
+- complex (N, R/2) or (N, 1, R/2): Llama 4;
+- ``[sin | cos]`` (N, 2R), (H, N, 2R), (B, 1, N, 2R): timm, per head where the encoding is mixed.
+"""
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...rotary import Rotary
+from ...rotary import Rotary, split_pairs
+from .memo import once_per_forward
 
-
-@dataclass(frozen=True)
-class _Entry:
-    sin: weakref.ref
-    version: tuple[int, int]
-    prefix: int
-    rotary: Rotary | None
+_trusted: set[tuple[type, str]] = set()
 
 
-# All layers of a forward get the same cos tensor, so it is the key; the entry goes when the tensor does.
-_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_trusted: set[type] = set()
-
-
-def rotary_from_tables(cos: Tensor, sin: Tensor, prefix: int, owner: type) -> Rotary | None:
-    """(N, D) tables whose halves repeat -> Rotary with ``prefix`` unrotated rows before; None if they do not repeat.
+def rotation_of(value: Any, tokens: int, head_dim: int, pairing: str, owner: type) -> Rotary | str:
+    """A Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
 
     Making a Rotary checks for NaN and costs 20 us, looking it up 3 us.
     """
+    tables = _tables(value, head_dim)
+    if isinstance(tables, str):
+        return tables
+    key = value[0] if isinstance(value, tuple | list) else value
+    others = tuple(value[1:]) if isinstance(value, tuple | list) else ()
+    cos, sin, repeated = tables
+    prefix = tokens - cos.shape[1]
+    if prefix < 0:
+        return f"its rotation has {cos.shape[1]} rows for {tokens} tokens"
     if torch.compiler.is_compiling() or cos.requires_grad or sin.requires_grad:
-        return _make(cos, sin, prefix)
-    entry = _entries.get(cos)
-    version = (_version(cos), _version(sin))
-    if entry is not None and entry.prefix == prefix and entry.sin() is sin and entry.version == version:
-        return entry.rotary
-    rotary = _make(cos, sin, prefix) if _halves_repeat(cos, sin, owner) else None
-    _entries[cos] = _Entry(weakref.ref(sin), version, prefix, rotary)
-    return rotary
+        return _make(cos, sin, repeated, prefix, pairing)
+
+    def make() -> Rotary | str:
+        if repeated and not _repeats(cos, sin, pairing, owner):
+            return "the two halves of cos and sin differ"
+        return _make(cos, sin, repeated, prefix, pairing)
+
+    return once_per_forward(key, others, (prefix, pairing), make)
 
 
-def _make(cos: Tensor, sin: Tensor, prefix: int) -> Rotary:
-    dtype = torch.float64 if cos.dtype == torch.float64 else torch.float32
-    half = cos.shape[-1] // 2
-    # copies: a view would keep the key of its own entry alive
+def _tables(value: Any, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
+    """cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
+    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
+        cos, sin = value
+        if cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-1] <= head_dim and cos.shape[-1] % 2 == 0:
+            lead = (1,) * (3 - cos.ndim)
+            return *(x.view(*lead, *x.shape).unsqueeze(2) for x in (cos, sin)), True  # type: ignore[return-value]
+    elif isinstance(value, Tensor) and value.is_complex():
+        if value.shape[-1] == head_dim // 2 and value.numel() == value.shape[0] * value.shape[-1]:
+            rows = value.view(1, value.shape[0], 1, -1)
+            return rows.real, rows.imag, False
+    elif isinstance(value, Tensor) and value.ndim in (2, 3, 4) and value.shape[-1] in range(4, 2 * head_dim + 1, 4):
+        sin, cos = value.chunk(2, dim=-1)  # (N, R), (H, N, R) or (B, H|1, N, R)
+        lead = (1,) * (4 - value.ndim)
+        return *(x.reshape(*lead, *x.shape).transpose(1, 2) for x in (cos, sin)), True  # type: ignore[return-value]
+    return f"its rotation is not a pair of tables for {head_dim} channels"
+
+
+def _make(cos: Tensor, sin: Tensor, repeated: bool, prefix: int, pairing: str) -> Rotary:
+    wide = torch.float64 if cos.dtype == torch.float64 else torch.float32
     tables = []
     for x, unrotated in ((cos, 1.0), (sin, 0.0)):
-        rows = x[:, :half].to(dtype, copy=True, memory_format=torch.contiguous_format)
-        tables.append(torch.cat([rows.new_full((prefix, half), unrotated), rows]) if prefix else rows)
-    return Rotary(tables[0], tables[1], "half")
+        rows = split_pairs(x, pairing)[0] if repeated else x
+        # copies: a view would keep the key of its own entry alive
+        rows = rows.to(wide, copy=True, memory_format=torch.contiguous_format)
+        if prefix:
+            rows = torch.cat([rows.new_full((rows.shape[0], prefix, *rows.shape[2:]), unrotated), rows], dim=1)
+        tables.append(rows)
+    return Rotary(tables[0], tables[1], pairing)  # type: ignore[arg-type]
 
 
-def _halves_repeat(cos: Tensor, sin: Tensor, owner: type) -> bool:
+def _repeats(cos: Tensor, sin: Tensor, pairing: str, owner: type) -> bool:
     """Looks at the values: always on the CPU, elsewhere (where it waits for the device) once per attention class."""
-    if cos.device.type != "cpu" and owner in _trusted:
+    if cos.device.type != "cpu" and (owner, pairing) in _trusted:
         return True
-    half = cos.shape[-1] // 2
-    same = all(torch.equal(x[:, :half], x[:, half:]) for x in (cos, sin))
+    same = all(torch.equal(*split_pairs(x, pairing)) for x in (cos, sin))
     if same:
-        _trusted.add(owner)
+        _trusted.add((owner, pairing))
     return same
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version

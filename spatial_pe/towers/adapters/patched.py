@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the patched attention classes share: projections, refusals, and the way back to the model's own forward."""
+"""The class that a patched attention module gets, and the way back to the model's own forward."""
 
 from __future__ import annotations
 
 import sys
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..grids import GridRecorder
-from ..layout import Layout, dropout_of, project
-
-MASKS = ("attention_mask", "causal_attention_mask", "head_mask")
+from ..grids import Grids
+from ..layout import Layout, dropout_of
+from ..request import Request
+from .shapes import Shape
 
 
 @dataclass
@@ -24,51 +24,50 @@ class Binding:
     """What ``patch`` leaves on an attention module: all that its new forward needs to know."""
 
     layout: Layout
+    shape: Shape
+    pairing: str
+    returns: str  # "tuple" or "tensor"
     backend: str
-    grids: GridRecorder | None = None  # with an added RoPE: where its grid comes from
+    masks: bool = True  # its own forward takes a mask of padding as padding
+    grids: Grids | None = None  # with an added RoPE: where its grid comes from
     prefix: int = 0  # with an added RoPE: tokens before the patches
-    request: tuple = (None, "identity", True)  # rope, start, keep_absolute as given to patch()
+    request: Request = field(default_factory=Request)
+
+    @property
+    def added(self) -> bool:
+        return self.grids is not None
 
 
-class Adapter(nn.Module):
-    """Base of the patched classes: ``class Patched<Original>(<Adapter>, <Original>)``, see ``patched_class``.
+class Patched(nn.Module):
+    """Base of the patched classes: ``class Patched<Original>(FusedAttention, <Original>)``, see ``patched_class``.
 
     An instance gets such a class by ``module.__class__ = ...``; nothing here has state of its own but the Binding.
     """
 
     original: ClassVar[type[nn.Module]]
-    arguments: ClassVar[tuple[str, ...]]  # of the original forward, after hidden_states
+    arguments: ClassVar[tuple[str, ...]]  # of the original forward
     collector: ClassVar[Any]
     _spatial_pe: Binding
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return project(self, self._spatial_pe.layout, hidden_states)
-
-    def output(self, attended: Tensor) -> Tensor:
-        """(..., H, D) -> (..., C)"""
-        name = self._spatial_pe.layout.out
-        flat = attended.view(*attended.shape[:-2], -1)
-        return flat if name is None else getattr(self, name)(flat)
-
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positional arguments by name: their order differs between versions of transformers."""
-        return {**dict(zip(self.arguments, args, strict=False)), **kwargs} if args else kwargs
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
 
-    def refusal(self, kwargs: dict[str, Any]) -> str | None:
+    def refusal(self, call: dict[str, Any]) -> str | None:
         """Why the fused op must not serve this call, or None."""
-        for name in MASKS:
-            if kwargs.get(name) is not None:
+        for name in ("causal_attention_mask", "head_mask"):
+            if call.get(name) is not None:
                 return f"{name} is given"
-        if kwargs.get("is_causal"):
+        if call.get("is_causal"):
             return "is_causal=True"
         if self.training and dropout_of(self, self._spatial_pe.layout) > 0:
             return "attention dropout is active"
-        if self.wants_weights(kwargs):
+        if self.wants_weights(call):
             return "attention weights are asked for"
         return None
 
-    def wants_weights(self, kwargs: dict[str, Any]) -> bool:
-        if kwargs.get("output_attentions"):
+    def wants_weights(self, call: dict[str, Any]) -> bool:
+        if call.get("output_attentions"):
             return True
         # transformers 4 wraps forward on the instance for as long as it collects attention weights
         if type(self.__dict__.get("forward")) is types.FunctionType:
@@ -81,46 +80,48 @@ class Adapter(nn.Module):
         active = self.collector.get()
         return active is not None and "attentions" in active
 
-    def fall_back(self, reason: str, hidden_states: Tensor, **kwargs: Any) -> Any:
+    def fall_back(self, reason: str, call: dict[str, Any]) -> Any:
         """This call by the model's own attention."""
+        self.warn(reason)
+        return super().forward(**call)
+
+    def warn(self, reason: str) -> None:
         _warn_once(self.original.__name__, reason)
-        return super().forward(hidden_states, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the class is made at run time and has no importable name: pickle and deepcopy make it again
         reduced = super().__reduce_ex__(2)
         assert isinstance(reduced, tuple)
-        adapter = type(self).__mro__[1]
-        return (_new, (adapter, self.original), *reduced[2:])
+        return (_new, (type(self).__mro__[1], self.original), *reduced[2:])
 
 
-_classes: dict[tuple[type[Adapter], type[nn.Module]], type[Adapter]] = {}
+_classes: dict[tuple[type[Patched], type[nn.Module]], type[Patched]] = {}
 
 
-def patched_class(adapter: type[Adapter], original: type[nn.Module]) -> type[Adapter]:
+def patched_class(fused: type[Patched], original: type[nn.Module]) -> type[Patched]:
     """The subclass of both, made once."""
-    if (adapter, original) not in _classes:
-        _classes[adapter, original] = _make_class(adapter, original)
-    return _classes[adapter, original]
+    if (fused, original) not in _classes:
+        _classes[fused, original] = _make_class(fused, original)
+    return _classes[fused, original]
 
 
-def _make_class(adapter: type[Adapter], original: type[nn.Module]) -> type[Adapter]:
+def _make_class(fused: type[Patched], original: type[nn.Module]) -> type[Patched]:
     capturing = sys.modules.get("transformers.utils.output_capturing")
     return type(
         f"Patched{original.__name__}",
-        (adapter, original),
+        (fused, original),
         {
             "__module__": original.__module__,
             "__doc__": f"{original.__name__} with its attention computed by spatial_pe.rope_attention.",
             "original": original,
-            "arguments": tuple(signature(original.forward).parameters)[2:],
+            "arguments": tuple(signature(original.forward).parameters)[1:],
             "collector": getattr(capturing, "_active_collector", None),  # transformers 5 collects weights through it
         },
     )
 
 
-def _new(adapter: type[Adapter], original: type[nn.Module]) -> Adapter:
-    cls = patched_class(adapter, original)
+def _new(fused: type[Patched], original: type[nn.Module]) -> Patched:
+    cls = patched_class(fused, original)
     return cls.__new__(cls)
 
 
@@ -128,6 +129,6 @@ _warned: set[tuple[str, str]] = set()
 
 
 def _warn_once(name: str, reason: str) -> None:
-    if (name, reason) not in _warned:
+    if (name, reason) not in _warned and not torch.compiler.is_compiling():
         _warned.add((name, reason))
-        warnings.warn(f"{name}: {reason}, so the model's own attention computes such calls", stacklevel=4)
+        warnings.warn(f"{name}: {reason}, so the model's own attention computes such calls", stacklevel=5)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward of a patched attention: one call of rope_attention for all images, windows and heads of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention import rope_attention
+from ...rotary import Rotary
+from ...rotation import apply_rotary_qk
+from ..layout import dropout_of, output, project
+from .eager import eager_attention
+from .masks import Padding, attend_padded, padding_of
+from .patched import Patched
+from .tables import rotation_of
+
+
+class FusedAttention(Patched):
+    """Tokens (T, C) or (1, T, C) with bounds; (B, N, C); or (B, h, w, C), where SAM 3 has a window or an image."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.named(args, kwargs)
+        bound = self._spatial_pe
+        x = call[bound.shape.first]
+        bounds = self._bounds(call)
+        flat = x.flatten(1, 2) if x.ndim == 4 else x
+        rotary = None
+        reason = self.refusal(call)
+        if bound.added:
+            rotary = bound.grids.rotary(self.rope, flat, bound.prefix)  # type: ignore[union-attr, arg-type]
+        elif bound.shape.rotation is not None and reason is None:
+            found = self._own_rotation(call.get(bound.shape.rotation), flat)
+            rotary, reason = (None, found) if isinstance(found, str) else (found, None)
+        padding = None
+        if reason is None:
+            padding, reason = self._padding(call, flat)
+        if reason is None and (x.ndim == 2 if bounds is None else x.ndim == 3 and x.shape[0] > 1):
+            reason = "tokens are packed without bounds" if bounds is None else "a batch is packed"
+        if reason is not None:
+            return self._unfused(reason, flat, rotary, bounds, call)
+        attended = self._attend(flat, rotary, bounds, padding, call)
+        out = output(self, bound.layout, attended, flat).view(*x.shape[:-1], -1)
+        return (out, None) if bound.returns == "tuple" else out
+
+    def _attend(
+        self, x: Tensor, rotary: Any, bounds: Tensor | None, padding: Padding | None, call: dict[str, Any]
+    ) -> Tensor:
+        bound = self._spatial_pe
+        scale, backend = bound.layout.scale, bound.backend
+        q, k, v = project(self, bound.layout, x)  # (B, N, H, D), or (T, H, D)
+        if rotary is not None and not isinstance(rotary, Rotary):  # no rotation of pairs: a function of q and k
+            q, k, rotary = rotary(q), rotary(k), None
+        if bounds is not None:
+            longest = call.get("max_seqlen", call.get("max_length_q"))
+            longest = longest if isinstance(longest, int) else None
+            batch_of_one = x.ndim == 3  # Pixtral, HunYuan-VL
+            if batch_of_one:
+                q, k, v = q[0], k[0], v[0]
+            out = rope_attention(
+                q, k, v, rotary, scale=scale, cu_seqlens=bounds.int(), max_seqlen=longest, backend=backend
+            )
+            return out[None] if batch_of_one else out
+        if padding is not None:
+            return attend_padded(q, k, v, rotary, padding, scale, backend)
+        return rope_attention(q, k, v, rotary, scale=scale, backend=backend)
+
+    # ------------------------------------------------------------------------------------ what a call brings along
+
+    def _bounds(self, call: dict[str, Any]) -> Tensor | None:
+        """Starts of packed sequences: an argument of packed attention, or recorded for Pixtral by ``PackImages``."""
+        name = self._spatial_pe.shape.bounds
+        return call.get(name) if name is not None else call.get("cu_seq_lens_q")
+
+    def _own_rotation(self, value: Any, x: Tensor) -> Rotary | str | None:
+        bound = self._spatial_pe
+        if value is None and bound.shape.first == "x":
+            return None  # timm: no rotation in this call
+        return rotation_of(value, x.shape[-2], bound.layout.head_dim, bound.pairing, self.original)
+
+    def _padding(self, call: dict[str, Any], x: Tensor) -> tuple[Padding | None, str | None]:
+        """The padding that a mask says, or why the call is not for the fused op."""
+        name = self._spatial_pe.shape.mask
+        mask = call.get(name)
+        if mask is None:
+            return None, None
+        if not self._spatial_pe.masks or not isinstance(mask, Tensor) or x.ndim != 3:
+            return None, f"{name} is given"
+        found = padding_of(mask, x.shape[0], x.shape[1])
+        return (None, found) if isinstance(found, str) else (found, None)
+
+    # --------------------------------------------------------------------------------- calls that are not for the op
+
+    def _unfused(self, reason: str, x: Tensor, rotary: Any, bounds: Tensor | None, call: dict[str, Any]) -> Any:
+        bound = self._spatial_pe
+        if bound.added:  # the model's own forward would leave the rotation out
+            self.warn(reason)
+            q, k, v = project(self, bound.layout, x)
+            q, k = (rotary(q), rotary(k)) if not isinstance(rotary, Rotary) else apply_rotary_qk(q, k, rotary)
+            attended, weights = eager_attention(q, k, v, bound.layout.scale, dropout_of(self, bound.layout), call)
+            out = output(self, bound.layout, attended, x)
+            return (out, weights) if bound.returns == "tuple" else out
+        if bounds is not None and bound.shape.bounds is None and call.get("attention_mask") is None:
+            call = {**call, "attention_mask": self._mask(bounds, x)}
+        return self.fall_back(reason, call)
+
+    def _mask(self, bounds: Tensor, x: Tensor) -> Tensor | None:
+        """The additive (1, 1, S, S) mask that Pixtral would have built, for a call that it computes itself."""
+        if "flash" in (getattr(getattr(self, "config", None), "_attn_implementation", None) or ""):
+            return None
+        token = torch.arange(x.shape[1], device=bounds.device)
+        image = torch.searchsorted(bounds, token, right=True)
+        mask = x.new_zeros(len(token), len(token))
+        return mask.masked_fill_(image[:, None] != image[None, :], torch.finfo(mask.dtype).min)[None, None]

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a saved model says about how it was patched: in config.json, and among its weights.
+
+``patch`` notes its arguments as ``spatial_pe`` in the config of the tower, so they reach config.json. An attention
+module with an added encoding also gets a tensor, ``added_rope_requires_spatial_pe``: transformers alone reports it as
+unexpected when it loads such a directory, and never gives the tower without its rotation in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .request import Request
+
+NOTE = "spatial_pe"
+MARK = "added_rope_requires_spatial_pe"
+
+
+def remember(tower: nn.Module | None, request: Request, backend: str) -> None:
+    """Note in the tower's config what was done to it."""
+    config: Any = getattr(tower, "config", None)
+    if hasattr(config, "to_dict"):
+        setattr(config, NOTE, {**request.to_config(), "backend": backend})
+
+
+def forget(module: nn.Module) -> None:
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "to_dict") and NOTE in vars(config):
+        delattr(config, NOTE)
+
+
+def noted(model: nn.Module) -> list[nn.Module]:
+    """The towers of a loaded model whose config has such a note: of modules that share a config, the outermost."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict") and getattr(config, NOTE, None):
+            found.setdefault(id(config), module)
+    return list(found.values())
+
+
+def mark(module: nn.Module) -> None:
+    module.register_buffer(MARK, torch.ones((), device=next(module.parameters()).device))
