@@ -53,13 +53,13 @@ class Grids:
             self.awaiting.discard(size)
         return self.known[size]
 
-    def where(self, x: Tensor, prefix: int) -> tuple[Any, Any]:
+    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
         """What to give to the encoding for tokens x (B, N, C), and a key that says when it is the same again."""
         raise NotImplementedError
 
-    def rotary(self, rope: nn.Module, x: Tensor, prefix: int) -> Any:
+    def rotary(self, rope: nn.Module, x: Tensor, prefix: int, suffix: int = 0) -> Any:
         """The tables of one layer; those of an encoding without parameters are made once for all layers."""
-        where, key = self.where(x, prefix)
+        where, key = self.where(x, prefix, suffix)
         if next(rope.parameters(), None) is not None:
             return rope(where).to(x.device)
         key = (id(rope), key, x.device, x.dtype == torch.float64)
@@ -78,15 +78,15 @@ class GridRecorder(Grids):
         shape = (output.shape[-2], output.shape[-1])
         self.record(shape[0] * shape[1], shape, operator.eq)
 
-    def where(self, x: Tensor, prefix: int) -> tuple[PatchGrid, PatchGrid]:
-        patches = x.shape[1] - prefix
+    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[PatchGrid, PatchGrid]:
+        patches = x.shape[1] - prefix - suffix
         if patches not in self.known:
             known = ", ".join(f"{h} x {w}" for h, w in self.known.values()) or "none"
             raise ValueError(
-                f"attention got {x.shape[1]} tokens, {prefix} of them prefix, but no patch grid has {patches} patches "
-                f"(seen: {known}): RoPE needs every patch of the image, in order"
+                f"attention got {x.shape[1]} tokens, {prefix + suffix} of them not patches, but no patch grid has "
+                f"{patches} patches (seen: {known}): RoPE needs every patch of the image, in order"
             )
-        grid = PatchGrid(*self.find(patches, f"{patches} patches"), prefix=prefix)
+        grid = PatchGrid(*self.find(patches, f"{patches} patches"), prefix=prefix, suffix=suffix)
         return grid, grid
 
 
@@ -106,7 +106,7 @@ class ShapesRecorder(Grids):
             shapes = torch.as_tensor(shapes)
             self.record(shapes.shape[0], shapes, torch.equal)
 
-    def where(self, x: Tensor, prefix: int) -> tuple[Tensor, Any]:
+    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Tensor, Any]:
         batch, tokens = x.shape[0], x.shape[1]
         if batch not in self.known:
             raise ValueError(f"attention got a batch of {batch} images, but no spatial_shapes of so many were given")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backends.call import Call
 from ..backends.select import select
 from ..rotary import PAIRINGS
-from .adapters import TESTED, Binding, FusedAttention, Known
+from .adapters import NO_GRID, TESTED, Binding, FusedAttention, Known
 from .discover import Found, discover
 from .grids import pack_images, patch_convolution, record_grids, remove_hooks
 from .layout import Layout
@@ -25,7 +25,7 @@ from .saved import forget, mark, remember
 from .swap import restore, swap
 from .verify import Proof, prove
 
-ABSOLUTE = re.compile(r"(^|\.)(position_embeddings?|pos_embed)(\.weight)?$")
+ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|pos_embed)(\.weight)?$")
 
 
 def patch(
@@ -148,7 +148,7 @@ def _judge(
 ) -> tuple[str | None, Proof]:
     """Why this module is skipped after all, or None; and what was proven."""
     assert f.shape is not None and f.layout is not None
-    known = TESTED.get(type(f.module).__name__) if _is_of_a_tested_library(type(f.module)) else None
+    known = _known(f)
     if request.adds:
         if f.shape.rotation:
             return "has RoPE of its own", Proof()
@@ -156,6 +156,9 @@ def _judge(
             return "its images are packed, and nothing tells the grid of each", Proof()
         if hasattr(f.module, "rope"):
             return "has an attribute rope", Proof()
+        for name, reason in NO_GRID.items():
+            if type(f.module).__name__.startswith(name):
+                return reason, Proof()
     if not verify:
         return (None if known else "its class is not part of the tests: needs verify=True"), _trusted(f, known)
     weight = next(f.module.parameters())
@@ -177,15 +180,16 @@ def _judge(
     return f"it has the form of {f.shape.name} attention, but {proof.failure}", proof
 
 
-def _is_of_a_tested_library(cls: type) -> bool:
-    return cls.__module__.split(".")[0] in ("transformers", "timm")
+def _known(f: Found) -> Known | None:
+    cls = type(f.module)
+    return TESTED.get(cls.__name__) if cls.__module__.split(".")[0] in ("transformers", "timm") else None
 
 
 def _trusted(f: Found, known: Known | None) -> Proof:
     """What a Binding needs, for a module that is not verified."""
     assert f.shape is not None
     known = known or Known()
-    return Proof(pairing=_pairings(f, known)[0], returns=known.returns or f.shape.returns, masks=known.masks, ran=False)
+    return Proof(pairing=_pairings(f, known)[0], returns=known.returns or f.shape.returns, masks=known.pads, ran=False)
 
 
 def _pairings(f: Found, known: Known | None) -> tuple[str, ...]:
@@ -224,7 +228,9 @@ def _summary(found: list[Found]) -> str:
 
 def _binding(f: Found, proof: Proof, backend: str, request: Request) -> Binding:
     assert f.shape is not None and f.layout is not None
-    return Binding(f.layout, f.shape, proof.pairing, proof.returns, backend, proof.masks, request=request)
+    known = _known(f)
+    pads = known is not None and known.pads
+    return Binding(f.layout, f.shape, proof.pairing, proof.returns, backend, proof.masks, pads, request=request)
 
 
 def _swap_all(chosen: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
@@ -250,12 +256,12 @@ def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, reque
         encodings = [request.encoding(f.layout) for f in members]  # type: ignore[arg-type]
         plans.append((tower, members, absolute, encodings))
     for tower, members, absolute, encodings in plans:
-        grids, prefix = record_grids(tower), _prefix_tokens(tower)
+        grids = record_grids(tower)
         shared = encodings[0] if not encodings[0].state_dict() and not list(encodings[0].parameters()) else None
         for f, encoding in zip(members, encodings, strict=True):
             weight = next(f.module.parameters())
             binding = _binding(f, proofs[f.name], backend, request)
-            binding.grids, binding.prefix = grids, prefix
+            binding.grids, (binding.prefix, binding.suffix) = grids, _other_tokens(tower)
             swap(f.module, binding)
             f.module.rope = (shared or encoding).to(weight.device).train(f.module.training)
             mark(f.module)
@@ -266,16 +272,18 @@ def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, reque
                 parameter.requires_grad_(False).zero_()
 
 
-def _prefix_tokens(tower: nn.Module) -> int:
-    """CLS, distillation and register tokens, which come before the patches."""
-    count = 0
+def _other_tokens(tower: nn.Module) -> tuple[int, int]:
+    """How many tokens come before the patches (CLS, distillation, registers) and after them (YOLOS's detections)."""
+    before = after = 0
     for name, parameter in tower.named_parameters():
-        last = name.rpartition(".")[2]
-        if last in ("cls_token", "class_embedding", "distillation_token"):
-            count += 1
-        elif last == "register_tokens":
-            count += parameter.shape[1]
-    return count
+        holder, _, last = name.rpartition(".")
+        if holder.rpartition(".")[2] == "head":  # AIMv2's pooling
+            continue
+        if last in ("cls_token", "class_embedding", "distillation_token", "register_tokens", "reg_token", "dist_token"):
+            before += parameter.shape[1] if parameter.ndim == 3 else 1
+        elif last == "detection_tokens":
+            after += parameter.shape[1]
+    return before, after
 
 
 def _absolute(tower: nn.Module) -> dict[str, nn.Parameter]:

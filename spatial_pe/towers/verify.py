@@ -170,7 +170,7 @@ def _examples(
                 inputs[name] = torch.zeros(2, TOKENS, 2, dtype=torch.long, device=device)
             elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
                 inputs.setdefault(name, None)
-        if shape.bounds and shape.rotation:
+        if shape.bounds and shape.rotation == "position_embeddings":
             # most packed towers hand on float32 tables whatever they are in, some their own dtype
             yield {**inputs, shape.rotation: tuple(t.float() for t in inputs[shape.rotation])}
         yield inputs
@@ -191,6 +191,8 @@ def _rotation(angles: Tensor, name: str, pairing: str) -> Any:
     """(..., N, D/2) angles in the form of that argument, see ``adapters/tables.py``."""
     if name == "freqs_ci":
         return torch.polar(torch.ones_like(angles), angles)
+    if name == "rotary_pos_emb":
+        return angles
     angles = join_pairs(angles, angles, pairing)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([sin, cos], dim=-1) if name == "rope" else (cos, sin)
@@ -203,6 +205,8 @@ def _turned_back(inputs: dict[str, Any], shape: Shape) -> dict[str, Any]:
         value = (value[0], -value[1])
     elif isinstance(value, Tensor) and value.is_complex():
         value = value.conj().resolve_conj()
+    elif shape.rotation == "rotary_pos_emb":
+        value = -value
     elif isinstance(value, Tensor):
         sin, cos = value.chunk(2, dim=-1)
         value = torch.cat([-sin, cos], dim=-1)
@@ -255,6 +259,8 @@ def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     config: Any = state.get("config")
     if hasattr(config, "_attn_implementation") and (dtype is not None or config._attn_implementation != "eager"):
         # the reference must run in float64, and flash attention may not run on this input at all
+        if config._attn_implementation == "eager":
+            state.setdefault("is_causal", False)  # a class that is never run with sdpa may not say that it is not
         state["config"] = copy.copy(config)
         state["config"]._attn_implementation = "sdpa"
     return twin

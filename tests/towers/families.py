@@ -7,9 +7,55 @@ from family import Family, outputs, randn, randomize, to
 from towers_with_rope import WITH_ROPE
 from towers_without_rope import WITHOUT_ROPE as PLAIN
 
-__all__ = ["FAMILIES", "HERE", "WITHOUT_ROPE", "WITH_TABLES", "Family", "outputs", "randn", "randomize", "to"]
+__all__ = [
+    "FAMILIES",
+    "GRIDS",
+    "HERE",
+    "TOKENS_AROUND",
+    "WITHOUT_ROPE",
+    "WITH_TABLES",
+    "Family",
+    "outputs",
+    "randn",
+    "randomize",
+    "to",
+]
 
 FAMILIES = {**WITH_ROPE, **PLAIN}
 HERE = [name for name, family in FAMILIES.items() if family.available()]
 WITH_TABLES = [name for name in WITH_ROPE if name in HERE]
 WITHOUT_ROPE = [name for name in PLAIN if name in HERE]
+
+# Towers whose tokens are a grid of patches behind so many other tokens, and in front of so many: RoPE can be added.
+TOKENS_AROUND = {
+    "clip": (1, 0),
+    "siglip": (0, 0),
+    "dinov2": (1, 0),
+    "dinov2_with_registers": (3, 0),
+    "vit": (1, 0),
+    "altclip": (1, 0),
+    "chinese_clip": (1, 0),
+    "metaclip_2": (1, 0),
+    "kosmos2": (1, 0),
+    "git": (1, 0),
+    "owlvit": (1, 0),
+    "aimv2": (0, 0),
+    "aimv2_native": (0, 0),
+    "ovis2": (0, 0),
+    "granite_docling": (0, 0),
+    "janus": (0, 0),
+    "internvl": (1, 0),
+    "internvl_qk_norm": (1, 0),
+    "qianfan_ocr": (1, 0),
+    "ijepa": (0, 0),
+    "vit_msn": (1, 0),
+    "deit": (2, 0),
+    "yolos": (1, 3),
+    "pixio": (3, 0),
+    "tipsv2": (3, 0),
+    "siglip2": (0, 0),
+    "idefics2": (0, 0),
+    "idefics3": (0, 0),
+    "smolvlm": (0, 0),
+}
+GRIDS = [name for name in TOKENS_AROUND if name in HERE]

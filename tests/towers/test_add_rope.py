@@ -9,14 +9,14 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, HERE, WITHOUT_ROPE, outputs, randn
+from families import FAMILIES, GRIDS, HERE, TOKENS_AROUND, outputs, randn, to
 from torch import nn
 
 from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid
 from spatial_pe.towers import patch, unpatch
+from spatial_pe.towers.saved import MARK
 
-PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 3, "vit": 1}
-POSITION = {"clip": "position_embedding.weight", "siglip": "position_embedding.weight"}  # else position_embeddings
+POSITION = ("position_embedding.weight", "position_embeddings")
 
 
 def encodings(model) -> list[nn.Module]:
@@ -43,17 +43,16 @@ def shaken(model, seed=3):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["auto", "composed", "reference"])
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
-@pytest.mark.parametrize("name", WITHOUT_ROPE)
+@pytest.mark.parametrize("name", GRIDS)
 def test_identity_start_is_exact_and_learns(name, rope, backend, dtype):
     """To the last bit what the backend computes without RoPE: cos = 1 and sin = 0 change neither value nor order."""
     family = FAMILIES[name]
     plain, model = family.make().to(dtype), family.make().to(dtype)
-    inputs = family.inputs()
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    inputs = to(family.inputs(), dtype)
     patch(plain, backend=backend)
     report = patch(model, rope=rope, backend=backend)
     assert len(report.patched) == family.layers and all(rope in row.convention for row in report.patched)
-    expected, found = outputs(plain, inputs), outputs(model, inputs)
+    expected, found = family.outputs(plain, inputs), family.outputs(model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     learn(report, plain, model, expected, found)
 
@@ -94,41 +93,61 @@ def test_a_training_step_moves_the_encoding_and_the_output(rope):
 # ------------------------------------------------------------------------------------------------------ start="full"
 
 
-def by_hand(model, family, inputs, prefix, height, width):
+def coordinates(name, inputs):
+    """(B|1, N, 2): row and column of each token, and (B|1, N): which are rotated."""
+    before, after = TOKENS_AROUND[name]
+    if "spatial_shapes" in inputs:
+        tokens = inputs["pixel_values"].shape[1]
+        shapes = inputs["spatial_shapes"].tolist()
+        places = [[(i // w, i % w) if i < h * w else (0, 0) for i in range(tokens)] for h, w in shapes]
+        return torch.tensor(places), torch.ones(len(shapes), tokens, dtype=torch.bool)
+    height, width = (side // 8 for side in inputs["pixel_values"].shape[2:])
+    places = [(0, 0)] * before + [(i, j) for i in range(height) for j in range(width)] + [(0, 0)] * after
+    rotated = torch.ones(1, len(places), dtype=torch.bool)
+    rotated[:, :before] = False
+    rotated[:, before + height * width :] = False
+    return torch.tensor(places)[None], rotated
+
+
+def by_hand(model, name, inputs):
     """The unpatched model, q and k of every layer turned by a rotation written out here, between its own projections.
 
     Axial: channels j and j + D/2 are a pair; the first D/4 pairs turn with the row, the others with the column, at
     10000^(-i / (D/4)) radians per patch.
     """
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    family = FAMILIES[name]
+    places, rotated = coordinates(name, inputs)
     dim = family.options["hidden_size"] // family.options["num_attention_heads"]
     ladder = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
-    angles = torch.cat([row.reshape(-1, 1) * ladder, column.reshape(-1, 1) * ladder], dim=1)  # (h w, D/2)
-    angles = torch.cat([torch.zeros(prefix, dim // 2), angles])
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (N, 1, D/2) complex
+    angles = torch.cat([places[..., :1] * ladder, places[..., 1:] * ladder], dim=-1) * rotated[..., None]
+    turn = torch.polar(torch.ones_like(angles), angles)[:, :, None]  # (B|1, N, 1, D/2) complex
 
     def rotate(module, args, output):
         heads = output.unflatten(-1, (-1, dim))
         pairs = torch.complex(*heads.chunk(2, dim=-1)) * turn
         return torch.cat([pairs.real, pairs.imag], dim=-1).flatten(-2)
 
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("q_proj", "k_proj", "query", "key"):
-            module.register_forward_hook(rotate)
-    return outputs(model, inputs)
+    for module in model.modules():
+        for names in (("q_proj", "k_proj"), ("query", "key")):
+            if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+                continue  # a pooling head has keys, but no queries
+            for name in names:
+                norm = getattr(module, f"{name[0]}_norm", nn.Identity())  # which comes after its projection
+                last = getattr(module, name) if isinstance(norm, nn.Identity) else norm
+                last.register_forward_hook(rotate)
+    return family.outputs(model, inputs)
 
 
-@pytest.mark.parametrize("name", WITHOUT_ROPE)
+@pytest.mark.parametrize("name", GRIDS)
 def test_full_start_is_the_rotation_written_by_hand(name):
     family = FAMILIES[name]
     inputs = family.inputs()
-    height, width = (side // 8 for side in inputs["pixel_values"].shape[2:])
     model = family.make()
     report = patch(model, rope="axial", start="full")
-    assert list(report.parameters()) == []
-    expected = by_hand(family.make(), family, inputs, PREFIX[name], height, width)
-    plain = outputs(family.make(), inputs)
-    for ours, theirs, without in zip(outputs(model, inputs), expected, plain, strict=True):
+    assert list(report.parameters()) == [] and len(report.patched) == family.layers
+    expected = by_hand(family.make(), name, inputs)
+    plain = family.outputs(family.make(), inputs)
+    for ours, theirs, without in zip(family.outputs(model, inputs), expected, plain, strict=True):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
         assert (ours - without).norm() > 1e-2 * theirs.norm()  # the rotation does something
 
@@ -136,12 +155,11 @@ def test_full_start_is_the_rotation_written_by_hand(name):
 @pytest.mark.parametrize("sides", [(32, 32), (48, 16), (16, 48), (8, 64)])
 def test_any_resolution(sides):
     family = FAMILIES["dinov2"]
-    height, width = (side // 8 for side in sides)
     inputs = {"pixel_values": randn(1, 3, *sides)}
     model = family.make()
     patch(model, rope="axial", start="full")
     hidden(model, family.inputs())  # another resolution before
-    expected = by_hand(family.make(), family, inputs, 1, height, width)
+    expected = by_hand(family.make(), "dinov2", inputs)
     assert (hidden(model, inputs) - expected[0]).norm() < 1e-5 * expected[0].norm()
 
 
@@ -178,7 +196,7 @@ def test_an_encoding_without_parameters_is_shared_and_its_table_made_once(calls)
     assert calls[0][0][3] is calls[1][0][3]
     grids = next(m._spatial_pe.grids for m in model.modules() if getattr(m, "rope", None) is first)
     assert grids.cached is not None and copy.deepcopy(grids).cached is None
-    assert not [key for key in model.state_dict() if "rope" in key]
+    assert [key.rpartition(".")[2] for key in model.state_dict() if "rope" in key] == [MARK] * 2
 
 
 def test_identity_start_refuses_a_module_that_rotates():
@@ -191,22 +209,28 @@ def test_identity_start_refuses_a_module_that_rotates():
 # ------------------------------------------------------------------------------------- the absolute position embedding
 
 
-@pytest.mark.parametrize("name", WITHOUT_ROPE)
+@pytest.mark.parametrize("name", GRIDS)
 def test_keep_absolute(name):
     family = FAMILIES[name]
     model, inputs = family.make(), family.inputs()
     before = outputs(model, inputs)
-    (key,) = [k for k, _ in model.named_parameters() if k.endswith(POSITION.get(name, "position_embeddings"))]
-    value = model.get_parameter(key).detach().clone()
+    keys = [k for k, _ in model.named_parameters() if k.endswith(POSITION)]
+    if not keys:
+        with pytest.raises(ValueError, match="has no absolute position embedding"):
+            patch(model, rope="axial", keep_absolute=False)
+        return
+    parameters = [model.get_parameter(key) for key in keys]
+    values = [parameter.detach().clone() for parameter in parameters]
     patch(model, rope="axial", start="full", keep_absolute=False)
-    parameter = model.get_parameter(key)
-    assert not parameter.any() and not parameter.requires_grad
+    assert not any(parameter.any() or parameter.requires_grad for parameter in parameters)
     without = family.make()
-    without.get_parameter(key).data.zero_()
+    for key in keys:
+        without.get_parameter(key).data.zero_()
     patch(without, rope="axial", start="full")
     assert all(torch.equal(a, b) for a, b in zip(outputs(model, inputs), outputs(without, inputs), strict=True))
     unpatch(model)
-    assert torch.equal(parameter, value) and parameter.requires_grad
+    for parameter, value in zip(parameters, values, strict=True):
+        assert torch.equal(parameter, value) and parameter.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
 
 
@@ -228,7 +252,7 @@ def test_the_state_dict_carries_the_encoding(name, rope):
     again = family.make(seed=4)
     patch(again, rope=rope)
     again.load_state_dict(torch.load(file))
-    assert len(set(model.state_dict()) - plain) == family.layers
+    assert len(set(model.state_dict()) - plain) == 2 * family.layers  # the parameter, and the mark
     expected = outputs(model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(expected, outputs(again, inputs), strict=True))
     unpatched = outputs(family.make(), inputs)
@@ -337,7 +361,7 @@ def test_tokens_that_are_not_the_grid_raise():
     inputs = FAMILIES["dinov2"].inputs()
     hidden(model, inputs)
     module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
-    with pytest.raises(ValueError, match=r"attention got 12 tokens, 1 of them prefix.*\(seen: 5 x 3\)"):
+    with pytest.raises(ValueError, match=r"attention got 12 tokens, 1 of them not patches.*\(seen: 5 x 3\)"):
         module(randn(1, 12, 48))
 
 
@@ -354,5 +378,5 @@ def test_the_prefix_is_where_the_model_has_it():
     hidden(model, FAMILIES["dinov2_with_registers"].inputs())
     module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
     bound = module._spatial_pe
-    rotary = bound.grids.rotary(module.rope, 18, bound.prefix, torch.zeros(1))
+    rotary = bound.grids.rotary(module.rope, torch.zeros(1, 18, 48), bound.prefix)
     assert torch.equal(rotary.cos, AxialRoPE(24)(PatchGrid(5, 3, prefix=3)).cos)

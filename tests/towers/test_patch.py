@@ -412,7 +412,7 @@ def test_tables_that_are_not_two_equal_halves_are_left_to_the_model(tower, calls
     patch(model)
     x, angles = randn(1, 20, 64), randn(16, 32)
     calls.clear()
-    with pytest.warns(UserWarning, match="the halves of cos and sin differ"):
+    with pytest.warns(UserWarning, match="the two halves of cos and sin differ"):
         found = module(x, position_embeddings=(angles.cos(), angles.sin()))[0]
     assert not calls and torch.equal(found, plain(x, position_embeddings=(angles.cos(), angles.sin()))[0])
 
@@ -424,7 +424,7 @@ def test_a_mask_is_left_to_the_model(calls):
     x, mask = randn(1, 17, 48), torch.zeros(1, 1, 17, 17)
     mask[..., 9:] = torch.finfo(torch.float32).min
     calls.clear()
-    with pytest.warns(UserWarning, match="attention_mask is given"):
+    with pytest.warns(UserWarning, match="attention_mask masks padding"):
         found = module(x, mask)[0]
     assert not calls and torch.equal(found, plain(x, mask)[0])
     assert not torch.equal(found, module(x)[0])

@@ -30,7 +30,7 @@ class FusedAttention(Patched):
         rotary = None
         reason = self.refusal(call)
         if bound.added:
-            rotary = bound.grids.rotary(self.rope, flat, bound.prefix)  # type: ignore[union-attr, arg-type]
+            rotary = bound.grids.rotary(self.rope, flat, bound.prefix, bound.suffix)  # type: ignore[union-attr, arg-type]
         elif bound.shape.rotation is not None and reason is None:
             found = self._own_rotation(call.get(bound.shape.rotation), flat)
             rotary, reason = (None, found) if isinstance(found, str) else (found, None)
@@ -78,7 +78,9 @@ class FusedAttention(Patched):
         bound = self._spatial_pe
         if value is None and bound.shape.first == "x":
             return None  # timm: no rotation in this call
-        return rotation_of(value, x.shape[-2], bound.layout.head_dim, bound.pairing, self.original)
+        return rotation_of(
+            value, bound.shape.rotation, x.shape[-2], bound.layout.head_dim, bound.pairing, self.original
+        )
 
     def _padding(self, call: dict[str, Any], x: Tensor) -> tuple[Padding | None, str | None]:
         """The padding that a mask says, or why the call is not for the fused op."""
@@ -89,6 +91,10 @@ class FusedAttention(Patched):
         if not self._spatial_pe.masks or not isinstance(mask, Tensor) or x.ndim != 3:
             return None, f"{name} is given"
         found = padding_of(mask, x.shape[0], x.shape[1])
+        if (
+            isinstance(found, Padding) and not self._spatial_pe.pads
+        ):  # we return 0 for padding, its own forward does not
+            found = f"{name} masks padding"
         return (None, found) if isinstance(found, str) else (found, None)
 
     # --------------------------------------------------------------------------------- calls that are not for the op

@@ -28,9 +28,11 @@ class Binding:
     pairing: str
     returns: str  # "tuple" or "tensor"
     backend: str
-    masks: bool = True  # its own forward takes a mask of padding as padding
+    masks: bool = False  # its own forward takes a mask of padding as padding
+    pads: bool = False  # and what it returns for padding is dropped
     grids: Grids | None = None  # with an added RoPE: where its grid comes from
-    prefix: int = 0  # with an added RoPE: tokens before the patches
+    prefix: int = 0  # with an added RoPE: tokens before the patches, and after them
+    suffix: int = 0
     request: Request = field(default_factory=Request)
 
     @property

@@ -48,6 +48,15 @@ SHAPES = (
         bounds="cu_seqlens",
         returns="tensor",
     ),
+    Shape(  # Qwen2.5-Omni in transformers 4
+        "packed, from angles",
+        "own RoPE, packed",
+        needs=_names("cu_seqlens rotary_pos_emb"),
+        takes=_names("cu_seqlens rotary_pos_emb"),
+        rotation="rotary_pos_emb",
+        bounds="cu_seqlens",
+        returns="tensor",
+    ),
     Shape(
         "packed without RoPE",
         "no RoPE, packed",
@@ -103,7 +112,7 @@ class Known(NamedTuple):
 
     pairing: str = "half"
     returns: str | None = None  # None: as its form does
-    masks: bool = False  # takes a mask of padding; matters only with verify=False, a proof finds out
+    pads: bool = False  # its tower pads, masks the padding, and drops what attention returns for it
 
 
 # Attention classes that tests/towers run, on the oldest and the newest supported transformers where they exist there.
@@ -118,9 +127,9 @@ _HALF = """
 """
 _PLAIN = """
     CLIPAttention AltCLIPAttention ChineseCLIPVisionAttention MetaClip2Attention XCLIPAttention
-    Kosmos2VisionAttention GitVisionAttention OwlViTAttention SiglipAttention Siglip2Attention JanusVisionAttention
+    Kosmos2VisionAttention GitVisionAttention OwlViTAttention SiglipAttention JanusVisionAttention
     Aimv2Attention Ovis2VisionAttention Ovis2Attention InternVLVisionAttention QianfanOCRVisionAttention
-    Idefics2VisionAttention Idefics3VisionAttention SmolVLMVisionAttention GraniteDoclingVisionAttention
+    Idefics3VisionAttention SmolVLMVisionAttention GraniteDoclingVisionAttention
     Dinov2Attention Dinov2SelfAttention Dinov2WithRegistersAttention Dinov2WithRegistersSelfAttention ViTAttention
     ViTSelfAttention IJepaAttention IJepaSelfAttention ViTMSNAttention ViTMSNSelfAttention ViTMAEAttention
     ViTMAESelfAttention DeiTAttention DeiTSelfAttention YolosSelfAttention PixioAttention Tipsv2VisionAttention
@@ -129,23 +138,32 @@ _HALF_TUPLE = """
     PaddleOCRVisionAttention VideoLlama3VisionAttention Lfm3VlVisionAttention MiniMaxM3VLVisionAttention
     HunYuanVLVisionAttention MiniCPMV4_6VisionAttention
 """
+_PADDING = """
+    Siglip2Attention Idefics2VisionAttention Attention
+"""
 TESTED: dict[str, Known] = {
     **dict.fromkeys(_HALF.split(), Known()),
     **dict.fromkeys(_HALF_TUPLE.split(), Known(returns="tuple")),
-    **dict.fromkeys(_PLAIN.split(), Known(masks=True)),
+    **dict.fromkeys(_PLAIN.split(), Known()),
+    **dict.fromkeys(_PADDING.split(), Known(pads=True)),
     "Inkling2VisionAttention": Known("interleaved", returns="tuple"),
-    "RadioAttention": Known(returns="tuple", masks=True),
+    "RadioAttention": Known(returns="tuple"),
     "Llama4VisionAttention": Known("interleaved"),
     "Sam3ViTRoPEAttention": Known("interleaved"),
-    "Gemma4VisionAttention": Known("axis_half", masks=True),
-    "EvaAttention": Known("interleaved", masks=True),
-    "AttentionRope": Known("interleaved", masks=True),
-    "Attention": Known(masks=True),  # timm's
+    "Gemma4VisionAttention": Known("axis_half", pads=True),
+    "EvaAttention": Known("interleaved", pads=True),
+    "AttentionRope": Known("interleaved", pads=True),
 }
 
 # Attention that looks right and is not: by class, with the reason that the report gives.
 LEFT_ALONE: dict[str, str] = {
-    "VJEPA2RopeAttention": "its tables are not a rotation: cos and sin are tiled, channels paired with their neighbours",
+    "VJEPA2RopeAttention": "its tables are not a rotation: cos and sin are tiled, but neighbouring channels paired",
     "Phi4MultimodalVisionAttention": "is_causal is True: with no padding its SDPA runs causal, which bidirectional "
     "attention would change",
+}
+
+# Towers whose tokens are not a grid of patches behind a prefix: no RoPE is added to them.
+NO_GRID: dict[str, str] = {
+    "ViTMAE": "its tokens are a shuffled part of the patches",
+    "XCLIP": "it adds a token after the patches, and attends over frames",
 }

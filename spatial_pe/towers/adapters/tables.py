@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rotation that a tower hands to its attention, as a Rotary: made once per forward and not once per layer.
 
-Three forms are in use, with one column per channel (each angle twice) or per pair:
+Four forms are in use, with one column per channel (each angle twice) or per pair:
 
 - ``(cos, sin)``, each (N, R), (1, N, R) or (B, N, R): transformers;
 - complex (N, R/2) or (N, 1, R/2): Llama 4;
+- the angles (N, R/2), ``rotary_pos_emb``: Qwen2.5-Omni in transformers 4;
 - ``[sin | cos]`` (N, 2R), (H, N, 2R), (B, 1, N, 2R): timm, per head where the encoding is mixed.
 """
 
@@ -21,12 +22,14 @@ from .memo import once_per_forward
 _trusted: set[tuple[type, str]] = set()
 
 
-def rotation_of(value: Any, tokens: int, head_dim: int, pairing: str, owner: type) -> Rotary | str:
+def rotation_of(
+    value: Any, argument: str | None, tokens: int, head_dim: int, pairing: str, owner: type
+) -> Rotary | str:
     """A Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
 
     Making a Rotary checks for NaN and costs 20 us, looking it up 3 us.
     """
-    tables = _tables(value, head_dim)
+    tables = _tables(value, argument, head_dim)
     if isinstance(tables, str):
         return tables
     key = value[0] if isinstance(value, tuple | list) else value
@@ -46,13 +49,16 @@ def rotation_of(value: Any, tokens: int, head_dim: int, pairing: str, owner: typ
     return once_per_forward(key, others, (prefix, pairing), make)
 
 
-def _tables(value: Any, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
+def _tables(value: Any, argument: str | None, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
     """cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
     if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
         cos, sin = value
         if cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-1] <= head_dim and cos.shape[-1] % 2 == 0:
             lead = (1,) * (3 - cos.ndim)
             return *(x.view(*lead, *x.shape).unsqueeze(2) for x in (cos, sin)), True  # type: ignore[return-value]
+    elif argument == "rotary_pos_emb" and isinstance(value, Tensor) and value.ndim == 2:
+        angles = value[None, :, None]
+        return angles.cos(), angles.sin(), False
     elif isinstance(value, Tensor) and value.is_complex():
         if value.shape[-1] == head_dim // 2 and value.numel() == value.shape[0] * value.shape[-1]:
             rows = value.view(1, value.shape[0], 1, -1)
