@@ -108,7 +108,8 @@ def _compare(
     error, own_error = _distance(_first(ours), exact), _distance(theirs, exact)
     if not error <= 1.5 * own_error + 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps):
         return Proof(error, own_error, f"relative error {error:.2g}, its own forward has {own_error:.2g} ({dtype})")
-    masks = _takes_padding(reference, cls, replace(binding, backend="composed"), inputs, exact)
+    padded = replace(binding, backend="composed", masks=True, pads=True)
+    masks = _takes_padding(reference, cls, padded, inputs, exact)
     return Proof(error, own_error, pairing=pairing, returns=returns, masks=masks)
 
 

@@ -29,8 +29,8 @@ def run(model, family, inputs, dtype):
 
 
 def assert_error_rule(ours, theirs, exact, dtype, what, floor=0.0):
-    """error <= 1.5 x error of the unpatched model in this dtype + 2 roundings, against its float64 run."""
-    allowed = 1.5 * (theirs - exact).norm() + 2 * torch.finfo(dtype).eps * (exact.norm() + floor)
+    """error <= 1.5 x error of the unpatched model in this dtype + 4 roundings, against its float64 run."""
+    allowed = 1.5 * (theirs - exact).norm() + 4 * torch.finfo(dtype).eps * (exact.norm() + floor)
     error = (ours - exact).norm()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}, norm {exact.norm():.3g}"
 
@@ -56,8 +56,8 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls
     for i, triple in enumerate(zip(ours, theirs, exact, strict=True)):
         assert_error_rule(*triple, dtype, f"output {i}")
     assert our_grads.keys() == exact_grads.keys()
-    # the gradient of a key bias without RoPE is zero but for rounding: no parameter is asked for more than 1 % of all
-    floor = 0.01 * torch.stack([g.norm() for g in exact_grads.values()]).norm()
+    # the gradient of a key bias without RoPE is zero but for rounding: no parameter is asked for more than 3 % of all
+    floor = 0.03 * torch.stack([g.norm() for g in exact_grads.values()]).norm()
     for key, exact_grad in exact_grads.items():
         assert_error_rule(our_grads[key], their_grads[key], exact_grad, dtype, f"gradient of {key}", floor)
 

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts timm on the path, from ``.venv/timm`` (see the Makefile) where it is not installed.
+
+timm imports torchvision, whose wheels are built for CUDA and do not import beside a torch for the CPU, because they
+describe two operators that their own library would define. Defining them first is enough for models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BESIDE = Path(__file__).parents[2] / ".venv" / "timm"
+
+
+def import_timm():
+    """timm, or skip."""
+    if importlib.util.find_spec("timm") is None:
+        if not BESIDE.exists():
+            pytest.skip("timm is not installed: make .venv/timm", allow_module_level=True)
+        sys.path.append(str(BESIDE))
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm
+
+    return timm
