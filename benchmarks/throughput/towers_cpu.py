@@ -29,7 +29,10 @@ from spatial_pe.environment import describe
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def dinov2_small_518() -> tuple[nn.Module, Callable[[nn.Module, torch.dtype], Tensor]]:
+Tower = tuple[nn.Module, Callable[[nn.Module, torch.dtype], Tensor]]
+
+
+def dinov2_small_518() -> Tower:
     """DINOv2-small, 518 px: 1,370 tokens, batch 4."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -38,7 +41,7 @@ def dinov2_small_518() -> tuple[nn.Module, Callable[[nn.Module, torch.dtype], Te
     return model, lambda m, dtype: m(pixels.to(dtype)).last_hidden_state
 
 
-def qwen2_5_vl() -> tuple[nn.Module, Callable[[nn.Module, torch.dtype], Tensor]]:
+def qwen2_5_vl() -> Tower:
     """Qwen2.5-VL's tower, 4 of its layers, one of them with full attention: 4,500 tokens of one 1260 x 700 image."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -51,7 +54,78 @@ def qwen2_5_vl() -> tuple[nn.Module, Callable[[nn.Module, torch.dtype], Tensor]]
     return model, lambda m, dtype: m(patches.to(dtype), grid_thw=grid)
 
 
-TOWERS = {"dinov2_small_518": dinov2_small_518, "qwen2_5_vl": qwen2_5_vl}
+def qwen3_vl() -> Tower:
+    """Qwen3-VL's tower, 4 of its layers: 1,920 tokens of one 640 x 768 image."""
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    config = Qwen3VLVisionConfig(depth=4, deepstack_visual_indexes=[1], out_hidden_size=2048)
+    patches, grid = torch.randn(40 * 48, 3 * 2 * 16 * 16), torch.tensor([[1, 40, 48]])
+    return Qwen3VLVisionModel._from_config(config), lambda m, dtype: m(patches.to(dtype), grid_thw=grid)
+
+
+def pixtral() -> Tower:
+    """Pixtral's tower, 4 of its layers: four images in one sequence, 2,816 tokens."""
+    from transformers import PixtralVisionConfig, PixtralVisionModel
+
+    config = PixtralVisionConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=4)
+    pixels = torch.randn(4, 3, 512, 512)
+    sizes = torch.tensor([[512, 512], [512, 384], [384, 512], [256, 256]])
+    return PixtralVisionModel._from_config(config), lambda m, dtype: m(pixels.to(dtype), sizes).last_hidden_state
+
+
+def dinov3_large() -> Tower:
+    """DINOv3-L, 4 of its layers, 512 px: 1,029 tokens, batch 2."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    config = DINOv3ViTConfig(
+        hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=4, num_register_tokens=4
+    )
+    pixels = torch.randn(2, 3, 512, 512)
+    return DINOv3ViTModel._from_config(config), lambda m, dtype: m(pixels.to(dtype)).last_hidden_state
+
+
+def siglip_so400m() -> Tower:
+    """SigLIP-so400m, 4 of its layers, 384 px: 729 tokens, batch 2."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(
+        hidden_size=1152,
+        num_attention_heads=16,
+        intermediate_size=4304,
+        num_hidden_layers=4,
+        image_size=384,
+        patch_size=14,
+    )
+    pixels = torch.randn(2, 3, 384, 384)
+    return SiglipVisionModel._from_config(config), lambda m, dtype: m(pixels.to(dtype)).last_hidden_state
+
+
+def clip_large_336() -> Tower:
+    """CLIP-L/14, 4 of its layers, 336 px: 577 tokens, batch 2."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        image_size=336,
+        patch_size=14,
+    )
+    pixels = torch.randn(2, 3, 336, 336)
+    return CLIPVisionModel._from_config(config), lambda m, dtype: m(pixels.to(dtype)).last_hidden_state
+
+
+TOWERS = {
+    "dinov2_small_518": dinov2_small_518,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "pixtral": pixtral,
+    "dinov3_large": dinov3_large,
+    "siglip_so400m": siglip_so400m,
+    "clip_large_336": clip_large_336,
+}
 
 
 @torch.no_grad()

@@ -29,12 +29,22 @@ def select(call: Call, backend: str) -> str:
     """
     if backend == "auto":
         return next(name for name in AUTO if refusal(name, call) is None)
-    if backend not in BACKENDS:
-        raise ValueError(f'backend must be "auto" or one of {list(BACKENDS)}, got {backend!r}')
-    reason = BACKENDS[backend].unavailable() or BACKENDS[backend].cannot_serve(call)
+    check_backend(backend)
+    reason = BACKENDS[backend].cannot_serve(call)
     if reason is not None:
         raise ValueError(f'backend="{backend}" cannot serve this call: {reason}')
     return backend
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless this is "auto" or a backend that this machine has."""
+    if backend == "auto":
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {list(BACKENDS)}, got {backend!r}')
+    reason = BACKENDS[backend].unavailable()
+    if reason is not None:
+        raise ValueError(f'backend="{backend}" cannot serve this call: {reason}')
 
 
 def refusal(name: str, call: Call) -> str | None:

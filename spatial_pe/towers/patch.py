@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.call import Call
-from ..backends.select import select
+from ..backends.select import check_backend, select
 from ..rotary import PAIRINGS
 from .adapters import NO_GRID, TESTED, Binding, FusedAttention, Known
 from .discover import Found, discover
@@ -76,6 +76,7 @@ def patch(
     """
     request = Request(rope, start, keep_absolute, legacy)
     request.check()
+    request.check_start()
     report = apply(model, request, backend, verify)
     if legacy is not None:
         warn_of_legacy()
@@ -101,12 +102,15 @@ def unpatch(model: nn.Module) -> None:
 
 def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> PatchReport:
     """What ``patch(model)`` would do, proofs included, with nothing changed."""
+    check_backend(backend)
     found, proofs = _examine(model, Request(), backend, verify)
     return _report(found, proofs, backend, Request())
 
 
 def apply(model: nn.Module, request: Request, backend: str, verify: bool) -> PatchReport:
-    """patch, with its arguments checked."""
+    """patch, for a request that may come from a config.json."""
+    request.check()
+    check_backend(backend)
     found, proofs = _examine(model, request, backend, verify)
     _check_repeated(found, request, backend)
     chosen = [f for f in found if f.reason is None]

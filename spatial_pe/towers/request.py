@@ -38,7 +38,11 @@ class Request:
                 raise ValueError(f"legacy must be one of {LEGACY} or None, got {self.legacy!r}")
             if rope is not None:
                 raise ValueError(f"legacy={self.legacy!r} is an encoding of its own: leave rope out, got rope={rope!r}")
-        if isinstance(rope, nn.Module) and start == "identity":
+
+    def check_start(self) -> None:
+        """That an encoding given as a module starts where ``start`` says."""
+        rope = self.rope
+        if isinstance(rope, nn.Module) and self.start == "identity":
             table = rope(PatchGrid(3, 5))
             if not bool((table.cos == 1).all() and (table.sin == 0).all()):
                 raise ValueError(
