@@ -10,7 +10,7 @@ from .grid import PatchGrid
 from .modules import RoPE2DAttention
 from .rotary import Rotary
 from .rotation import apply_rotary, apply_rotary_qk
-from .towers import PatchReport, from_pretrained, inspect, patch, unpatch
+from .towers import PatchReport, from_pretrained, inspect, patch, register_attention_interface, unpatch
 from .verify import RotaryReport, verify_rotary
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "from_pretrained",
     "inspect",
     "patch",
+    "register_attention_interface",
     "rope_attention",
     "unpatch",
     "verify_rotary",

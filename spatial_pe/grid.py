@@ -137,7 +137,8 @@ del PatchGrid.__dataclass_fields__
 
 
 def _check_int(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    # asked first whether it is an int: a symbolic one of torch.compile can be asked nothing else
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low:  # type: ignore[operator]
         raise ValueError(f"{name} must be at least {low}, got {value}")

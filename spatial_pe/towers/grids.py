@@ -34,6 +34,9 @@ class Grids:
         self.cached: tuple[Any, Any] | None = None
 
     def record(self, size: Any, grid: Any, same: Callable[[Any, Any], bool]) -> None:
+        if torch.compiler.is_compiling():  # what is read before it is written would become a guard on it
+            self.known = {size: grid}
+            return
         if size in self.awaiting and not same(self.known[size], grid):
             self.ambiguous.add(size)
         else:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .cost import Cost
+
 
 class PatchedRow(NamedTuple):
     """One attention module. ``error`` is relative to float64, as is ``own_error`` of the module's own forward."""
@@ -21,6 +23,8 @@ class PatchedRow(NamedTuple):
     error: float | None
     own_error: float | None
     note: str = ""  # why there is no error
+    own_cost: Cost | None = None  # of its own forward on 960 tokens, and of the patched one: inspect() counts them
+    cost: Cost | None = None
 
 
 class SkippedRow(NamedTuple):
@@ -59,12 +63,16 @@ class PatchReport:
         groups: dict[tuple, list[PatchedRow]] = {}
         for row in self.patched:
             groups.setdefault((row.tower, row.attention, row.convention, row.backend, row.note), []).append(row)
-        cells: list[tuple[str, ...]] = [("tower", "attention", "layers", "convention", "backend", "error", "its own")]
+        counted = any(row.cost for row in self.patched)
+        head = ("tower", "attention", "layers", "convention", "backend", "error", "its own")
+        cells: list[tuple[str, ...]] = [(*head, "kernels", "memory") if counted else head]
         for (tower, attention, convention, backend, note), rows in groups.items():
             errors = [max((e for e in column if e is not None), default=None) for column in _columns(rows)]
             shown = ["-" if error is None else f"{error:.1e}" for error in errors]
             if errors[0] is None:
                 shown[0] = f"not verified: {note}" if note else "not verified"
+            if counted:
+                shown += _costs(rows[0])
             cells.append((tower, attention, str(len(rows)), convention, backend, *shown))
         return cells
 
@@ -76,6 +84,14 @@ class PatchReport:
         for (attention, reason), rows in groups.items():
             cells.append((rows[0].name, attention, str(len(rows)), reason))
         return cells
+
+
+def _costs(row: PatchedRow) -> list[str]:
+    """Kernels and peak memory of a layer, before and after."""
+    if row.own_cost is None or row.cost is None:
+        return ["-", "-"]
+    memory = (f"{cost.peak / 2**20:.1f}" for cost in (row.own_cost, row.cost))
+    return [f"{row.own_cost.kernels} -> {row.cost.kernels}", f"{' -> '.join(memory)} MiB"]
 
 
 def _columns(rows: list[PatchedRow]) -> tuple[list[float | None], list[float | None]]:

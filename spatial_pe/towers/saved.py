@@ -42,5 +42,5 @@ def noted(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def mark(module: nn.Module) -> None:
-    module.register_buffer(MARK, torch.ones((), device=next(module.parameters()).device))
+def mark(module: nn.Module, device: torch.device) -> None:
+    module.register_buffer(MARK, torch.ones((), device=device))

@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from ..rotary import join_pairs
 from .adapters import Binding, FusedAttention, Shape, patched_class
+from .cost import Cost, cost_of
 from .layout import Layout, project
 
-PREFIX, BOUNDS = 3, (0, 5, 6, 15)  # unrotated tokens; three sequences, one of a single token
-TOKENS = BOUNDS[-1]
+PREFIX = 3  # tokens that are not rotated
+SMALL = (0, 5, 6, 15)  # bounds of three sequences, one of a single token
+LARGE = tuple(range(0, 961, 64))  # 960 tokens in windows of 64
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,54 @@ class Proof:
     pairing: str = "half"
     returns: str = "tuple"
     masks: bool = False
+    form: int = 0  # which of the examples it was
 
 
 def prove(
     module: nn.Module, shape: Shape, layout: Layout, backend: str, packs_images: bool, pairings: tuple[str, ...]
 ) -> Proof:
     """Run all three and apply the rule, for each pairing and each form that the arguments may have, until it holds."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if weight is None or weight.is_meta:
+    weight = floating_weight(module)
+    if any(p.is_meta for p in module.parameters()):
         return Proof(failure="its weights are not in memory", ran=False)
     found: list[Proof] = []
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         reference, own = _bare(module, torch.float64), _bare(module, None)
         for pairing in pairings:
-            for inputs in _examples(reference, shape, layout, pairing, packs_images, weight.device):
+            examples = _examples(reference, shape, layout, pairing, packs_images, weight.device, SMALL)
+            for form, inputs in enumerate(examples):
                 proof = _compare(reference, own, shape, layout, backend, pairing, inputs, weight.dtype)
                 if proof.failure is None:
-                    return proof
+                    return replace(proof, form=form)
                 found.append(proof)
     compared = [proof for proof in found if proof.ran]
     return compared[0] if compared else found[0]
+
+
+def floating_weight(module: nn.Module) -> Tensor:
+    """A parameter or buffer that tells in which dtype and where a module computes: quantised weights are integers, or
+    not tensors at all."""
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0, device=device))
+
+
+def costs(module: nn.Module, binding: Binding, packs_images: bool, form: int) -> tuple[Cost, Cost] | None:
+    """Of its own forward and of the patched one, on 960 tokens: one image, or 15 windows. None if one cannot be run."""
+    weight = floating_weight(module)
+    shape, layout = binding.shape, binding.layout
+    own = _bare(module, None)
+    patched = _as_patched(own, patched_class(FusedAttention, type(own)), binding)
+    examples = list(_examples(own, shape, layout, binding.pairing, packs_images, weight.device, LARGE))
+    inputs = examples[form]
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            return (
+                cost_of(own, _own_inputs(inputs, weight.dtype, shape), shape.first),
+                cost_of(patched, _cast(inputs, weight.dtype, shape), shape.first),
+            )
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _compare(
@@ -120,9 +150,10 @@ def _takes_padding(
     name = binding.shape.mask
     if exact.ndim != 3 or exact.shape[0] != 2 or name not in signature(type(reference).forward).parameters:
         return False
-    valid = torch.ones(2, TOKENS, dtype=torch.bool, device=exact.device)
+    tokens = exact.shape[1]
+    valid = torch.ones(2, tokens, dtype=torch.bool, device=exact.device)
     valid[0, -4:], valid[1, 4:9:2] = False, False
-    masked = {**inputs, name: valid[:, None, None].expand(2, 1, TOKENS, TOKENS)}
+    masked = {**inputs, name: valid[:, None, None].expand(2, 1, tokens, tokens)}
     try:
         theirs = _first(reference(**masked))
         ours = _first(_as_patched(reference, cls, binding)(**masked))
@@ -136,24 +167,31 @@ def _takes_padding(
 
 
 def _examples(
-    reference: nn.Module, shape: Shape, layout: Layout, pairing: str, packs: bool, device: torch.device
+    reference: nn.Module,
+    shape: Shape,
+    layout: Layout,
+    pairing: str,
+    packs: bool,
+    device: torch.device,
+    starts: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
     """Arguments of the patched forward, in float64, in the forms that attention modules of a shape take."""
     packed = shape.bounds is not None or packs
-    bounds = torch.tensor(BOUNDS, dtype=torch.int32, device=device)
+    bounds = torch.tensor(starts, dtype=torch.int32, device=device)
+    tokens = starts[-1]
     if shape.bounds is not None:
-        forms = [((TOKENS,), (TOKENS,)), ((1, TOKENS), (TOKENS,))]
+        forms = [((tokens,), (tokens,)), ((1, tokens), (tokens,))]
     elif packs:
-        forms = [((1, TOKENS), (TOKENS,))]
+        forms = [((1, tokens), (tokens,))]
     elif shape.rotation is None:
-        forms = [((2, TOKENS), (TOKENS,))]
+        forms = [((2, tokens), (tokens,))]
     else:
         prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # timm says so
         forms = [
-            ((2, TOKENS), (TOKENS - prefix,)),  # DINOv3, timm
-            ((2, TOKENS), (TOKENS,)),  # MLCD, Llama 4
-            ((2, TOKENS), (2, TOKENS)),  # Gemma 4
-            ((2, 3, TOKENS // 3), (TOKENS,)),  # SAM 3
+            ((2, tokens), (tokens - prefix,)),  # DINOv3, timm
+            ((2, tokens), (tokens,)),  # MLCD, Llama 4
+            ((2, tokens), (2, tokens)),  # Gemma 4
+            ((2, 3, tokens // 3), (tokens,)),  # SAM 3
         ]
     for lead, rows in forms:
         generator = torch.Generator().manual_seed(0)
@@ -161,14 +199,14 @@ def _examples(
             torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
             for size in ((*lead, layout.width), (*rows, layout.head_dim // 2))
         )
-        inputs: dict[str, Any] = {shape.first: x * _spread(reference, layout, x)}
+        inputs: dict[str, Any] = {shape.first: x if starts is LARGE else x * _spread(reference, layout, x)}
         if shape.rotation is not None:
             inputs[shape.rotation] = _rotation(angles, shape.rotation, pairing)
         if packed:
             inputs[shape.bounds or "cu_seq_lens_q"] = bounds
         for name, parameter in [*signature(type(reference).forward).parameters.items()][1:]:
             if name == "position_ids":  # Gemma 4 asks for the number of axes
-                inputs[name] = torch.zeros(2, TOKENS, 2, dtype=torch.long, device=device)
+                inputs[name] = torch.zeros(2, tokens, 2, dtype=torch.long, device=device)
             elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
                 inputs.setdefault(name, None)
         if shape.bounds and shape.rotation == "position_embeddings":
@@ -233,7 +271,7 @@ def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, shape: Shape) -> dic
     cast = _cast(inputs, dtype, shape)
     if "cu_seq_lens_q" in cast:
         bounds = cast.pop("cu_seq_lens_q")
-        image = torch.searchsorted(bounds, torch.arange(TOKENS, device=bounds.device), right=True)
+        image = torch.searchsorted(bounds, torch.arange(cast[shape.first].shape[-2], device=bounds.device), right=True)
         mask = torch.zeros(len(image), len(image), dtype=dtype, device=image.device)
         cast["attention_mask"] = mask.masked_fill_(image[:, None] != image, torch.finfo(dtype).min)[None, None]
     return cast

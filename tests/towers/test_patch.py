@@ -285,7 +285,9 @@ def test_inspect_changes_nothing_and_says_what_patch_does():
     classes, state = [type(m) for m in model.modules()], list(vars(model.vision_model))
     seen = inspect(model)
     assert [type(m) for m in model.modules()] == classes and list(vars(model.vision_model)) == state
-    assert str(patch(model)) == str(seen)
+    patched = patch(model)
+    assert patched.patched == [row._replace(own_cost=None, cost=None) for row in seen.patched]
+    assert patched.skipped == seen.skipped
 
 
 def test_the_report_is_one_row_per_kind_of_layer():

@@ -153,7 +153,6 @@ def test_accelerate_hooks(name, way, order, calls, tmp_path):
 @pytest.mark.parametrize("way", HOOKS)
 def test_accelerate_hooks_and_an_added_rope(way, rope, order, calls, tmp_path):
     """The weights of a hooked attention may be on the meta device: the encoding's own must be where it runs."""
-    # BUG: where they are when patch is called, the encoding is made on the meta device
     pytest.importorskip("accelerate")
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -667,7 +666,6 @@ def test_a_compiled_tower_learns_what_it_would(name, options):
 @pytest.mark.parametrize("options", [{}, {"rope": "mixed"}], ids=["plain", "rope"])
 def test_a_compiled_tower_is_not_compiled_again(options):
     """The next batch of the same shape finds the graph: what hooks record must not be among its guards."""
-    # BUG: with rope=... the second forward compiles again
     family = FAMILIES["clip"]
     model, inputs = family.make(), family.inputs()
     patch(model, **options)
@@ -689,7 +687,6 @@ def test_a_compiled_tower_is_not_compiled_again(options):
 @pytest.mark.parametrize("options", [{}, {"rope": "mixed"}], ids=["plain", "rope"])
 def test_a_compiled_tower_takes_other_resolutions(options):
     """torch.compile makes a size that changed symbolic: the unpatched tower compiles with it in one graph."""
-    # BUG: with rope=... it does not compile
     family = FAMILIES["siglip"]
     model, inputs = family.make(), family.inputs()
     patch(model, **options)
@@ -806,7 +803,6 @@ def test_autocast_leaves_the_angles_alone(name, calls):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_projections_in_int8(name, order, calls):
     """A quantized projection has no parameters: nothing to read a dtype from, and nothing that we have to."""
-    # BUG: patch raises StopIteration where the attention has no parameters
     family = FAMILIES[name]
     inputs = family.inputs()
 

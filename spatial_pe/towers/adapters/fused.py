@@ -60,7 +60,14 @@ class FusedAttention(Patched):
             if batch_of_one:
                 q, k, v = q[0], k[0], v[0]
             out = rope_attention(
-                q, k, v, rotary, scale=scale, cu_seqlens=bounds.int(), max_seqlen=longest, backend=backend
+                q,
+                k,
+                v,
+                rotary,
+                scale=scale,
+                cu_seqlens=bounds.to(q.device, torch.int32),
+                max_seqlen=longest,
+                backend=backend,
             )
             return out[None] if batch_of_one else out
         if padding is not None:
@@ -102,7 +109,7 @@ class FusedAttention(Patched):
     def _unfused(self, reason: str, x: Tensor, rotary: Any, bounds: Tensor | None, call: dict[str, Any]) -> Any:
         bound = self._spatial_pe
         if bound.added:  # the model's own forward would leave the rotation out
-            self.warn(reason)
+            self.warn(f"{reason}, so such calls are computed without the fused kernel")
             q, k, v = project(self, bound.layout, x)
             q, k = (rotary(q), rotary(k)) if not isinstance(rotary, Rotary) else apply_rotary_qk(q, k, rotary)
             attended, weights = eager_attention(q, k, v, bound.layout.scale, dropout_of(self, bound.layout), call)

@@ -84,11 +84,11 @@ class Patched(nn.Module):
 
     def fall_back(self, reason: str, call: dict[str, Any]) -> Any:
         """This call by the model's own attention."""
-        self.warn(reason)
+        self.warn(f"{reason}, so the model's own attention computes such calls")
         return super().forward(**call)
 
-    def warn(self, reason: str) -> None:
-        _warn_once(self.original.__name__, reason)
+    def warn(self, message: str) -> None:
+        _warn_once(self.original.__name__, message)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the class is made at run time and has no importable name: pickle and deepcopy make it again
@@ -130,7 +130,7 @@ def _new(fused: type[Patched], original: type[nn.Module]) -> Patched:
 _warned: set[tuple[str, str]] = set()
 
 
-def _warn_once(name: str, reason: str) -> None:
-    if (name, reason) not in _warned and not torch.compiler.is_compiling():
-        _warned.add((name, reason))
-        warnings.warn(f"{name}: {reason}, so the model's own attention computes such calls", stacklevel=5)
+def _warn_once(name: str, message: str) -> None:
+    if (name, message) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((name, message))
+        warnings.warn(f"{name}: {message}", stacklevel=5)
