@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
-.PHONY: demo test test-all lint sanitize bench-cpu gpu triton-budget wheel clean
+.PHONY: demo test test-all lint sanitize bench-cpu gpu triton-budget support-table wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
@@ -61,6 +61,10 @@ triton-budget: $(VENV)/installed
 	printf '%s\n' sm_80 sm_90 sm_100 gfx942 | PYTHONPATH=. xargs -P 2 -I {} $(BIN)/python tests/triton/offline.py --targets {} --out build/{}.json
 	PYTHONPATH=. $(BIN)/python tests/triton/offline.py --reports build/sm_80.json build/sm_90.json build/sm_100.json \
 	  build/gfx942.json --markdown docs/triton_budget.md --budget tests/triton/budget.json
+
+# The README's table of towers, from what is proven on both transformers. One minute.
+support-table: $(VENV)/installed $(VENV)/transformers-4.57
+	PYTHONPATH=. $(BIN)/python tests/towers/support.py
 
 # The Triton of torch 2.11, beside the newest: tests/triton/test_budget.py compiles with both
 $(VENV)/triton-3.6: $(VENV)/installed

@@ -213,6 +213,8 @@ def _examples(
             # most packed towers hand on float32 tables whatever they are in, some their own dtype
             yield {**inputs, shape.rotation: tuple(t.float() for t in inputs[shape.rotation])}
         yield inputs
+        if shape.bounds and not shape.rotation:  # HunYuan-VL hands it on without naming it
+            yield {**inputs, shape.mask: None}
 
 
 def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:

@@ -49,6 +49,7 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls
     calls.clear()  # those of the proof
     assert len(report.patched) == family.layers
     assert {row.attention for row in report.patched} <= set(family.attention)
+    assert all(row.error is not None for row in report.patched), report  # proven, not taken on trust
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a fallback to the model's own forward would prove nothing
         ours, our_grads = run(model, family, inputs, dtype)

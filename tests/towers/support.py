@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's table of supported towers, from what ``inspect`` proves and counts on every family of the tests.
+
+    python tests/towers/support.py --json        # this environment's families
+    make support-table                           # both transformers, and timm, into the README
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OLD = ROOT / ".venv" / "transformers-4.57"
+BEGIN, END = "<!-- support: written by `make support-table` -->", "<!-- end of support -->"
+README = ROOT / "README.md"
+
+
+def proven() -> dict[str, dict]:
+    """Family -> attention class, convention, kernels before and after, whether RoPE can be added; those here only."""
+    import torch
+    from families import FAMILIES, GRIDS, HERE
+
+    from spatial_pe import inspect
+
+    torch.set_num_threads(1)
+    found = {}
+    for name in HERE:
+        reports = [inspect(FAMILIES[name].make().to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+        rows = [row for report in reports for row in report.patched]
+        assert rows and all(row.error is not None for row in rows), f"{name} is not proven: {reports}"
+        first = rows[0]
+        found[name] = {
+            "attention": first.attention,
+            "convention": first.convention,
+            "kernels": [first.own_cost.kernels, first.cost.kernels] if first.cost and first.own_cost else None,
+            "added": name in GRIDS,
+        }
+    return found
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    return {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
+
+
+def elsewhere(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
+    """The same with other packages first on the path."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
+    command = [sys.executable, __file__, "--json"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    read = json.loads(run.stdout.splitlines()[-1])
+    return read["families"], read["versions"]
+
+
+def table() -> str:
+    new, old = proven(), {}
+    labels = [".".join(versions()["transformers"].split(".")[:2])]
+    old, old_versions = elsewhere(OLD)
+    labels.append(".".join(old_versions["transformers"].split(".")[:2]))
+    header = ["tower", "attention", "what it has", *labels, "kernels a layer", "RoPE can be added"]
+    lines = [header, ["---"] * len(header)]
+    for name in dict.fromkeys([*new, *old]):
+        row = new.get(name) or old[name]
+        kernels = "{} → {}".format(*row["kernels"]) if row["kernels"] else ""
+        marks = ["✓" if name in found else "" for found in (new, old)]
+        lines.append([name, f"`{row['attention']}`", row["convention"], *marks, kernels, "✓" if row["added"] else ""])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def in_readme() -> str:
+    return README.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print this environment's families")
+    if parser.parse_args().json:
+        print(json.dumps({"families": proven(), "versions": versions()}))
+        return
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
