@@ -118,7 +118,9 @@ def _towers(modules: dict[str, nn.Module], attention: dict[str, nn.Module]) -> s
 
 def _is_patch_embedding(name: str, module: nn.Module) -> bool:
     last = _last(name)
-    return "patch_embed" in last or "patch_conv" in last or "patchembed" in type(module).__name__.lower()
+    kind = type(module).__name__.lower()
+    # timm's NaFlexEmbeds has a linear layer in place of the convolution, named proj
+    return "patch_embed" in last or "patch_conv" in last or "patchembed" in kind or "naflexembeds" in kind
 
 
 def _names_in(tower: nn.Module) -> Iterator[str]:

@@ -100,11 +100,8 @@ def read_layout(module: nn.Module) -> Layout | str:
 def project(module: nn.Module, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(..., C) -> q (..., H, D), k and v (..., Hkv, D): views of what the projections return."""
     if len(layout.qkv) == 1:
-        fused = getattr(module, layout.qkv[0])(x)
-        if layout.bias:
-            fused = fused + torch.cat([getattr(module, name) for name in layout.bias])
-        # (..., H + 2 Hkv, D) -> three slices of it
-        parts = list(_split(fused, layout.head_dim).split((layout.heads, layout.kv_heads, layout.kv_heads), dim=-2))
+        fused = _split(_fused(module, layout, x), layout.head_dim)  # (..., H + 2 Hkv, D)
+        parts = list(fused.split((layout.heads, layout.kv_heads, layout.kv_heads), dim=-2))  # three slices of it
     else:
         parts = [_split(getattr(module, name)(x), layout.head_dim) for name in layout.qkv]
     for i, name in enumerate(layout.norms):
@@ -112,6 +109,17 @@ def project(module: nn.Module, layout: Layout, x: Tensor) -> tuple[Tensor, Tenso
         parts[i] = _split(norm(parts[i].flatten(-2)), layout.head_dim) if layout.norms_all_heads else norm(parts[i])
     q, k, v = parts
     return q, k, v
+
+
+def _fused(module: nn.Module, layout: Layout, x: Tensor) -> Tensor:
+    linear = getattr(module, layout.qkv[0])
+    if not layout.bias:
+        return linear(x)
+    bias = torch.cat([getattr(module, name) for name in layout.bias])
+    if type(linear) is nn.Linear and linear.bias is None:
+        return nn.functional.linear(x, linear.weight, bias)  # as timm: the bias is no pass of its own
+    fused = linear(x)  # wrapped, by PEFT say
+    return fused + bias.to(fused.dtype)
 
 
 def output(module: nn.Module, layout: Layout, attended: Tensor, x: Tensor) -> Tensor:

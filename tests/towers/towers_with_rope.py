@@ -239,7 +239,7 @@ WITH_ROPE = {
         "exaone4_5",
         "Exaone4_5_VisionModel",
         "Exaone4_5_VisionConfig",
-        {**_QWEN, "hidden_size": 80, "num_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+        {**_QWEN, "hidden_size": 96, "num_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
         | {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
         _patches(96),
         ("Exaone4_5_VisionAttention",),
@@ -248,7 +248,7 @@ WITH_ROPE = {
         "paddleocr_vl",
         "PaddleOCRVisionModel",
         "PaddleOCRVisionConfig",
-        {**_VIT, "hidden_size": 56, "patch_size": 4, "image_size": 16},  # head_dim 28
+        {**_VIT, "hidden_size": 64, "patch_size": 4, "image_size": 16},
         _paddleocr,
         ("PaddleOCRVisionAttention",),
     ),
@@ -264,7 +264,7 @@ WITH_ROPE = {
         "lfm3_vl",
         "Lfm3VlVisionModel",
         "Lfm3VlVisionConfig",
-        {**_VIT, "hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2, "patch_size": 4}
+        {**_VIT, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "patch_size": 4}
         | {"num_hidden_layers": 3, "layer_types": ["full_attention", "conv", "full_attention"]},
         _patches(96, name="pixel_values"),
         ("Lfm3VlVisionAttention",),
@@ -301,11 +301,11 @@ WITH_ROPE = {
         _inkling,
         ("Inkling2VisionAttention",),
     ),
-    "minimax_m3_vl": Family(  # t, y and x turn 18 of 20 channels; the frames of a video are one sequence
+    "minimax_m3_vl": Family(  # t, y and x turn 30 of 32 channels; the frames of a video are one sequence
         "minimax_m3_vl",
         "MiniMaxM3VLVisionModel",
         "MiniMaxM3VLVisionConfig",
-        {**_VIT, "hidden_size": 60, "num_attention_heads": 3, "patch_size": 4},
+        {**_VIT, "hidden_size": 64, "patch_size": 4},
         _patches(96, name="pixel_values"),
         ("MiniMaxM3VLVisionAttention",),
     ),
@@ -322,7 +322,7 @@ WITH_ROPE = {
         "step3p7",
         "Step3p7VisionModel",
         "Step3p7VisionConfig",
-        {**_VIT, "hidden_size": 72},  # head_dim 36
+        {**_VIT, "hidden_size": 80},  # head_dim 40
         _pixels(40, 24),
         ("Step3p7VisionAttention",),
     ),
