@@ -11,11 +11,17 @@ export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 demo: $(VENV)/installed
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
 
-test: $(VENV)/installed $(VENV)/triton-3.6
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+# Two processes: the tests of one thread each. The towers once more with the oldest transformers that is supported.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm
 
-test-all: $(VENV)/installed $(VENV)/triton-3.6
-	$(BIN)/python -m pytest -m "not gpu"
+test: $(TEST_ENVS)
+	PYTHONPATH=$(VENV)/transformers-4.57 $(PYTEST) -m "not slow and not gpu" tests/towers
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(TEST_ENVS)
+	PYTHONPATH=$(VENV)/transformers-4.57 $(PYTEST) -m "not gpu" tests/towers
+	$(PYTEST) -m "not gpu"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

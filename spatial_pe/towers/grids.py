@@ -89,7 +89,8 @@ class GridRecorder(Grids):
                 f"attention got {x.shape[1]} tokens, {prefix + suffix} of them not patches, but no patch grid has "
                 f"{patches} patches (seen: {known}): RoPE needs every patch of the image, in order"
             )
-        grid = PatchGrid(*self.find(patches, f"{patches} patches"), prefix=prefix, suffix=suffix)
+        height, width = self.find(patches, f"{patches} patches")
+        grid = PatchGrid(height, width, prefix, suffix)
         return grid, grid
 
 

@@ -52,8 +52,8 @@ def read_layout(module: nn.Module) -> Layout | str:
     projections = [_linear(getattr(module, name)) for name in qkv]
     if any(p is None for p in projections):
         return f"its projections are not linear layers but {type(getattr(module, qkv[0])).__name__}"
-    widths = [int(p.out_features) for p in projections]  # type: ignore[union-attr]
-    width = int(projections[0].in_features)  # type: ignore[union-attr]
+    widths = [int(p.out_features) for p in projections]
+    width = int(projections[0].in_features)
     # q and fused qkv without a declared head_dim: q is as wide as the tokens
     head_dim = head_dim or (width if len(widths) == 1 else widths[0]) // heads
     heads = heads or widths[0] // head_dim
@@ -155,7 +155,7 @@ def _child(module: nn.Module, name: str) -> bool:
     return isinstance(getattr(module, name, None), nn.Module)
 
 
-def _linear(module: nn.Module) -> nn.Module | None:
+def _linear(module: nn.Module) -> Any:
     """The linear layer that a projection is, or that it wraps (Gemma 4's, which clips; PEFT's)."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module

@@ -51,7 +51,7 @@ def from_pretrained(cls: Any, path: str | Path, *args: Any, rope: nn.Module | No
     for tower in towers:
         note = getattr(tower.config, NOTE)
         apply(tower, Request.from_config(note, rope), note["backend"], verify=True)
-    encodings = {
+    encodings: dict[str, tuple[nn.Module, str]] = {
         f"{name}.{key}" if name else key: (module, key)
         for name, module in model.named_modules()
         if isinstance(module, FusedAttention) and module._spatial_pe.added

@@ -214,7 +214,7 @@ def _trusted(f: Found, known: Known | None) -> Proof:
 def _pairings(f: Found, known: Known | None) -> tuple[str, ...]:
     """Those that the module may use."""
     assert f.shape is not None and f.layout is not None
-    if f.shape.rotation is None:
+    if not f.shape.rotation:
         return ("half",)
     says = getattr(f.module, "rotate_half", None)  # timm
     if isinstance(says, bool):

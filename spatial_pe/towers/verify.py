@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rotary import join_pairs
-from .adapters import Binding, FusedAttention, Shape, patched_class
+from .adapters import Binding, FusedAttention, Patched, Shape, patched_class
 from .cost import Cost, cost_of
 from .layout import Layout, project
 
@@ -144,7 +144,7 @@ def _compare(
 
 
 def _takes_padding(
-    reference: nn.Module, cls: type[FusedAttention], binding: Binding, inputs: dict[str, Any], exact: Tensor
+    reference: nn.Module, cls: type[Patched], binding: Binding, inputs: dict[str, Any], exact: Tensor
 ) -> bool:
     """Whether its own forward takes a mask of padding, at the end of one sample and scattered in the other, as such."""
     name = binding.shape.mask
@@ -176,14 +176,15 @@ def _examples(
     starts: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
     """Arguments of the patched forward, in float64, in the forms that attention modules of a shape take."""
-    packed = shape.bounds is not None or packs
+    packed = bool(shape.bounds) or packs
     bounds = torch.tensor(starts, dtype=torch.int32, device=device)
     tokens = starts[-1]
-    if shape.bounds is not None:
+    forms: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    if shape.bounds:
         forms = [((tokens,), (tokens,)), ((1, tokens), (tokens,))]
     elif packs:
         forms = [((1, tokens), (tokens,))]
-    elif shape.rotation is None:
+    elif not shape.rotation:
         forms = [((2, tokens), (tokens,))]
     else:
         prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # timm says so
@@ -200,7 +201,7 @@ def _examples(
             for size in ((*lead, layout.width), (*rows, layout.head_dim // 2))
         )
         inputs: dict[str, Any] = {shape.first: x if starts is LARGE else x * _spread(reference, layout, x)}
-        if shape.rotation is not None:
+        if shape.rotation:
             inputs[shape.rotation] = _rotation(angles, shape.rotation, pairing)
         if packed:
             inputs[shape.bounds or "cu_seq_lens_q"] = bounds
@@ -241,12 +242,12 @@ def _rotation(angles: Tensor, name: str, pairing: str) -> Any:
 
 def _turned_back(inputs: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """The same with every angle negated."""
-    value = inputs.get(shape.rotation or "")
+    value = inputs.get(shape.rotation)
     if isinstance(value, tuple):
         value = (value[0], -value[1])
     elif isinstance(value, Tensor) and value.is_complex():
         value = value.conj().resolve_conj()
-    elif shape.rotation == "rotary_pos_emb":
+    elif isinstance(value, Tensor) and shape.rotation == "rotary_pos_emb":
         value = -value
     elif isinstance(value, Tensor):
         sin, cos = value.chunk(2, dim=-1)
@@ -257,7 +258,7 @@ def _turned_back(inputs: dict[str, Any], shape: Shape) -> dict[str, Any]:
 def _cast(inputs: dict[str, Any], dtype: torch.dtype, shape: Shape) -> dict[str, Any]:
     """In the module's dtype; a float32 table stays one."""
     cast = {**inputs, shape.first: inputs[shape.first].to(dtype)}
-    value = inputs.get(shape.rotation or "")
+    value = inputs.get(shape.rotation)
     if isinstance(value, tuple):
         wide = dtype != torch.float64 and value[0].dtype == torch.float32
         cast[shape.rotation] = value if wide else tuple(t.to(dtype) for t in value)
@@ -307,7 +308,7 @@ def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return twin
 
 
-def _as_patched(twin: nn.Module, cls: type[FusedAttention], binding: Binding) -> nn.Module:
+def _as_patched(twin: nn.Module, cls: type[Patched], binding: Binding) -> nn.Module:
     patched = type(twin).__new__(cls)
     patched.__dict__.update(twin.__dict__)
     patched._spatial_pe = binding  # type: ignore[assignment]

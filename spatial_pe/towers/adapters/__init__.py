@@ -4,7 +4,18 @@ module gets), ``fused`` (its forward), then what that reads: ``tables`` (a tower
 """
 
 from .fused import FusedAttention
-from .patched import Binding, patched_class
+from .patched import Binding, Patched, patched_class
 from .shapes import LEFT_ALONE, NO_GRID, SHAPES, TESTED, Known, Shape
 
-__all__ = ["LEFT_ALONE", "NO_GRID", "SHAPES", "TESTED", "Binding", "FusedAttention", "Known", "Shape", "patched_class"]
+__all__ = [
+    "LEFT_ALONE",
+    "NO_GRID",
+    "SHAPES",
+    "TESTED",
+    "Binding",
+    "FusedAttention",
+    "Known",
+    "Patched",
+    "Shape",
+    "patched_class",
+]

@@ -31,7 +31,7 @@ class FusedAttention(Patched):
         reason = self.refusal(call)
         if bound.added:
             rotary = bound.grids.rotary(self.rope, flat, bound.prefix, bound.suffix)  # type: ignore[union-attr, arg-type]
-        elif bound.shape.rotation is not None and reason is None:
+        elif bound.shape.rotation and reason is None:
             found = self._own_rotation(call.get(bound.shape.rotation), flat)
             rotary, reason = (None, found) if isinstance(found, str) else (found, None)
         padding = None
@@ -79,7 +79,7 @@ class FusedAttention(Patched):
     def _bounds(self, call: dict[str, Any]) -> Tensor | None:
         """Starts of packed sequences: an argument of packed attention, or recorded for Pixtral by ``PackImages``."""
         name = self._spatial_pe.shape.bounds
-        return call.get(name) if name is not None else call.get("cu_seq_lens_q")
+        return call.get(name or "cu_seq_lens_q")
 
     def _own_rotation(self, value: Any, x: Tensor) -> Rotary | str | None:
         bound = self._spatial_pe
@@ -115,7 +115,7 @@ class FusedAttention(Patched):
             attended, weights = eager_attention(q, k, v, bound.layout.scale, dropout_of(self, bound.layout), call)
             out = output(self, bound.layout, attended, x)
             return (out, weights) if bound.returns == "tuple" else out
-        if bounds is not None and bound.shape.bounds is None and call.get("attention_mask") is None:
+        if bounds is not None and not bound.shape.bounds and call.get("attention_mask") is None:
             call = {**call, "attention_mask": self._mask(bounds, x)}
         return self.fall_back(reason, call)
 

@@ -48,8 +48,11 @@ def attend_padded(
     shape = q.shape
     q, k, v = (x.flatten(0, 1).index_select(0, index) for x in (q, k, v))
     if rotary is not None:
-        full = [t.expand(shape[0], *t.shape[1:]).flatten(0, 1) for t in (rotary.cos, rotary.sin)]
-        rotary = Rotary(*(t.index_select(0, index)[None] for t in full), rotary.pairing)
+        cos, sin = (
+            t.expand(shape[0], *t.shape[1:]).flatten(0, 1).index_select(0, index)[None]
+            for t in (rotary.cos, rotary.sin)
+        )
+        rotary = Rotary(cos, sin, rotary.pairing)
     out = rope_attention(
         q, k, v, rotary, scale=scale, cu_seqlens=padding.cu_seqlens, max_seqlen=padding.max_seqlen, backend=backend
     )

@@ -26,8 +26,8 @@ class Shape:
     needs: frozenset[str]
     takes: frozenset[str]
     first: str = "hidden_states"
-    rotation: str | None = None
-    bounds: str | None = None
+    rotation: str = ""
+    bounds: str = ""
     returns: str = "tuple"  # (output, weights), or "tensor"
     mask: str = "attention_mask"
 

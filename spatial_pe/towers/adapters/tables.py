@@ -22,9 +22,7 @@ from .memo import once_per_forward
 _trusted: set[tuple[type, str]] = set()
 
 
-def rotation_of(
-    value: Any, argument: str | None, tokens: int, head_dim: int, pairing: str, owner: type
-) -> Rotary | str:
+def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: str, owner: type) -> Rotary | str:
     """A Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
 
     Making a Rotary checks for NaN and costs 20 us, looking it up 3 us.
@@ -49,7 +47,7 @@ def rotation_of(
     return once_per_forward(key, others, (prefix, pairing), make)
 
 
-def _tables(value: Any, argument: str | None, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
+def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
     """cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
     if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
         cos, sin = value
