@@ -28,6 +28,22 @@ class Found:
     reason: str | None = None
 
     @property
+    def rotates(self) -> bool:
+        """Whether its tower hands it a rotation: timm's attention can take one, and need not be given any.
+
+        Only a tower that says ``rope = None`` has none: others may keep it under another name.
+        """
+        if self.shape is None or not self.shape.rotation:
+            return False
+        return self.shape.first != "x" or getattr(self.tower, "rope", self) is not None
+
+    @property
+    def pads(self) -> bool:
+        """Whether its tower may pad: of timm's only those that take patch_valid."""
+        timm = self.shape is not None and self.shape.first == "x"
+        return not timm or (self.tower is not None and "patch_valid" in _arguments(type(self.tower)))
+
+    @property
     def packs_images(self) -> bool:
         """Pixtral: several images in a batch of one, told apart by a mask that the tower builds."""
         if self.tower is None or self.shape is None or self.shape.name != "batched":

@@ -31,12 +31,14 @@ class Grids:
         self.known: dict[Any, Any] = {}
         self.awaiting: set = set()  # sizes with a forward that backward has not come back to
         self.ambiguous: set = set()
+        self.latest: Any = None  # size of the last forward
         self.cached: tuple[Any, Any] | None = None
 
     def record(self, size: Any, grid: Any, same: Callable[[Any, Any], bool]) -> None:
         if torch.compiler.is_compiling():  # what is read before it is written would become a guard on it
-            self.known = {size: grid}
+            self.known, self.latest = {size: grid}, size
             return
+        self.latest = size
         if size in self.awaiting and not same(self.known[size], grid):
             self.ambiguous.add(size)
         else:
@@ -46,15 +48,19 @@ class Grids:
             self.awaiting.add(size)
 
     def find(self, size: Any, what: str) -> Any:
+        """The grid, or None if no forward has this size."""
         # inside backward: a checkpointed layer runs again (compiled code does not: its recomputation is traced)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not again:
+            return self.known[size] if size == self.latest else None
+        if size in self.known:
             if size in self.ambiguous:
                 raise RuntimeError(
                     f"gradient checkpointing recomputes a layer with {what}, but two forwards with this many "
                     "patches in different shapes came before this backward: run backward after each of them"
                 )
             self.awaiting.discard(size)
-        return self.known[size]
+        return self.known.get(size)
 
     def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
         """What to give to the encoding for tokens x (B, N, C), and a key that says when it is the same again."""
@@ -83,13 +89,14 @@ class GridRecorder(Grids):
 
     def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[PatchGrid, PatchGrid]:
         patches = x.shape[1] - prefix - suffix
-        if patches not in self.known:
-            known = ", ".join(f"{h} x {w}" for h, w in self.known.values()) or "none"
+        shape = self.find(patches, f"{patches} patches")
+        if shape is None:
+            known = "{} x {}".format(*self.known[self.latest]) if self.known else "none"
             raise ValueError(
-                f"attention got {x.shape[1]} tokens, {prefix + suffix} of them not patches, but no patch grid has "
-                f"{patches} patches (seen: {known}): RoPE needs every patch of the image, in order"
+                f"attention got {x.shape[1]} tokens, {prefix + suffix} of them not patches, but the patch grid of this "
+                f"forward is not of {patches} patches (it is {known}): RoPE needs every patch of the image, in order"
             )
-        height, width = self.find(patches, f"{patches} patches")
+        height, width = shape
         grid = PatchGrid(height, width, prefix, suffix)
         return grid, grid
 
@@ -112,9 +119,9 @@ class ShapesRecorder(Grids):
 
     def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Tensor, Any]:
         batch, tokens = x.shape[0], x.shape[1]
-        if batch not in self.known:
-            raise ValueError(f"attention got a batch of {batch} images, but no spatial_shapes of so many were given")
         shapes = self.find(batch, f"{batch} images")
+        if shapes is None:
+            raise ValueError(f"attention got a batch of {batch} images, but no spatial_shapes of so many were given")
         height, width = shapes.to(x.device)[:, :, None].unbind(1)
         token = torch.arange(tokens, device=x.device)
         row, column = token // width.clamp(min=1), token % width.clamp(min=1)

@@ -25,7 +25,7 @@ from .saved import forget, mark, remember
 from .swap import restore, swap
 from .verify import Proof, costs, floating_weight, prove
 
-ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|pos_embed)(\.weight)?$")
+ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|pos_embed(_[yx])?)(\.weight)?$")
 
 
 def patch(
@@ -140,8 +140,8 @@ def apply(model: nn.Module, request: Request, backend: str, verify: bool) -> Pat
         report._added.extend(added.values())
     else:
         _swap_all(chosen, proofs, backend, request)
-    for tower in {id(f.tower): f.tower for f in chosen}.values():
-        remember(tower, request, backend)
+    for name in {f.tower_name for f in chosen}:
+        remember(model, name, request, backend)
     return report
 
 
@@ -169,7 +169,7 @@ def _judge(
     assert f.shape is not None and f.layout is not None
     known = _known(f)
     if request.adds:
-        if f.shape.rotation:
+        if f.rotates:
             return "has RoPE of its own", Proof()
         if f.shape.bounds:
             return "its images are packed, and nothing tells the grid of each", Proof()
@@ -183,9 +183,10 @@ def _judge(
     weight = floating_weight(f.module)
     # modules of a tested class differ only in what the layout says; of an unknown class, each one is asked
     which = None if known else f.name
-    kind = (type(f.module), f.layout, f.packs_images, weight.dtype, weight.device.type, which)
+    pairings = _pairings(f, known)
+    kind = (type(f.module), f.layout, f.packs_images, pairings, weight.dtype, weight.device.type, which)
     if kind not in by_kind:
-        by_kind[kind] = prove(f.module, f.shape, f.layout, backend, f.packs_images, _pairings(f, known))
+        by_kind[kind] = prove(f.module, f.shape, f.layout, backend, f.packs_images, pairings)
     proof = by_kind[kind]
     if proof.failure is None:
         return None, proof
@@ -248,7 +249,7 @@ def _summary(found: list[Found]) -> str:
 def _binding(f: Found, proof: Proof, backend: str, request: Request) -> Binding:
     assert f.shape is not None and f.layout is not None
     known = _known(f)
-    pads = known is not None and known.pads
+    pads = known is not None and known.pads and f.pads
     return Binding(f.layout, f.shape, proof.pairing, proof.returns, backend, proof.masks, pads, request=request)
 
 
@@ -326,7 +327,7 @@ def _report(found: list[Found], proofs: dict[str, Proof], backend: str, request:
             continue
         assert f.shape is not None and f.layout is not None
         proof = proofs[f.name]
-        own = f"{f.shape.convention} ({proof.pairing})" if f.shape.rotation else f.shape.convention
+        own = f"own RoPE{', packed' if f.shape.bounds else ''} ({proof.pairing})" if f.rotates else f.shape.convention
         tower = f"{f.tower_name or 'model'} ({type(f.tower).__name__})"
         serves = _serving_backend(f.module, f.layout, backend)
         note = proof.failure or ""

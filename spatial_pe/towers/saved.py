@@ -19,11 +19,13 @@ NOTE = "spatial_pe"
 MARK = "added_rope_requires_spatial_pe"
 
 
-def remember(tower: nn.Module | None, request: Request, backend: str) -> None:
-    """Note in the tower's config what was done to it."""
-    config: Any = getattr(tower, "config", None)
-    if hasattr(config, "to_dict"):
-        setattr(config, NOTE, {**request.to_config(), "backend": backend})
+def remember(model: nn.Module, tower: str, request: Request, backend: str) -> None:
+    """Note what was done to a tower, in its config or that of the nearest module around it that has one (timm's)."""
+    while not hasattr(config := getattr(model.get_submodule(tower), "config", None), "to_dict"):
+        if not tower:
+            return
+        tower = tower.rpartition(".")[0]
+    setattr(config, NOTE, {**request.to_config(), "backend": backend})
 
 
 def forget(module: nn.Module) -> None:

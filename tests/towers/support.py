@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's table of supported towers, from what ``inspect`` proves and counts on every family of the tests.
 
-    python tests/towers/support.py --json        # this environment's families
-    make support-table                           # both transformers, and timm, into the README
+python tests/towers/support.py --json        # this environment's families
+make support-table                           # both transformers, and timm, into the README
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def test_tokens_that_are_not_the_grid_raise():
     inputs = FAMILIES["dinov2"].inputs()
     hidden(model, inputs)
     module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
-    with pytest.raises(ValueError, match=r"attention got 12 tokens, 1 of them not patches.*\(seen: 5 x 3\)"):
+    with pytest.raises(ValueError, match=r"attention got 12 tokens, 1 of them not patches.*\(it is 5 x 3\)"):
         module(randn(1, 12, 48))
 
 

@@ -31,5 +31,6 @@ def eager_attention(
                 mask = mask.bool()[:, None, None]
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    weights = torch.nn.functional.dropout(weights, dropout)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)  # to attend to: 0, as SDPA gives, and not 0 / 0
+    weights = torch.nn.functional.dropout(weights.masked_fill(nothing, 0.0), dropout)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v).contiguous(), weights

@@ -23,6 +23,8 @@ class FusedAttention(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
+        if isinstance(mask := call.get("attn_mask"), Tensor) and mask.ndim == 2:
+            call["attn_mask"] = mask[None, None]  # timm hands it to SDPA: (queries, keys), and not (samples, keys)
         bound = self._spatial_pe
         x = call[bound.shape.first]
         bounds = self._bounds(call)
@@ -98,9 +100,7 @@ class FusedAttention(Patched):
         if not self._spatial_pe.masks or not isinstance(mask, Tensor) or x.ndim != 3:
             return None, f"{name} is given"
         found = padding_of(mask, x.shape[0], x.shape[1])
-        if (
-            isinstance(found, Padding) and not self._spatial_pe.pads
-        ):  # we return 0 for padding, its own forward does not
+        if isinstance(found, Padding) and not self._spatial_pe.pads:  # we return 0 there, and it does not
             found = f"{name} masks padding"
         return (None, found) if isinstance(found, str) else (found, None)
 

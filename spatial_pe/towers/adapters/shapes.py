@@ -22,7 +22,7 @@ class Shape:
     """
 
     name: str
-    convention: str
+    convention: str  # of a tower that has no RoPE
     needs: frozenset[str]
     takes: frozenset[str]
     first: str = "hidden_states"
@@ -41,7 +41,7 @@ _OPTIONS = "attention_mask output_attentions past_key_value past_key_values cach
 SHAPES = (
     Shape(
         "packed",
-        "own RoPE, packed",
+        "no RoPE, packed",
         needs=_names("cu_seqlens position_embeddings"),
         takes=_names(f"cu_seqlens position_embeddings rotary_pos_emb max_seqlen {_OPTIONS}"),
         rotation="position_embeddings",
@@ -50,7 +50,7 @@ SHAPES = (
     ),
     Shape(  # Qwen2.5-Omni in transformers 4
         "packed, from angles",
-        "own RoPE, packed",
+        "no RoPE, packed",
         needs=_names("cu_seqlens rotary_pos_emb"),
         takes=_names("cu_seqlens rotary_pos_emb"),
         rotation="rotary_pos_emb",
@@ -67,21 +67,21 @@ SHAPES = (
     ),
     Shape(
         "batched",
-        "own RoPE",
+        "no RoPE",
         needs=_names("position_embeddings"),
         takes=_names(f"position_embeddings position_ids {_OPTIONS}"),
         rotation="position_embeddings",
     ),
     Shape(
         "complex",
-        "own RoPE",
+        "no RoPE",
         needs=_names("freqs_ci"),
         takes=_names(f"freqs_ci {_OPTIONS}"),
         rotation="freqs_ci",
     ),
     Shape(
         "timm",
-        "own RoPE",
+        "no RoPE",
         needs=_names("rope"),
         takes=_names("rope attn_mask is_causal"),
         first="x",
