@@ -36,7 +36,7 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_C*.so
 
-# Every number of the README. About 25 minutes.
+# Every number of the README. About 40 minutes.
 bench-cpu: $(VENV)/bench
 	mkdir -p build && $(CXX) -O3 -march=native -std=c++17 benchmarks/throughput/peak_cpu.cpp -o build/peak_cpu
 	build/peak_cpu
@@ -44,7 +44,7 @@ bench-cpu: $(VENV)/bench
 	$(BIN)/python -m benchmarks.throughput.attention_cpu --threads 1 --rounds 31 --forward-only --shapes 196 729 1024 \
 	  --out benchmarks/results/cpu/rotation.json
 	$(BIN)/python -m benchmarks.throughput.peers_cpu --rounds 7 --out benchmarks/results/cpu/peers.json
-	$(BIN)/python -m benchmarks.throughput.towers_cpu --rounds 5 --out benchmarks/results/cpu/towers.json
+	$(BIN)/python -m benchmarks.throughput.towers_cpu --rounds 9 --out benchmarks/results/cpu/towers.json
 	$(BIN)/spatial-pe demo --out docs/demo.png --json benchmarks/results/cpu/demo.json
 	$(BIN)/python -m benchmarks.readme
 
@@ -69,7 +69,7 @@ triton-budget: $(VENV)/installed
 	  build/gfx942.json --markdown docs/triton_budget.md --budget tests/triton/budget.json
 
 # The README's table of towers, from what is proven on both transformers. One minute.
-support-table: $(VENV)/installed $(VENV)/transformers-4.57
+support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
 	PYTHONPATH=. $(BIN)/python tests/towers/support.py
 
 # The Triton of torch 2.11, beside the newest: tests/triton/test_budget.py compiles with both

@@ -12,7 +12,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / ".venv" / "transformers-4.57"
@@ -21,26 +23,31 @@ README = ROOT / "README.md"
 
 
 def proven() -> dict[str, dict]:
-    """Family -> attention class, convention, kernels before and after, whether RoPE can be added; those here only."""
-    import torch
+    """Family -> its row; those of this transformers only."""
     from families import FAMILIES, GRIDS, HERE
+
+    return {name: row(name, FAMILIES[name].make, name in GRIDS) for name in HERE}
+
+
+def proven_of_timm() -> dict[str, dict]:
+    from test_timm import CASES, PLAIN
+
+    return {name: row(name, case.build, name in PLAIN) for name, case in CASES.items()}
+
+
+def row(name: str, make: Callable[[], Any], added: bool) -> dict:
+    """Attention class, convention, kernels before and after; proven in float32 and bfloat16."""
+    import torch
 
     from spatial_pe import inspect
 
     torch.set_num_threads(1)
-    found = {}
-    for name in HERE:
-        reports = [inspect(FAMILIES[name].make().to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
-        rows = [row for report in reports for row in report.patched]
-        assert rows and all(row.error is not None for row in rows), f"{name} is not proven: {reports}"
-        first = rows[0]
-        found[name] = {
-            "attention": first.attention,
-            "convention": first.convention,
-            "kernels": [first.own_cost.kernels, first.cost.kernels] if first.cost and first.own_cost else None,
-            "added": name in GRIDS,
-        }
-    return found
+    reports = [inspect(make().to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    rows = [row for report in reports for row in report.patched]
+    assert rows and all(row.error is not None for row in rows), f"{name} is not proven: {reports}"
+    first = rows[0]
+    kernels = [first.own_cost.kernels, first.cost.kernels] if first.cost and first.own_cost else None
+    return {"attention": first.attention, "convention": first.convention, "kernels": kernels, "added": added}
 
 
 def versions() -> dict[str, str]:
@@ -60,16 +67,26 @@ def elsewhere(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
 
 
 def table() -> str:
-    new, old = proven(), {}
-    labels = [".".join(versions()["transformers"].split(".")[:2])]
+    new = proven()
     old, old_versions = elsewhere(OLD)
-    labels.append(".".join(old_versions["transformers"].split(".")[:2]))
-    header = ["tower", "attention", "what it has", *labels, "kernels a layer", "RoPE can be added"]
+    both = {name: new.get(name) or old[name] for name in dict.fromkeys([*new, *old])}
+    labels = [".".join(v["transformers"].split(".")[:2]) for v in (versions(), old_versions)]
+    return _markdown("tower", both, dict(zip(labels, (new, old), strict=True))) + "\n\n" + _timm()
+
+
+def _timm() -> str:
+    rows = proven_of_timm()
+    import timm
+
+    return _markdown("timm's", rows, {timm.__version__: rows})
+
+
+def _markdown(title: str, rows: dict[str, dict], where: dict[str, dict[str, dict]]) -> str:
+    header = [title, "attention", "what it has", *where, "kernels a layer", "RoPE can be added"]
     lines = [header, ["---"] * len(header)]
-    for name in dict.fromkeys([*new, *old]):
-        row = new.get(name) or old[name]
+    for name, row in rows.items():
         kernels = "{} → {}".format(*row["kernels"]) if row["kernels"] else ""
-        marks = ["✓" if name in found else "" for found in (new, old)]
+        marks = ["✓" if name in found else "" for found in where.values()]
         lines.append([name, f"`{row['attention']}`", row["convention"], *marks, kernels, "✓" if row["added"] else ""])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

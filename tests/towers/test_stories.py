@@ -12,6 +12,7 @@ import pytest
 import support
 import torch
 from families import randomize
+from timm_path import import_timm
 from towers_without_rope import HOLDERS
 
 import spatial_pe
@@ -93,6 +94,7 @@ def test_add_rope_to_a_llava_finetune_with_peft_save_and_load(tmp_path):
 def test_the_table_of_towers_is_what_is_proven():
     if not support.OLD.exists():
         pytest.skip("make .venv/transformers-4.57")
+    import_timm()
     if transformers.__version__.startswith("4."):
         pytest.skip("written by the newest transformers")
     assert support.in_readme() == support.table()
