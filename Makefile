@@ -74,17 +74,20 @@ support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
 
 # The Triton of torch 2.11, beside the newest: tests/triton/test_budget.py compiles with both
 $(VENV)/triton-3.6: $(VENV)/installed
+	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.6.0
 	touch $@
 
 # The oldest transformers that is supported, beside the newest, with the packages that it pins
 $(VENV)/transformers-4.57: $(VENV)/installed
+	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ transformers==4.57.6 "huggingface_hub<1" "tokenizers<0.23" \
 	  requests urllib3 certifi idna charset_normalizer
 	touch $@
 
 # timm and the torchvision that it imports, beside a torch for the CPU (tests/towers/timm_path.py says how)
 $(VENV)/timm: $(VENV)/installed
+	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
 	touch $@
 
