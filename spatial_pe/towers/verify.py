@@ -87,7 +87,7 @@ def costs(module: nn.Module, binding: Binding, packs_images: bool, form: int) ->
     weight = floating_weight(module)
     shape, layout = binding.shape, binding.layout
     own = _bare(module, None)
-    patched = _as_patched(own, patched_class(FusedAttention, type(own)), binding)
+    patched = _as_patched(own, patched_class(FusedAttention, type(own)), replace(binding, strict=True))
     examples = list(_examples(own, shape, layout, binding.pairing, packs_images, weight.device, LARGE))
     inputs = examples[form]
     try:
@@ -120,7 +120,7 @@ def _compare(
     except Exception as failed:
         return Proof(failure=f"its own forward fails on a test input ({_brief(failed)})", ran=False)
     theirs, returns = _first(result), "tuple" if isinstance(result, tuple) else "tensor"
-    binding = Binding(layout, shape, pairing, returns, backend)
+    binding = Binding(layout, shape, pairing, returns, backend, strict=True)
     try:
         wide = _as_patched(reference, cls, replace(binding, backend="composed"))(**inputs)
         ours = _as_patched(own, cls, binding)(**_cast(inputs, dtype, shape))

@@ -349,3 +349,12 @@ def test_legacy_fails_the_check_of_a_rotation():
     turn = Mismatched2DRoPE(64)(PatchGrid(16, 16))
     report = verify_rotary(lambda x: turn(x[None, :, None])[0, :, 0], PatchGrid(16, 16))
     assert not report.is_rotation and not report.is_relative
+
+
+def test_a_proof_does_not_compare_a_module_with_itself(monkeypatch):
+    """A call that falls back in the proof would prove that the module equals itself."""
+    from spatial_pe.towers.adapters import fused
+
+    monkeypatch.setattr(fused, "rotation_of", lambda *args: "unreadable")
+    with pytest.raises(RuntimeError, match="not fused: unreadable"):
+        patch(FAMILIES["dinov3"].make())

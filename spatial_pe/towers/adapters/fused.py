@@ -108,6 +108,8 @@ class FusedAttention(Patched):
 
     def _unfused(self, reason: str, x: Tensor, rotary: Any, bounds: Tensor | None, call: dict[str, Any]) -> Any:
         bound = self._spatial_pe
+        if bound.strict:
+            raise RuntimeError(f"not fused: {reason}")
         if bound.added:  # the model's own forward would leave the rotation out
             self.warn(f"{reason}, so such calls are computed without the fused kernel")
             q, k, v = project(self, bound.layout, x)

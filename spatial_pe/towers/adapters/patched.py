@@ -30,6 +30,7 @@ class Binding:
     backend: str
     masks: bool = False  # its own forward takes a mask of padding as padding
     pads: bool = False  # and what it returns for padding is dropped
+    strict: bool = False  # a call that is not fused raises: a proof must not compare a module with itself
     grids: Grids | None = None  # with an added RoPE: where its grid comes from
     prefix: int = 0  # with an added RoPE: tokens before the patches, and after them
     suffix: int = 0
