@@ -44,9 +44,10 @@ def patch(
     the attention; towers without get plain attention. With ``rope``, towers that have no RoPE get one.
 
     The class of each attention module is replaced by a subclass; parameters, state dict keys, hooks and isinstance
-    stay, and the model can be copied, pickled and trained as before. Attention outside of a vision tower (CLIP's text
-    model) is not touched. A call that the fused op does not serve (attention weights asked for, masks, dropout in
-    training) is computed by the module's own forward, with one warning.
+    stay, and the model can be copied, pickled, trained and saved as before (``from_pretrained`` loads what was saved).
+    Attention outside of a vision tower (CLIP's text model) is not touched. A call that the fused op does not serve
+    (attention weights asked for, masks that are not padding, dropout in training) is computed by the module's own
+    forward, with one warning. Padding is served where the tower drops what attention returns for it, which is then 0.
 
     Args:
         model: a model that holds a vision tower, or the tower.
