@@ -129,6 +129,35 @@ class ShapesRecorder(Grids):
         return torch.stack([row, column], dim=-1) * inside[..., None], (id(shapes), tokens)
 
 
+class CoordinatesRecorder(Grids):
+    """Forward hook on the embedding of timm's NaFlexVit: it is given ``patch_coord`` (B, N, 2), the row and column of
+    each patch of a padded batch, or makes patches of images and returns their grid."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
+        places = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
+        if places is not None:
+            self.record((places.shape[0], places.shape[1]), places, torch.equal)
+        else:
+            height, width = output[1]
+            self.record(height * width, (height, width), operator.eq)
+
+    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
+        patches = x.shape[1] - prefix - suffix
+        places = self.find((x.shape[0], patches), f"{patches} patches")
+        if places is not None:
+            coordinates = torch.nn.functional.pad(places, (0, 0, prefix, suffix)).to(x.device)
+            return coordinates, (id(places), prefix, suffix)
+        shape = self.find(patches, f"{patches} patches")
+        if shape is None:
+            raise ValueError(
+                f"attention got {x.shape[0]} x {x.shape[1]} tokens, {prefix + suffix} of them not patches, but the "
+                f"patches of this forward were not {patches}: RoPE needs every patch of the image, in order"
+            )
+        height, width = shape
+        grid = PatchGrid(height, width, prefix, suffix)
+        return grid, grid
+
+
 class PackImages:
     """Forward pre-hook on a tower that packs images into one sequence and builds an S x S mask (Pixtral).
 
@@ -170,26 +199,27 @@ def _patch_counts(pixels: Tensor, sizes: Any, patch: int) -> list[int]:
     return [min(h, height) // patch * (min(w, width) // patch) for (h, w), _ in zip(pairs, range(batch), strict=False)]
 
 
-def record_grids(tower: nn.Module) -> Grids:
-    """Hook up what records the grids of a tower. Raises where nothing tells them."""
-    names = list(signature(type(tower).forward).parameters)[1:]
-    if "spatial_shapes" in names:
-        shapes = ShapesRecorder(names.index("spatial_shapes"))
-        tower.register_forward_pre_hook(shapes, with_kwargs=True)
-        return shapes
-    recorder = GridRecorder()
-    patch_convolution(tower).register_forward_hook(recorder)
-    return recorder
-
-
-def patch_convolution(tower: nn.Module) -> nn.Conv2d:
+def grid_source(tower: nn.Module) -> Callable[[], Grids]:
+    """What hooks up a recorder of the grids of a tower. Raises where nothing tells them."""
+    takes = {m: list(signature(type(m).forward).parameters)[1:] for m in tower.modules()}
+    if "spatial_shapes" in takes[tower]:
+        shapes = ShapesRecorder(takes[tower].index("spatial_shapes"))
+        return lambda: _hooked(shapes, tower.register_forward_pre_hook, with_kwargs=True)
+    embedding = next((m for m, names in takes.items() if "patch_coord" in names and m is not tower), None)
+    if embedding is not None:
+        return lambda: _hooked(CoordinatesRecorder(), embedding.register_forward_hook, with_kwargs=True)
     found = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and is_patch_convolution(m)]
     if len(found) != 1:
         raise ValueError(
             f"cannot add RoPE to {type(tower).__name__}: it has {len(found)} convolutions over disjoint patches, the "
             "grid is read from exactly one"
         )
-    return found[0]
+    return lambda: _hooked(GridRecorder(), found[0].register_forward_hook)
+
+
+def _hooked(recorder: Any, register: Callable, **options: Any) -> Grids:
+    register(recorder, **options)
+    return recorder
 
 
 def is_patch_convolution(module: nn.Module) -> bool:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ..backends.select import check_backend, select
 from ..rotary import PAIRINGS
 from .adapters import NO_GRID, TESTED, Binding, FusedAttention, Known
 from .discover import Found, discover
-from .grids import pack_images, patch_convolution, record_grids, remove_hooks
+from .grids import grid_source, pack_images, remove_hooks
 from .layout import Layout
 from .legacy import warn_of_legacy
 from .report import PatchedRow, PatchReport, SkippedRow
@@ -271,13 +270,12 @@ def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, reque
     for members in towers.values():
         tower = members[0].tower
         assert tower is not None
-        if "spatial_shapes" not in signature(type(tower).forward).parameters:
-            patch_convolution(tower)
+        source = grid_source(tower)
         absolute = {} if request.keeps_absolute else _absolute(tower)
         encodings = [request.encoding(f.layout) for f in members]  # type: ignore[arg-type]
-        plans.append((tower, members, absolute, encodings))
-    for tower, members, absolute, encodings in plans:
-        grids = record_grids(tower)
+        plans.append((tower, source, members, absolute, encodings))
+    for tower, source, members, absolute, encodings in plans:
+        grids = source()
         shared = encodings[0] if not encodings[0].state_dict() and not list(encodings[0].parameters()) else None
         for f, encoding in zip(members, encodings, strict=True):
             binding = _binding(f, proofs[f.name], backend, request)

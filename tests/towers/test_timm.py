@@ -201,6 +201,7 @@ FLEX = {
     "grouped": flex("AttentionRope", rope_type="axial", num_kv_heads=(1, 2), qkv_fused=False),
 }
 CASES = {**OWN_ROPE, **PLAIN, **{f"naflex, {name}": case for name, case in FLEX.items()}}
+ADDED = [*PLAIN, *(f"naflex, {name}" for name in FLEX if name.startswith("plain"))]  # to which RoPE can be added
 
 
 # ------------------------------------------------------------------------------------ outputs and gradients, all models
@@ -384,9 +385,9 @@ def shaken(model: nn.Module, case: Case) -> nn.Module:
 
 
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ADDED)
 def test_identity_start_is_exact_and_learns(name, rope, calls):
-    case = PLAIN[name]
+    case = CASES[name]
     plain, model, inputs = case.build(), case.build(), case.inputs()
     patch(plain, backend="composed")
     report = patch(model, rope=rope, backend="composed")
@@ -408,17 +409,27 @@ Frequencies = Callable[[int], Tensor]  # of a layer: (2, heads or 1, D/2), radia
 
 
 def turn_by_hand(
-    model: nn.Module, case: Case, frequencies: Frequencies, half: bool, sides: tuple[int, int] = (HEIGHT, WIDTH)
+    model: nn.Module,
+    case: Case,
+    frequencies: Frequencies,
+    half: bool,
+    sides: tuple[int, int] = (HEIGHT, WIDTH),
+    places: Tensor | None = None,
 ) -> nn.Module:
-    """The unpatched model, q and k of its patches turned by row and column, written out here with complex numbers."""
-    rows, columns = torch.cartesian_prod(*map(torch.arange, sides)).unbind(1)
+    """The unpatched model, q and k of its patches turned by row and column, written out here with complex numbers.
+
+    places: (B, N, 2), of a padded batch.
+    """
+    if places is None:
+        places = torch.cartesian_prod(*map(torch.arange, sides))[None]
+    rows, columns = places.unbind(-1)
 
     def turned(x: Tensor, layer: int) -> Tensor:
         """(B, N, H, D)"""
         wide = torch.promote_types(x.dtype, torch.float32)
         row, column = frequencies(layer).to(wide)
-        angles = rows[:, None, None] * row + columns[:, None, None] * column
-        angles = torch.cat([angles.new_zeros(case.prefix, *angles.shape[1:]), angles])
+        angles = rows[..., None, None] * row + columns[..., None, None] * column
+        angles = torch.cat([angles.new_zeros(len(angles), case.prefix, *angles.shape[2:]), angles], dim=1)
         first, second = x.to(wide).chunk(2, dim=-1) if half else (x.to(wide)[..., i::2] for i in (0, 1))
         pairs = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
         parts = (pairs.real, pairs.imag)
@@ -448,9 +459,9 @@ def ladder(layer: int) -> Tensor:
 
 
 @pytest.mark.parametrize("rope", ["axial", "mixed", "mixed, shaken"])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ADDED)
 def test_full_start_is_the_rotation_written_by_hand(name, rope):
-    case = PLAIN[name]
+    case = CASES[name]
     model, inputs = case.build(), case.inputs()
     report = patch(model, rope=rope[:5], start="full")
     if "shaken" in rope:
@@ -461,7 +472,9 @@ def test_full_start_is_the_rotation_written_by_hand(name, rope):
     def learned(layer: int) -> Tensor:
         return layers[layer].rope.frequencies.detach()
 
-    hand = turn_by_hand(case.build(), case, ladder if rope == "axial" else learned, half=rope == "axial")
+    hand = turn_by_hand(
+        case.build(), case, ladder if rope == "axial" else learned, rope == "axial", places=inputs.get("patch_coord")
+    )
     with torch.no_grad():
         ours, expected, without = (case.outputs(m, inputs) for m in (model, hand, case.build()))
     assert distance(ours[0], without[0]) > 1e-2
@@ -565,7 +578,6 @@ def test_a_rope_is_added_to_an_eva_without_one(name, calls):
     [
         ("dinov3", "2 EvaAttention: has RoPE of its own"),
         ("rope-vit mixed", "2 AttentionRope: has RoPE of its own"),
-        ("naflex, plain, learned", "it has 0 convolutions over disjoint patches"),
     ],
 )
 def test_a_rope_that_cannot_be_added_is_refused_and_nothing_changed(name, reason):
@@ -574,6 +586,21 @@ def test_a_rope_that_cannot_be_added_is_refused_and_nothing_changed(name, reason
     with pytest.raises(ValueError, match=reason):
         patch(model, rope="axial")
     assert [type(m) for m in model.modules()] == classes
+
+
+def test_naflex_with_a_linear_embedding_also_takes_images():
+    """Then it makes the patches itself, and tells their grid."""
+    case = CASES["naflex, plain, learned"]
+    plain, model, pixels = case.build(), case.build(), images()["x"]
+    patch(model, rope="axial", start="full")
+    hand = turn_by_hand(plain, case, ladder, half=True)
+    with torch.no_grad():
+        assert distance(model.forward_features(pixels), hand.forward_features(pixels)) <= 1e-5
+        model(**case.inputs())  # a padded batch between
+        assert distance(model(pixels), hand(pixels)) <= 1e-5
+    layer = attentions(model, case)[0]
+    with pytest.raises(ValueError, match="the patches of this forward were not 7"):
+        layer(randn(2, 7, HEADS * DIM))
 
 
 def test_no_rope_is_added_to_a_tower_that_keeps_its_own_under_another_name():
