@@ -36,7 +36,7 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_C*.so
 
-# Every number of the README. About 40 minutes.
+# Every number of the README. Half an hour and more.
 bench-cpu: $(VENV)/bench
 	mkdir -p build && $(CXX) -O3 -march=native -std=c++17 benchmarks/throughput/peak_cpu.cpp -o build/peak_cpu
 	build/peak_cpu

@@ -87,11 +87,12 @@ class GridRecorder(Grids):
         shape = (output.shape[-2], output.shape[-1])
         self.record(shape[0] * shape[1], shape, operator.eq)
 
-    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[PatchGrid, PatchGrid]:
+    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
         patches = x.shape[1] - prefix - suffix
         shape = self.find(patches, f"{patches} patches")
         if shape is None:
-            known = "{} x {}".format(*self.known[self.latest]) if self.known else "none"
+            latest = self.known.get(self.latest)
+            known = "{} x {}".format(*latest) if isinstance(latest, tuple) else "none"
             raise ValueError(
                 f"attention got {x.shape[1]} tokens, {prefix + suffix} of them not patches, but the patch grid of this "
                 f"forward is not of {patches} patches (it is {known}): RoPE needs every patch of the image, in order"
@@ -129,11 +130,13 @@ class ShapesRecorder(Grids):
         return torch.stack([row, column], dim=-1) * inside[..., None], (id(shapes), tokens)
 
 
-class CoordinatesRecorder(Grids):
+class CoordinatesRecorder(GridRecorder):
     """Forward hook on the embedding of timm's NaFlexVit: it is given ``patch_coord`` (B, N, 2), the row and column of
     each patch of a padded batch, or makes patches of images and returns their grid."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
+    def __call__(  # type: ignore[override]
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]
+    ) -> None:
         places = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
         if places is not None:
             self.record((places.shape[0], places.shape[1]), places, torch.equal)
@@ -147,15 +150,7 @@ class CoordinatesRecorder(Grids):
         if places is not None:
             coordinates = torch.nn.functional.pad(places, (0, 0, prefix, suffix)).to(x.device)
             return coordinates, (id(places), prefix, suffix)
-        shape = self.find(patches, f"{patches} patches")
-        if shape is None:
-            raise ValueError(
-                f"attention got {x.shape[0]} x {x.shape[1]} tokens, {prefix + suffix} of them not patches, but the "
-                f"patches of this forward were not {patches}: RoPE needs every patch of the image, in order"
-            )
-        height, width = shape
-        grid = PatchGrid(height, width, prefix, suffix)
-        return grid, grid
+        return super().where(x, prefix, suffix)
 
 
 class PackImages:

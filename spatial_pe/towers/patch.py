@@ -326,7 +326,8 @@ def _report(found: list[Found], proofs: dict[str, Proof], backend: str, request:
             continue
         assert f.shape is not None and f.layout is not None
         proof = proofs[f.name]
-        own = f"own RoPE{', packed' if f.shape.bounds else ''} ({proof.pairing})" if f.rotates else f.shape.convention
+        packed = ", packed" if f.shape.bounds else ""
+        own = f"own RoPE{packed} ({proof.pairing})" if f.rotates else f"no RoPE{packed}"
         tower = f"{f.tower_name or 'model'} ({type(f.tower).__name__})"
         serves = _serving_backend(f.module, f.layout, backend)
         note = proof.failure or ""

@@ -97,12 +97,12 @@ class Request:
     @classmethod
     def from_config(cls, saved: dict[str, Any], rope: nn.Module | None = None) -> Request:
         """The request that was saved; ``rope`` takes the place of a module that config.json can only name."""
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        if not isinstance(saved, dict):
+            raise ValueError(f"spatial_pe in config.json must be a table, got {saved!r}")
+        if saved.get("format") != FORMAT:
             raise ValueError(
                 f"config.json was written by another version of spatial_pe (format {saved.get('format')}, this is "
                 f"{FORMAT}): update spatial_pe"
-                if isinstance(saved, dict)
-                else f"spatial_pe in config.json must be a table, got {saved!r}"
             )
         kind = saved["rope"]
         if isinstance(kind, dict):

@@ -86,3 +86,19 @@ def outputs(model: nn.Module, inputs: dict[str, Any], valid: Tensor | None = Non
 
 def to(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+# -------------------------------------------------------------------------------------- what many towers have in common
+
+VIT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def pixels(height: int, width: int, batch: int = 2, **more: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {"pixel_values": randn(batch, 3, height, width), **more}

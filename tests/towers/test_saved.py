@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from families import FAMILIES, GRIDS, HERE, TOKENS_AROUND, outputs
+from families import FAMILIES, GRIDS, HERE, outputs
 from test_add_rope import encodings, shaken
 from torch import nn
 
@@ -219,4 +219,4 @@ def test_a_config_that_says_nonsense(change, message, tmp_path):
 
 
 def test_it_is_public():
-    assert spatial_pe.from_pretrained is from_pretrained and TOKENS_AROUND
+    assert spatial_pe.from_pretrained is from_pretrained

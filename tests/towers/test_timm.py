@@ -599,7 +599,7 @@ def test_naflex_with_a_linear_embedding_also_takes_images():
         model(**case.inputs())  # a padded batch between
         assert distance(model(pixels), hand(pixels)) <= 1e-5
     layer = attentions(model, case)[0]
-    with pytest.raises(ValueError, match="the patches of this forward were not 7"):
+    with pytest.raises(ValueError, match=r"the patch grid of this forward is not of 7 patches \(it is 3 x 4\)"):
         layer(randn(2, 7, HEADS * DIM))
 
 

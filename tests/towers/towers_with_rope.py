@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from family import Family, randn
+from family import VIT, Family, pixels, randn
 from torch import Tensor, nn
 
 
@@ -17,10 +17,6 @@ def _patches(*patch: int, frames: int = 2, name: str = "hidden_states") -> Calla
     grid = torch.tensor([[1, 4, 6], [1, 10, 2], [frames, 2, 2]])
     tokens = int(grid.prod(1).sum())
     return lambda: {name: randn(tokens, *patch), "grid_thw": grid}
-
-
-def _pixels(height: int, width: int, **more: Any) -> Callable[[], dict[str, Any]]:
-    return lambda: {"pixel_values": randn(2, 3, height, width), **more}
 
 
 def _paddleocr() -> dict[str, Any]:
@@ -76,17 +72,9 @@ def _complex(model: nn.Module) -> None:
 
 
 _QWEN = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
-_VIT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
 
 _QWEN3_5 = {**_QWEN, "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 16}
-_MUSE = {**_VIT, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4} | {  # windows of 4 x 4 patches in layer 0
+_MUSE = {**VIT, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4} | {  # windows of 4 x 4 patches in layer 0
     "layer_types": ["window_attention", "full_attention"]
 }
 
@@ -145,16 +133,16 @@ WITH_ROPE = {
         "pixtral",
         "PixtralVisionModel",
         "PixtralVisionConfig",
-        {**_VIT, "hidden_size": 64, "image_size": 64, "head_dim": 32},
-        _pixels(40, 24, image_sizes=torch.tensor([[40, 16], [24, 24]])),
+        {**VIT, "hidden_size": 64, "image_size": 64, "head_dim": 32},
+        pixels(40, 24, image_sizes=torch.tensor([[40, 16], [24, 24]])),
         ("PixtralAttention",),
     ),
     "dinov3": Family(  # CLS + 3 registers are not rotated; k has no bias
         "dinov3_vit",
         "DINOv3ViTModel",
         "DINOv3ViTConfig",
-        {**_VIT, "hidden_size": 64, "num_register_tokens": 3},
-        _pixels(40, 24),
+        {**VIT, "hidden_size": 64, "num_register_tokens": 3},
+        pixels(40, 24),
         ("DINOv3ViTAttention",),
     ),
     "qwen3_vl_moe": Family(
@@ -248,7 +236,7 @@ WITH_ROPE = {
         "paddleocr_vl",
         "PaddleOCRVisionModel",
         "PaddleOCRVisionConfig",
-        {**_VIT, "hidden_size": 64, "patch_size": 4, "image_size": 16},
+        {**VIT, "hidden_size": 64, "patch_size": 4, "image_size": 16},
         _paddleocr,
         ("PaddleOCRVisionAttention",),
     ),
@@ -256,7 +244,7 @@ WITH_ROPE = {
         "video_llama_3",
         "VideoLlama3VisionModel",
         "VideoLlama3VisionConfig",
-        {**_VIT, "patch_size": 4},
+        {**VIT, "patch_size": 4},
         _video_llama,
         ("VideoLlama3VisionAttention",),
     ),
@@ -264,7 +252,7 @@ WITH_ROPE = {
         "lfm3_vl",
         "Lfm3VlVisionModel",
         "Lfm3VlVisionConfig",
-        {**_VIT, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "patch_size": 4}
+        {**VIT, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "patch_size": 4}
         | {"num_hidden_layers": 3, "layer_types": ["full_attention", "conv", "full_attention"]},
         _patches(96, name="pixel_values"),
         ("Lfm3VlVisionAttention",),
@@ -273,7 +261,7 @@ WITH_ROPE = {
         "kimi_k25",
         "Kimi_K25VisionModel",
         "Kimi_K25VisionConfig",
-        {**_VIT, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2},
+        {**VIT, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2},
         _patches(3, 4, 4, name="pixel_values"),
         ("Kimi_K25VisionAttention",),
     ),
@@ -297,7 +285,7 @@ WITH_ROPE = {
         "inkling2",
         "Inkling2VisionModel",
         "Inkling2VisionConfig",
-        {**_VIT, "patch_size": 4, "posemb_grid_size": 4, "projection_hidden_dim": 32, "text_hidden_size": 32},
+        {**VIT, "patch_size": 4, "posemb_grid_size": 4, "projection_hidden_dim": 32, "text_hidden_size": 32},
         _inkling,
         ("Inkling2VisionAttention",),
     ),
@@ -305,7 +293,7 @@ WITH_ROPE = {
         "minimax_m3_vl",
         "MiniMaxM3VLVisionModel",
         "MiniMaxM3VLVisionConfig",
-        {**_VIT, "hidden_size": 64, "patch_size": 4},
+        {**VIT, "hidden_size": 64, "patch_size": 4},
         _patches(96, name="pixel_values"),
         ("MiniMaxM3VLVisionAttention",),
     ),
@@ -313,7 +301,7 @@ WITH_ROPE = {
         "dots3_note",
         "Dots3NoteVisionModel",
         "Dots3NoteVisionConfig",
-        {**_VIT, "hidden_size": 64, "patch_size": 4, "mlp_layer_types": ["dense", "dense"]}
+        {**VIT, "hidden_size": 64, "patch_size": 4, "mlp_layer_types": ["dense", "dense"]}
         | {"adapter_in_dim": 64, "adapter_out_dim": 32},
         _patches(48, name="pixel_values"),
         ("Dots3NoteVisionAttention",),
@@ -322,34 +310,34 @@ WITH_ROPE = {
         "step3p7",
         "Step3p7VisionModel",
         "Step3p7VisionConfig",
-        {**_VIT, "hidden_size": 80},  # head_dim 40
-        _pixels(40, 24),
+        {**VIT, "hidden_size": 80},  # head_dim 40
+        pixels(40, 24),
         ("Step3p7VisionAttention",),
     ),
     "mlcd": Family(  # the class token has a learned angle
         "mlcd",
         "MLCDVisionModel",
         "MLCDVisionConfig",
-        _VIT,
-        _pixels(40, 24),
+        VIT,
+        pixels(40, 24),
         ("MLCDAttention",),
     ),
     "sapiens2": Family(  # norms on q and k; CLS + 3 registers; 2 heads of k and v in layer 1, 4 in layer 0
         "sapiens2",
         "Sapiens2Model",
         "Sapiens2Config",
-        {**_VIT, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads_per_layer": [4, 2]}
+        {**VIT, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads_per_layer": [4, 2]}
         | {"num_register_tokens": 3},
-        _pixels(40, 24),
+        pixels(40, 24),
         ("Sapiens2Attention",),
     ),
     "eomt_dinov3": _Prepared(  # 5 queries in front of CLS + 3 registers in layer 1; its masks want 16 patches
         "eomt_dinov3",
         "EomtDinov3ForUniversalSegmentation",
         "EomtDinov3Config",
-        {**_VIT, "hidden_size": 64, "num_register_tokens": 3, "num_queries": 5, "num_blocks": 1}
+        {**VIT, "hidden_size": 64, "num_register_tokens": 3, "num_queries": 5, "num_blocks": 1}
         | {"num_upscale_blocks": 1},
-        _pixels(64, 16),
+        pixels(64, 16),
         ("EomtDinov3Attention",),
         prepare=_annealed,
     ),
@@ -357,7 +345,7 @@ WITH_ROPE = {
         "gemma4",
         "Gemma4VisionModel",
         "Gemma4VisionConfig",
-        {**_VIT, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4}
+        {**VIT, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4}
         | {"position_embedding_size": 8, "pooling_kernel_size": 2},
         _gemma,
         ("Gemma4VisionAttention",),
@@ -367,9 +355,9 @@ WITH_ROPE = {
         "llama4",
         "Llama4VisionModel",
         "Llama4VisionConfig",
-        {**_VIT, "intermediate_size": 192, "vision_output_dim": 16}
+        {**VIT, "intermediate_size": 192, "vision_output_dim": 16}
         | {"projector_input_dim": 16, "projector_output_dim": 16},
-        _pixels(32, 32),
+        pixels(32, 32),
         ("Llama4VisionAttention",),
         prepare=_complex,
     ),
@@ -377,8 +365,8 @@ WITH_ROPE = {
         "sam3",
         "Sam3ViTModel",
         "Sam3ViTConfig",
-        {**_VIT, "image_size": [24, 40], "pretrain_image_size": 16, "window_size": 2, "global_attn_indexes": [1]},
-        _pixels(40, 24),
+        {**VIT, "image_size": [24, 40], "pretrain_image_size": 16, "window_size": 2, "global_attn_indexes": [1]},
+        pixels(40, 24),
         ("Sam3ViTRoPEAttention",),
     ),
 }

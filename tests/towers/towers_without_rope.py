@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from family import Family, randn
+from family import VIT, Family, pixels, randn
 from torch import Tensor, nn
 
 
@@ -19,10 +19,6 @@ class _MaybeEager(Family):
     def make(self, seed: int = 0, implementation: str = "sdpa", **options: Any) -> nn.Module:
         model: Any = self.load()[0]
         return super().make(seed, implementation if model._supports_sdpa else "eager", **options)
-
-
-def _pixels(height: int, width: int, batch: int = 2, **more: Any) -> Callable[[], dict[str, Any]]:
-    return lambda: {"pixel_values": randn(batch, 3, height, width), **more}
 
 
 def _padded() -> dict[str, Any]:
@@ -66,63 +62,55 @@ def _tiles_of_mllama() -> dict[str, Any]:
     return {"pixel_values": randn(2, 1, 2, 3, 32, 32), "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
 
-_VIT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-_RESIZED = _pixels(40, 24, interpolate_pos_encoding=True)
-_WIDE = _pixels(16, 64)  # for towers that resize nothing: as many patches as the square, 2 x 8
+_RESIZED = pixels(40, 24, interpolate_pos_encoding=True)
+_WIDE = pixels(16, 64)  # for towers that resize nothing: as many patches as the square, 2 x 8
 
 WITHOUT_ROPE = {
     "clip": Family(
         "clip",
         "CLIPVisionModel",
         "CLIPVisionConfig",
-        _VIT,
-        _pixels(32, 32),
+        VIT,
+        pixels(32, 32),
         ("CLIPAttention",),
     ),
     "siglip": Family(
         "siglip",
         "SiglipVisionModel",
         "SiglipVisionConfig",
-        _VIT,
-        _pixels(40, 24, interpolate_pos_encoding=True),
+        VIT,
+        pixels(40, 24, interpolate_pos_encoding=True),
         ("SiglipAttention",),
     ),
     "dinov2": Family(
         "dinov2",
         "Dinov2Model",
         "Dinov2Config",
-        {**_VIT, "mlp_ratio": 1},
-        _pixels(40, 24),
+        {**VIT, "mlp_ratio": 1},
+        pixels(40, 24),
         ("Dinov2Attention", "Dinov2SelfAttention"),
     ),
     "dinov2_with_registers": Family(
         "dinov2_with_registers",
         "Dinov2WithRegistersModel",
         "Dinov2WithRegistersConfig",
-        {**_VIT, "mlp_ratio": 1, "num_register_tokens": 2},
-        _pixels(40, 24),
+        {**VIT, "mlp_ratio": 1, "num_register_tokens": 2},
+        pixels(40, 24),
         ("Dinov2WithRegistersAttention", "Dinov2WithRegistersSelfAttention"),
     ),
     "vit": Family(
         "vit",
         "ViTModel",
         "ViTConfig",
-        _VIT,
-        _pixels(32, 32),
+        VIT,
+        pixels(32, 32),
         ("ViTAttention", "ViTSelfAttention"),
     ),
     "altclip": _MaybeEager(
         "altclip",
         "AltCLIPVisionModel",
         "AltCLIPVisionConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("AltCLIPAttention",),
     ),
@@ -130,7 +118,7 @@ WITHOUT_ROPE = {
         "chinese_clip",
         "ChineseCLIPVisionModel",
         "ChineseCLIPVisionConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("ChineseCLIPVisionAttention",),
     ),
@@ -138,7 +126,7 @@ WITHOUT_ROPE = {
         "metaclip_2",
         "MetaClip2VisionModel",
         "MetaClip2VisionConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("MetaClip2Attention",),
     ),
@@ -146,7 +134,7 @@ WITHOUT_ROPE = {
         "kosmos2",
         "Kosmos2VisionModel",
         "Kosmos2VisionConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("Kosmos2VisionAttention",),
     ),
@@ -154,7 +142,7 @@ WITHOUT_ROPE = {
         "git",
         "GitVisionModel",
         "GitVisionConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("GitVisionAttention",),
     ),
@@ -162,7 +150,7 @@ WITHOUT_ROPE = {
         "owlvit",
         "OwlViTVisionModel",
         "OwlViTVisionConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("OwlViTAttention",),
     ),
@@ -170,8 +158,8 @@ WITHOUT_ROPE = {
         "x_clip",
         "XCLIPVisionModel",
         "XCLIPVisionConfig",
-        {**_VIT, "num_frames": 2},
-        _pixels(32, 32, batch=4),
+        {**VIT, "num_frames": 2},
+        pixels(32, 32, batch=4),
         ("XCLIPAttention",),
         layers=4,
     ),
@@ -179,7 +167,7 @@ WITHOUT_ROPE = {
         "aimv2",
         "Aimv2VisionModel",
         "Aimv2VisionConfig",
-        _VIT,
+        VIT,
         _WIDE,
         ("Aimv2Attention",),
     ),
@@ -187,15 +175,15 @@ WITHOUT_ROPE = {
         "aimv2",
         "Aimv2VisionModel",
         "Aimv2VisionConfig",
-        {**_VIT, "is_native": True},
-        _pixels(40, 24),
+        {**VIT, "is_native": True},
+        pixels(40, 24),
         ("Aimv2Attention",),
     ),
     "ovis2": Family(
         "ovis2",
         "Ovis2VisionModel",
         "Ovis2VisionConfig",
-        {**_VIT, "vocab_size": 20},
+        {**VIT, "vocab_size": 20},
         _WIDE,
         ("Ovis2VisionAttention", "Ovis2Attention"),
     ),
@@ -203,7 +191,7 @@ WITHOUT_ROPE = {
         "granite_docling",
         "GraniteDoclingVisionModel",
         "GraniteDoclingVisionConfig",
-        {**_VIT, "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]},
+        {**VIT, "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]},
         _WIDE,
         ("GraniteDoclingVisionAttention",),
     ),
@@ -211,7 +199,7 @@ WITHOUT_ROPE = {
         "janus",
         "JanusVisionModel",
         "JanusVisionConfig",
-        {**_VIT, "mlp_ratio": 1},
+        {**VIT, "mlp_ratio": 1},
         _RESIZED,
         ("JanusVisionAttention",),
     ),
@@ -219,31 +207,31 @@ WITHOUT_ROPE = {
         "internvl",
         "InternVLVisionModel",
         "InternVLVisionConfig",
-        _VIT,
-        _pixels(40, 24),
+        VIT,
+        pixels(40, 24),
         ("InternVLVisionAttention",),
     ),
     "internvl_qk_norm": Family(  # norms over all heads at once
         "internvl",
         "InternVLVisionModel",
         "InternVLVisionConfig",
-        {**_VIT, "use_qk_norm": True},
-        _pixels(40, 24),
+        {**VIT, "use_qk_norm": True},
+        pixels(40, 24),
         ("InternVLVisionAttention",),
     ),
     "qianfan_ocr": Family(
         "qianfan_ocr",
         "QianfanOCRVisionModel",
         "QianfanOCRVisionConfig",
-        _VIT,
-        _pixels(40, 24),
+        VIT,
+        pixels(40, 24),
         ("QianfanOCRVisionAttention",),
     ),
     "ijepa": Family(
         "ijepa",
         "IJepaModel",
         "IJepaConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("IJepaAttention", "IJepaSelfAttention"),
     ),
@@ -251,7 +239,7 @@ WITHOUT_ROPE = {
         "vit_msn",
         "ViTMSNModel",
         "ViTMSNConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("ViTMSNAttention", "ViTMSNSelfAttention"),
     ),
@@ -259,7 +247,7 @@ WITHOUT_ROPE = {
         "vit_mae",
         "ViTMAEModel",
         "ViTMAEConfig",
-        {**_VIT, "mask_ratio": 0.5},
+        {**VIT, "mask_ratio": 0.5},
         _masked,
         ("ViTMAEAttention", "ViTMAESelfAttention"),
     ),
@@ -267,7 +255,7 @@ WITHOUT_ROPE = {
         "deit",
         "DeiTModel",
         "DeiTConfig",
-        _VIT,
+        VIT,
         _RESIZED,
         ("DeiTAttention", "DeiTSelfAttention"),
     ),
@@ -275,39 +263,39 @@ WITHOUT_ROPE = {
         "yolos",
         "YolosModel",
         "YolosConfig",
-        {**_VIT, "image_size": [24, 32], "num_detection_tokens": 3},
-        _pixels(40, 24),
+        {**VIT, "image_size": [24, 32], "num_detection_tokens": 3},
+        pixels(40, 24),
         ("YolosSelfAttention",),
     ),
     "pixio": Family(  # several CLS tokens
         "pixio",
         "PixioModel",
         "PixioConfig",
-        {**_VIT, "mlp_ratio": 1, "n_cls_tokens": 3},
-        _pixels(40, 24),
+        {**VIT, "mlp_ratio": 1, "n_cls_tokens": 3},
+        pixels(40, 24),
         ("PixioAttention",),
     ),
     "tipsv2": Family(
         "tipsv2",
         "Tipsv2VisionModel",
         "Tipsv2VisionConfig",
-        {**_VIT, "mlp_ratio": 1, "num_register_tokens": 2},
-        _pixels(40, 24),
+        {**VIT, "mlp_ratio": 1, "num_register_tokens": 2},
+        pixels(40, 24),
         ("Tipsv2VisionAttention",),
     ),
     "radio": Family(
         "radio",
         "RadioModel",
         "RadioConfig",
-        {**_VIT, "mlp_ratio": 1.0, "max_img_size": 64, "num_cls_tokens": 2, "num_registers": 3},
-        _pixels(40, 24),
+        {**VIT, "mlp_ratio": 1.0, "max_img_size": 64, "num_cls_tokens": 2, "num_registers": 3},
+        pixels(40, 24),
         ("RadioAttention",),
     ),
     "radio_packed": Family(  # two images in one sequence, each behind its own CLS tokens and registers
         "radio",
         "RadioModel",
         "RadioConfig",
-        {**_VIT, "mlp_ratio": 1.0, "max_img_size": 64, "num_cls_tokens": 2, "num_registers": 3},
+        {**VIT, "mlp_ratio": 1.0, "max_img_size": 64, "num_cls_tokens": 2, "num_registers": 3},
         lambda: {"pixel_values": randn(36, 192), "image_grid_hw": torch.tensor([[4, 6], [6, 2]])},
         ("RadioAttention",),
     ),
@@ -315,7 +303,7 @@ WITHOUT_ROPE = {
         "siglip2",
         "Siglip2VisionModel",
         "Siglip2VisionConfig",
-        {**_VIT, "num_patches": 16},
+        {**VIT, "num_patches": 16},
         _padded,
         ("Siglip2Attention",),
         valid=lambda inputs: inputs["pixel_attention_mask"].bool(),
@@ -324,7 +312,7 @@ WITHOUT_ROPE = {
         "idefics2",
         "Idefics2VisionTransformer",
         "Idefics2VisionConfig",
-        _VIT,
+        VIT,
         _corner,
         ("Idefics2VisionAttention",),
         valid=_corner_valid,
@@ -333,7 +321,7 @@ WITHOUT_ROPE = {
         "idefics3",
         "Idefics3VisionTransformer",
         "Idefics3VisionConfig",
-        _VIT,
+        VIT,
         _full,
         ("Idefics3VisionAttention",),
     ),
@@ -341,7 +329,7 @@ WITHOUT_ROPE = {
         "smolvlm",
         "SmolVLMVisionTransformer",
         "SmolVLMVisionConfig",
-        _VIT,
+        VIT,
         _full,
         ("SmolVLMVisionAttention",),
     ),
@@ -357,7 +345,7 @@ WITHOUT_ROPE = {
         "cosmos3_edge",
         "Cosmos3EdgeVisionModel",
         "Cosmos3EdgeVisionConfig",
-        {**_VIT, "num_patches": 16},
+        {**VIT, "num_patches": 16},
         _packed(frames=2),
         ("Cosmos3EdgeVisionAttention",),
     ),
@@ -365,7 +353,7 @@ WITHOUT_ROPE = {
         "hunyuan_vl",
         "HunYuanVLVisionTransformer",
         "HunYuanVLVisionConfig",
-        {**_VIT, "max_image_size": 32, "text_hidden_size": 32},
+        {**VIT, "max_image_size": 32, "text_hidden_size": 32},
         _packed(),
         ("HunYuanVLVisionAttention",),
     ),
@@ -373,7 +361,7 @@ WITHOUT_ROPE = {
         "minicpmv4_6",
         "MiniCPMV4_6VisionModel",
         "MiniCPMV4_6VisionConfig",
-        {**_VIT, "insert_layer_id": 0},
+        {**VIT, "insert_layer_id": 0},
         lambda: {"pixel_values": randn(1, 3, 8, 8 * 36), "target_sizes": torch.tensor([[4, 6], [6, 2]])},
         ("MiniCPMV4_6VisionAttention",),
         layers=3,
@@ -429,8 +417,8 @@ def _text(model_type: str, **more: Any) -> dict[str, Any]:
     return {"model_type": model_type, **sizes, **heads, **special, **more}
 
 
-_CLIP = {**_VIT, "model_type": "clip_vision_model"}
-_SIGLIP = {**_VIT, "model_type": "siglip_vision_model", "vision_use_head": False}
+_CLIP = {**VIT, "model_type": "clip_vision_model"}
+_SIGLIP = {**VIT, "model_type": "siglip_vision_model", "vision_use_head": False}
 _PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32]], "image_token_index": _IMAGE, "vision_feature_layer": -1}
 
 HOLDERS = {
@@ -444,7 +432,7 @@ HOLDERS = {
             "image_token_index": _IMAGE,
             "vision_feature_layer": -1,
         },
-        _asked(_pixels(32, 32), 16, 16),
+        _asked(pixels(32, 32), 16, 16),
         ("CLIPAttention",),
     ),
     "llava_next": Family(
@@ -469,7 +457,7 @@ HOLDERS = {
         "PaliGemmaConfig",
         {"vision_config": _SIGLIP, "text_config": _text("gemma"), "image_token_index": _IMAGE, "projection_dim": 32},
         # its own mask depends on the version, and stays in float32 in a float64 model
-        _asked(lambda: {"attention_mask": torch.zeros(2, 1, 21, 21), **_pixels(32, 32)()}, 16, 16),
+        _asked(lambda: {"attention_mask": torch.zeros(2, 1, 21, 21), **pixels(32, 32)()}, 16, 16),
         ("SiglipAttention",),
     ),
     "gemma3": Family(
@@ -478,7 +466,7 @@ HOLDERS = {
         "Gemma3Config",
         {"vision_config": _SIGLIP, "text_config": _text("gemma3_text"), "mm_tokens_per_image": 4}
         | {"image_token_index": _IMAGE, "boi_token_index": 36, "eoi_token_index": 37},
-        _asked(_pixels(32, 32), 4, 4),
+        _asked(pixels(32, 32), 4, 4),
         ("SiglipAttention",),
     ),
     "aya_vision": Family(
@@ -486,31 +474,31 @@ HOLDERS = {
         "AyaVisionForConditionalGeneration",
         "AyaVisionConfig",
         {"vision_config": _SIGLIP, "text_config": _text("cohere2"), "image_token_index": _IMAGE},
-        _asked(_pixels(32, 32), 4, 4),
+        _asked(pixels(32, 32), 4, 4),
         ("SiglipAttention",),
     ),
     "internvl": Family(
         "internvl",
         "InternVLForConditionalGeneration",
         "InternVLConfig",
-        {"vision_config": _VIT, "text_config": _text("qwen2"), "image_token_id": _IMAGE},
-        _asked(_pixels(32, 32), 4, 4),
+        {"vision_config": VIT, "text_config": _text("qwen2"), "image_token_id": _IMAGE},
+        _asked(pixels(32, 32), 4, 4),
         ("InternVLVisionAttention",),
     ),
     "mistral3": Family(  # the tower has RoPE
         "mistral3",
         "Mistral3ForConditionalGeneration",
         "Mistral3Config",
-        {"vision_config": {**_VIT, "model_type": "pixtral", "hidden_size": 64, "image_size": 64, "head_dim": 32}}
+        {"vision_config": {**VIT, "model_type": "pixtral", "hidden_size": 64, "image_size": 64, "head_dim": 32}}
         | {"text_config": _text("mistral"), "image_token_index": _IMAGE},
-        _asked(_pixels(48, 32, image_sizes=torch.tensor([[48, 32], [32, 32]])), 6, 4),
+        _asked(pixels(48, 32, image_sizes=torch.tensor([[48, 32], [32, 32]])), 6, 4),
         ("PixtralAttention",),
     ),
     "idefics3": Family(
         "idefics3",
         "Idefics3ForConditionalGeneration",
         "Idefics3Config",
-        {"vision_config": {**_VIT, "image_size": 40}, "text_config": _text("llama"), "image_token_id": _IMAGE},
+        {"vision_config": {**VIT, "image_size": 40}, "text_config": _text("llama"), "image_token_id": _IMAGE},
         _asked(_two_and_one, 18, 9),
         ("Idefics3VisionAttention",),
     ),
@@ -518,7 +506,7 @@ HOLDERS = {
         "smolvlm",
         "SmolVLMForConditionalGeneration",
         "SmolVLMConfig",
-        {"vision_config": {**_VIT, "image_size": 40}, "text_config": _text("llama"), "image_token_id": _IMAGE},
+        {"vision_config": {**VIT, "image_size": 40}, "text_config": _text("llama"), "image_token_id": _IMAGE},
         _asked(_two_and_one, 18, 9),
         ("SmolVLMVisionAttention",),
     ),

@@ -22,7 +22,6 @@ class Shape:
     """
 
     name: str
-    convention: str  # of a tower that has no RoPE
     needs: frozenset[str]
     takes: frozenset[str]
     first: str = "hidden_states"
@@ -41,7 +40,6 @@ _OPTIONS = "attention_mask output_attentions past_key_value past_key_values cach
 SHAPES = (
     Shape(
         "packed",
-        "no RoPE, packed",
         needs=_names("cu_seqlens position_embeddings"),
         takes=_names(f"cu_seqlens position_embeddings rotary_pos_emb max_seqlen {_OPTIONS}"),
         rotation="position_embeddings",
@@ -50,7 +48,6 @@ SHAPES = (
     ),
     Shape(  # Qwen2.5-Omni in transformers 4
         "packed, from angles",
-        "no RoPE, packed",
         needs=_names("cu_seqlens rotary_pos_emb"),
         takes=_names("cu_seqlens rotary_pos_emb"),
         rotation="rotary_pos_emb",
@@ -59,29 +56,25 @@ SHAPES = (
     ),
     Shape(
         "packed without RoPE",
-        "no RoPE, packed",
         needs=_names("cu_seqlens"),
-        takes=_names(f"cu_seqlens max_seqlen max_seqlens {_OPTIONS}"),
+        takes=_names(f"cu_seqlens max_seqlen {_OPTIONS}"),
         bounds="cu_seqlens",
         returns="tensor",
     ),
     Shape(
         "batched",
-        "no RoPE",
         needs=_names("position_embeddings"),
         takes=_names(f"position_embeddings position_ids {_OPTIONS}"),
         rotation="position_embeddings",
     ),
     Shape(
         "complex",
-        "no RoPE",
         needs=_names("freqs_ci"),
         takes=_names(f"freqs_ci {_OPTIONS}"),
         rotation="freqs_ci",
     ),
     Shape(
         "timm",
-        "no RoPE",
         needs=_names("rope"),
         takes=_names("rope attn_mask is_causal"),
         first="x",
@@ -91,7 +84,6 @@ SHAPES = (
     ),
     Shape(
         "timm without RoPE",
-        "no RoPE",
         needs=_names("attn_mask"),
         takes=_names("attn_mask is_causal"),
         first="x",
@@ -100,7 +92,6 @@ SHAPES = (
     ),
     Shape(
         "plain",
-        "no RoPE",
         needs=_names(""),
         takes=_names(f"causal_attention_mask head_mask {_OPTIONS}"),
     ),
