@@ -9,13 +9,13 @@ other is given the table that the root made, so that its gradient leaves the blo
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from oracles import threads
+from processes import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -141,12 +141,8 @@ def runs(request, tmp_path_factory) -> tuple[dict, list[dict]]:
     try:
         with threads(1):
             expected = train(backend, "alone")
-        deadline = time.monotonic() + 120
-        while not context.join(timeout=1):  # raises what a process raised
-            assert time.monotonic() < deadline, "the processes hang"
     finally:
-        for process in context.processes:
-            process.kill()
+        join(context)
     return expected, [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

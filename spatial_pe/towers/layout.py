@@ -104,8 +104,8 @@ def project(module: nn.Module, layout: Layout, x: Tensor) -> tuple[Tensor, Tenso
         parts = list(fused.split((layout.heads, layout.kv_heads, layout.kv_heads), dim=-2))  # three slices of it
     else:
         parts = [_split(getattr(module, name)(x), layout.head_dim) for name in layout.qkv]
-    for i, name in enumerate(layout.norms):
-        norm = getattr(module, name)
+    for name in layout.norms:
+        i, norm = NORMS.index(name), getattr(module, name)
         parts[i] = _split(norm(parts[i].flatten(-2)), layout.head_dim) if layout.norms_all_heads else norm(parts[i])
     q, k, v = parts
     return q, k, v

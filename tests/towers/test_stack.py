@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import FAMILIES, outputs, randn, to
+from processes import join
 from test_families import assert_error_rule, run
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
@@ -587,14 +587,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     if not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    context = spawn(work, (folder,), nprocs=RANKS, join=False)
-    try:
-        deadline = time.monotonic() + 120
-        while not context.join(timeout=1):  # raises what a process raised
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            process.kill()
+    join(spawn(work, (folder,), nprocs=RANKS, join=False))
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
