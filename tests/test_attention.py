@@ -220,9 +220,9 @@ POISON = {
 }
 
 
-def poisoned(poison: str, dtype: torch.dtype) -> tuple[Inputs, Tensor]:
+def poisoned(poison: str, dtype: torch.dtype, dim: int = 32) -> tuple[Inputs, Tensor]:
     """Inputs with one bad element, and what SDPA makes of them in float32."""
-    inputs = make(Case(tokens=150, dim=32, rotary_dim=16, dtype=dtype))
+    inputs = make(Case(tokens=150, dim=dim, rotary_dim=16, dtype=dtype))
     name, at, value = POISON[poison]
     with torch.no_grad():
         getattr(inputs, name)[at] = value

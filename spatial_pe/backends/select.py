@@ -8,12 +8,13 @@ from types import ModuleType
 
 import torch
 
-from . import composed, cpu, reference, triton
+from . import composed, cpu, cuda, reference, triton
 from .call import Call
 
 # In the order in which "auto" asks them. The reference serves only when it is named: it builds N x N scores.
 BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
+    "cuda": cuda,
     "triton": triton,
     "composed": composed,
     "reference": reference,

@@ -34,7 +34,7 @@ class Case:
     suffix: int = 0
     lengths: tuple[int, ...] | None = None  # packed: of the sequences; then batch and tokens are not used
     seqlens: tuple[int, ...] | None = None  # padded: tokens that exist, NaN behind them
-    layout: str = "contiguous"  # or "fused", "wide", "heads_first": views with NaN in the memory between
+    layout: str = "contiguous"  # or "fused", "projection", "wide", "heads_first": views with NaN in the memory between
     scale: float | None = None
 
     def __str__(self) -> str:
@@ -147,11 +147,13 @@ def _laid_out(values: list[Tensor], layout: str) -> list[Tensor]:
     """q, k, v, dout (.., N, H, D) with the same values in other memory. What lies between them is NaN."""
     if layout == "contiguous":
         return values
-    if layout == "fused":  # as a qkv projection writes them; an odd first channel, so that nothing is aligned
+    if layout in ("fused", "projection"):  # as a qkv projection writes them
         q, k, v, dout = values
         heads = [q.shape[-2], k.shape[-2], v.shape[-2]]
-        buffer = q.new_full((*q.shape[:-3], q.shape[-3] + 2, sum(heads) + 1, q.shape[-1] + 3), torch.nan)
-        parts = buffer[..., 1:-1, :-1, 1:-2].split(heads, dim=-2)
+        # fused: an odd first channel, so that nothing is aligned; projection: rows at multiples of 8 channels, as in towers
+        left, right = (1, 2) if layout == "fused" else (8, 8)
+        buffer = q.new_full((*q.shape[:-3], q.shape[-3] + 2, sum(heads) + 1, q.shape[-1] + left + right), torch.nan)
+        parts = buffer[..., 1:-1, :-1, left:-right].split(heads, dim=-2)
         for part, x in zip(parts, (q, k, v), strict=True):
             part.copy_(x)
         return [*parts, dout]

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -32,6 +31,9 @@ from spatial_pe.backends.triton import configs
 from spatial_pe.backends.triton.configs import Family
 from spatial_pe.backends.triton.launch import Launch
 from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
+
+sys.path.append(str(Path(__file__).parents[1]))  # where pytest looks already
+from sass import TENSOR_CORE, Instruction, cuobjdump, instructions, kind
 
 # name -> (what Triton compiles for, whose tiles)
 TARGETS: dict[str, tuple[GPUTarget, Family]] = {
@@ -128,11 +130,11 @@ def build(regime: str, launch: Launch, name: str) -> Built:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, listing = (_cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
+        usage, listing = (cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     code = instructions(listing)
-    spills = max(stack, local, 4 * sum(kind(name) == "local" for _, name, _ in code))
-    tensor_core = Counter(short for _, name, _ in code if (short := name.split(".")[0]) in TENSOR_CORE)
+    spills = max(stack, local, 4 * sum(kind(one.name) == "local" for one in code))
+    tensor_core = Counter(short for one in code if (short := one.name.split(".")[0]) in TENSOR_CORE)
     loop = main_loop(code)
     mix = Counter(kind(name) for name in loop)
     return Built(
@@ -148,40 +150,13 @@ def scores(launch: Launch) -> int:
     return constants["BM"] * constants["BN"] if "BM" in constants else constants.get("BLOCK", 1) ** 2
 
 
-# ------------------------------------------------------------------------------------------------------ reading SASS
-
-TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
-KINDS: dict[str, tuple[str, ...]] = {
-    "tensor core": TENSOR_CORE,
-    "exp2": ("MUFU",),
-    "float": ("FFMA", "FMUL", "FADD", "FMNMX", "FMNMX3", "FSEL", "FSETP", "F2FP", "FFMA2", "FADD2", "FMUL2"),
-    "shared": ("LDS", "LDSM", "STS", "STSM", "LDTM", "STTM"),
-    "global": ("LDG", "STG", "LDGSTS"),
-    "local": ("LDL", "STL"),
-    "shuffle": ("SHFL", "MOVM", "PRMT"),
-    "sync": ("BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC", "SYNCS", "MEMBAR", "FENCE"),
-}
-OF = {name: kind for kind, names in KINDS.items() for name in names}
-
-
-def kind(name: str) -> str:
-    """The rest is integers: addresses, predicates, copies."""
-    return OF.get(name.split(".")[0], "integer")
-
-
-def instructions(listing: str) -> list[tuple[int, str, str]]:
-    """(address, name, operands)"""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", listing)
-    return [(int(address, 16), name, operands) for address, name, operands in found]
-
-
-def main_loop(code: list[tuple[int, str, str]]) -> list[str]:
+def main_loop(code: list[Instruction]) -> list[str]:
     """Names of the innermost loop that multiplies on tensor cores and copies ahead, the first of several."""
     loops = []
-    for address, name, operands in code:
+    for address, name, operands, _ in code:
         if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands)):
             begin = int(target[1], 16)
-            body = [n for a, n, _ in code if begin <= a <= address] if begin < address else []
+            body = [one.name for one in code if begin <= one.address <= address] if begin < address else []
             if any(kind(n) == "tensor core" for n in body):
                 loops.append(body)
     ahead = [body for body in loops if any(n.startswith("LDGSTS") for n in body)]
@@ -215,11 +190,6 @@ def options(launch: Launch, target: GPUTarget) -> dict:
     # a wavefront of 64 lanes does the work of two warps
     warps = launch.num_warps if target.backend == "cuda" else max(1, launch.num_warps // 2)
     return {"num_warps": warps}
-
-
-def _cuobjdump(flag: str, path: str) -> str:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    return subprocess.run([tools / "cuobjdump", flag, path], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:

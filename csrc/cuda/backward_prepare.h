@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the backward of long sequences needs more than once: q and k turned, and delta = rowsum(dout out). A block has ROWS
+// tokens of one head. Sequences of at most 256 tokens do without: backward_keys.h turns them itself.
+#pragma once
+
+#include "turn.h"
+
+namespace spe::cuda::prepare {
+
+constexpr int THREADS = 128, ROWS = 64;
+
+// Rows [first, first + rows) of one head of x, turned, to `to`.
+template <class E, int V>
+SPE_DEVICE void turn_rows(const Params& p, const View& x, const View& to, int sample, int first, int rows, int head,
+                          int thread) {
+  const Share s = p.all.share(thread, THREADS);
+  const Channels c = channels_of<V>(p.pairs, s.column);
+  const bool turned = s.column < p.turned.per_row;
+  const auto* from = static_cast<const uint16_t*>(x.data) + sample * x.batch + first * x.token + head * x.head;
+  auto* out = static_cast<uint16_t*>(to.data) + sample * to.batch + first * to.token + head * to.head;
+  for (int row = s.row; row < rows; row += s.step) {
+    float a[V], b[V];
+    load_elements<E, V>(a, from + row * x.token + c.first);
+    load_elements<E, V>(b, from + row * x.token + c.second);
+    if (turned) turn<V>(a, b, load_angles<V>(p.tables, sample, first + row, head, s.column), c.interleaved, 1.0f);
+    store_elements<E, V>(out + row * to.token + c.first, a);
+    store_elements<E, V>(out + row * to.token + c.second, b);
+  }
+}
+
+template <class E>
+SPE_KERNEL(THREADS, 8) prepare(SPE_PARAMS Params p) {
+  const int thread = thread_index(), lane = thread & 31;
+  const int tokens = p.sequences.tokens, blocks = (tokens + ROWS - 1) / ROWS;
+  const int head = block_index() % p.heads, block = block_index() / p.heads;
+  const int sample = block / blocks, first = block % blocks * ROWS;
+  const int rows = tokens - first < ROWS ? tokens - first : ROWS;
+
+  // 4 lanes a row; rows that do not exist in a padded sample hold anything, and nothing reads what comes of it
+  const auto row_of = [&](const View& x, int row) {
+    return static_cast<const uint16_t*>(x.data) + sample * x.batch + (first + row) * x.token + head * x.head;
+  };
+  for (int base = 0; base < rows; base += THREADS / 4) {
+    const int row = base + (thread >> 2);
+    float sum = 0.0f;
+    if (row < rows)
+      for (int chunk = lane & 3; chunk < p.head_dim / 8; chunk += 4)
+        sum += dot<E>(load_global4(row_of(p.dout, row) + 8 * chunk), load_global4(row_of(p.out, row) + 8 * chunk));
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    if (row < rows && (lane & 3) == 0)
+      store_global_float(p.delta + (static_cast<int64_t>(sample) * p.heads + head) * tokens + first + row, sum);
+  }
+
+  if (!p.turn_inputs) return;
+  const bool has_keys = head % p.group == 0;
+  if (p.turn_vector == 4) {
+    turn_rows<E, 4>(p, p.q, p.q_turned, sample, first, rows, head, thread);
+    if (has_keys) turn_rows<E, 4>(p, p.k, p.k_turned, sample, first, rows, head / p.group, thread);
+  } else {
+    turn_rows<E, 2>(p, p.q, p.q_turned, sample, first, rows, head, thread);
+    if (has_keys) turn_rows<E, 2>(p, p.k, p.k_turned, sample, first, rows, head / p.group, thread);
+  }
+}
+
+}  // namespace spe::cuda::prepare

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// One launch, as its kernel receives it.
+#pragma once
+
+#include "../common/problem.h"
+#include "sequences.h"
+#include "tile.h"
+
+namespace spe::cuda {
+
+// The vectors of a row, for a division by multiplication: exact up to 2^15.
+struct Vectors {
+  int per_row;
+  uint32_t reciprocal;
+
+  Vectors() = default;
+  explicit Vectors(int per_row)
+      : per_row(per_row), reciprocal(per_row ? ((1u << 20) + per_row - 1) / per_row : 0) {}
+  SPE_DEVICE int row(int i) const { return static_cast<int>(i * reciprocal >> 20); }
+  SPE_DEVICE Share share(int thread, int threads) const {
+    const int at = row(thread), step = row(threads);
+    return {thread - at * per_row, at < step ? at : 1 << 30, step};
+  }
+};
+
+// Items in a row for each block: as evenly as it goes.
+struct Work {
+  int count, each, left;  // blocks [0, left) have one more
+
+  Work() = default;
+  Work(int count, int blocks) : count(count), each(count / blocks), left(count % blocks) {}
+  SPE_DEVICE int begin(int block) const { return block * each + (block < left ? block : left); }
+};
+
+struct Params {
+  View q, k, v, out, dout, dq, dk, dv;  // strides in elements, multiples of 8; addresses multiples of 16
+  View q_turned, k_turned;              // of backward_prepare.h
+  float *lse, *delta;                   // (batch, heads, tokens): log of the sum of exponentials; rowsum(dout out)
+  Tables tables;
+  ChannelPairs pairs;
+  int turn_vector;   // pairs that a thread turns at a time: 4 or 2
+  Vectors turned;    // of a row's pairs
+  Vectors all;       // of its channels
+  bool turn_inputs;  // false: q and k are turned already, or never
+  Sequences sequences;
+  int heads, group, head_dim;  // group: heads that share a key head
+  float scale, scale2;  // scale2: times log2(e)
+  // forward.h, windows_forward.h
+  Work items;                // of all blocks
+  int parts, passes;         // of a sequence; the most tiles of queries in a part
+  int slots, query_slots;    // of the rings in shared memory
+  int consumers;             // warps
+  int queries_at, barriers_at;  // bytes of shared memory
+  int stages;                // windows.h: windows in shared memory at a time
+  bool whole;                // backward_keys.h: a block has all keys of its sequence, and writes dq too
+};
+
+}  // namespace spe::cuda

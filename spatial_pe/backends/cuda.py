@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels (csrc/cuda): hand-written mma.sync for windows, for images whose keys and values fit into shared memory,
+and for head dimensions between powers of two. They need an nvcc where the package is built; without, Triton serves."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference, triton
+from .call import Call
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+HEAD_DIMS = (64, 72, 80, 88, 96, 128)
+FORMS = {"dense": 0, "packed": 1, "padded": 2}
+# q, k and v are copied 16 bytes at a time
+ALIGNED = 8
+
+
+def _load() -> ModuleType | str:
+    if importlib.util.find_spec("spatial_pe._cuda") is None:
+        return "the CUDA kernels are not built: reinstall with nvcc on the PATH"
+    try:
+        return importlib.import_module("spatial_pe._cuda")
+    except ImportError as error:
+        return f"the CUDA kernels do not load ({error}): reinstall spatial_pe"
+
+
+# Loaded here and not on first use: torch.compile traces through the functions below, but not through an import.
+EXTENSION: ModuleType | str = _load()
+# Tests put a module in place of EXTENSION that runs the kernels on the host.
+EMULATED = False
+
+
+def unavailable() -> str | None:
+    if isinstance(EXTENSION, str):
+        return EXTENSION
+    if EMULATED or torch.cuda.is_initialized() or torch.cuda.is_available():
+        return None if torch.version.hip is None or EMULATED else "this torch is built for ROCm"
+    return "no GPU that torch can use"
+
+
+def cannot_serve(call: Call) -> str | None:
+    q, k, v = call.q, call.k, call.v
+    if q.device.type != ("cpu" if EMULATED else "cuda"):
+        return f"q is on {q.device}: this backend computes on a CUDA device"
+    if not EMULATED and triton.capability(q.device.index) < (8, 0):
+        return f"{torch.cuda.get_device_name(q.device)} is older than sm_80 (Ampere)"
+    if q.dtype not in DTYPES:
+        return f"no {q.dtype} kernel: bfloat16 and float16 only"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head_dim is {q.shape[-1]}: compiled for {', '.join(map(str, HEAD_DIMS))}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not aligned(x):
+            return f"{name} has rows that do not start at multiples of 16 bytes (strides {x.stride()})"
+    rotary = call.rotary
+    if rotary is not None and vector_of(rotary.rotary_dim, rotary.pairing) is None:
+        return f'rotary_dim is {rotary.rotary_dim}, pairing "{rotary.pairing}": its runs of pairs must be even'
+    return None
+
+
+def aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(
+        stride % ALIGNED == 0 or size == 1 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)
+    )
+
+
+def vector_of(rotary_dim: int, pairing: str) -> int | None:
+    """Pairs that a thread turns at a time: what divides every run of pairs, and its place in a row."""
+    run = rotary_dim // 4 if pairing == "axis_half" else rotary_dim // 2
+    return next((size for size in (4, 2) if run % size == 0), None)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
+    q = call.q
+    empty = _allocator(call)
+    out = empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    arguments, keep = _arguments(call)
+    _module().forward(
+        arguments, q=_view(q), k=_view(call.k), v=_view(call.v), out=_view(out), lse=lse.data_ptr(), **_place(q)
+    )
+    del keep
+    return out, lse
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv, contiguous."""
+    if dout.stride(-1) != 1 or not aligned(dout):
+        dout = dout.contiguous()
+    q, k, v = call.q, call.k, call.v
+    empty = _allocator(call)
+    dq, dk, dv = (empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    arguments, keep = _arguments(call)
+    place = _place(q)
+    delta = turned_q = turned_k = None
+    if _module().scratch_wanted(arguments, place["device"]):
+        delta = torch.empty_like(lse)
+        if call.rotary is not None:
+            turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _module().backward(
+        arguments,
+        q=_view(q),
+        k=_view(k),
+        v=_view(v),
+        out=_view(out),
+        lse=lse.data_ptr(),
+        dout=_view(dout),
+        dq=_view(dq),
+        dk=_view(dk),
+        dv=_view(dv),
+        delta=0 if delta is None else delta.data_ptr(),
+        q_turned=(0, 0, 0, 0) if turned_q is None else _view(turned_q),
+        k_turned=(0, 0, 0, 0) if turned_k is None else _view(turned_k),
+        **place,
+    )
+    del keep
+    return dq, dk, dv
+
+
+def angle_gradient(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+) -> Tensor:
+    """One pass over q and k: Triton's where it is there."""
+    backend = triton if q.device.type == "cuda" and triton.unavailable() is None else reference
+    return backend.angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
+
+
+def _allocator(call: Call):
+    """The kernels write the tokens of the sequences; with padding there are others, which must be 0."""
+    return torch.empty if call.seqlens is None else torch.zeros
+
+
+def _module() -> ModuleType:
+    if isinstance(EXTENSION, str):
+        raise RuntimeError(f'backend "cuda" is not available: {EXTENSION}')
+    return EXTENSION
+
+
+def _place(x: Tensor) -> dict[str, int]:
+    if EMULATED:
+        return {"device": 0, "stream": 0}
+    return {"device": x.device.index, "stream": torch.cuda.current_stream(x.device).cuda_stream}
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides (batch, token, head) in elements; the last stride is 1."""
+    batch, token, head = x.stride()[:3]
+    return x.data_ptr(), batch, token, head
+
+
+def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
+    """The sizes, the sequences and the rotary tables, as plain numbers and addresses; and the tensors behind them, which
+    must live until the launch (its stream then owns what the allocator hands out again)."""
+    batch, tokens, heads, dim = call.q.shape
+    form, bounds, sequences, longest = "dense", None, batch, tokens
+    if call.cu_seqlens is not None:
+        form, bounds, sequences = "packed", call.cu_seqlens, call.cu_seqlens.shape[0] - 1
+        longest = tokens if call.max_seqlen is None else min(int(call.max_seqlen), tokens)
+    elif call.seqlens is not None:
+        form, bounds = "padded", call.seqlens
+    arguments = {
+        "dtype": DTYPES[call.q.dtype],
+        "longest": longest,
+        "heads": heads,
+        "kv_heads": call.k.shape[2],
+        "head_dim": dim,
+        "scale": call.scale,
+        "form": FORMS[form],
+        "bounds": 0 if bounds is None else bounds.data_ptr(),
+        "sequences": sequences,
+        "tokens": tokens,
+        "vector": 4,
+    }
+    keep = () if bounds is None else (bounds,)
+    rotary = call.rotary
+    if rotary is not None and rotary.rotary_dim > 0:
+        cos, sin = tables(rotary)
+        strides = (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), 0 if cos.shape[2] == 1 else cos.stride(2))
+        arguments |= {
+            "vector": vector_of(rotary.rotary_dim, rotary.pairing),
+            "rotary_dim": rotary.rotary_dim,
+            "pairing": rotary.pairing,
+            "cos": (cos.data_ptr(), *strides),
+            "sin": sin.data_ptr(),
+        }
+        keep += (cos, sin)
+    return arguments, keep
+
+
+def tables(rotary) -> tuple[Tensor, Tensor]:
+    """float32 tables whose rows start at multiples of 16 bytes, alike in their strides."""
+    cos, sin = rotary.cos.detach().float(), rotary.sin.detach().float()
+    wide = cos.stride() == sin.stride() and all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride % 4 == 0 or size == 1 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+        for x in (cos, sin)
+    )
+    return (cos, sin) if wide else (_widened(cos), _widened(sin))
+
+
+def _widened(table: Tensor) -> Tensor:
+    """A contiguous copy; rows of R/2 floats, R/2 even: 8 bytes are enough where vectors are of 2 pairs."""
+    return table.contiguous().clone() if table.data_ptr() % 16 else table.contiguous()

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading SASS, what NVIDIA's assembler makes of a kernel: instructions by kind, control flow, loops and paths.
+
+Shared by triton/offline.py and cuda/budget.py."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from bisect import bisect_left
+from collections.abc import Callable, Collection
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
+KINDS: dict[str, tuple[str, ...]] = {
+    "tensor core": TENSOR_CORE,
+    "exp2": ("MUFU",),
+    "float": ("FFMA", "FMUL", "FADD", "FMNMX", "FMNMX3", "FSEL", "FSETP", "F2FP", "FFMA2", "FADD2", "FMUL2"),
+    "shared": ("LDS", "LDSM", "STS", "STSM", "LDTM", "STTM"),
+    "global": ("LDG", "STG", "LDGSTS"),
+    "local": ("LDL", "STL"),
+    "shuffle": ("SHFL", "MOVM", "PRMT"),
+    "sync": ("BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC", "SYNCS", "MEMBAR", "FENCE"),
+}
+OF = {name: kind for kind, names in KINDS.items() for name in names}
+
+
+def kind(name: str) -> str:
+    """The rest is integers: addresses, predicates, copies."""
+    return OF.get(name.split(".")[0], "integer")
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str
+    operands: str
+    predicate: str = ""
+
+
+def instructions(listing: str) -> list[Instruction]:
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);"
+    return [
+        Instruction(int(address, 16), name, operands, predicate)
+        for address, predicate, name, operands in re.findall(pattern, listing)
+    ]
+
+
+def functions(listing: str) -> dict[str, list[Instruction]]:
+    """By mangled name."""
+    parts = re.split(r"Function : (\S+)", listing)
+    return {name: instructions(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
+    """Of the CUDA tools that Triton brings: nvcc alone comes without."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True, cwd=folder).stdout
+
+
+# ------------------------------------------------------------------------------------------------------- control flow
+
+
+class Loop(NamedTuple):
+    """A natural loop: what reaches the header again without leaving what the header dominates."""
+
+    header: int
+    blocks: frozenset[int]
+
+
+class Flow:
+    """The basic blocks of a kernel, those that can be reached, and how they follow each other.
+
+    A branch for diverged warps (BRA.DIV, and what it leads to) is not taken, and a call returns. A call with a predicate is
+    how ptxas writes a jump out of a loop for sm_80: like a branch."""
+
+    def __init__(self, code: list[Instruction]) -> None:
+        addresses = [instruction.address for instruction in code]
+        starts = {0}
+        jumps: dict[int, int] = {}  # from the index of a branch to that of its target
+        for i, (_, name, operands, predicate) in enumerate(code):
+            base = name.split(".")[0]
+            if base in ("BRX", "BRXU", "JMX", "JMP"):
+                raise ValueError(f"{name} {operands}: a jump that is not understood")
+            if (base == "BRA" and not name.startswith("BRA.DIV")) or (base == "CALL" and predicate):
+                target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+                assert target, f"{name} {operands}"
+                jumps[i] = bisect_left(addresses, int(target[1], 16))
+                starts |= {jumps[i], i + 1}
+            elif base in ("EXIT", "RET"):
+                starts.add(i + 1)
+        bounds = [*sorted(starts - {len(code)}), len(code)]
+        self.blocks = [code[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+        self.after: list[list[int]] = []
+        for block, end in enumerate(bounds[1:]):
+            last = code[end - 1]
+            found = [bisect_left(bounds, jumps[end - 1])] if end - 1 in jumps else []
+            jumps_always = end - 1 in jumps and last.name.startswith("BRA") and not conditional(last)
+            ends = last.name.split(".")[0] in ("EXIT", "RET") and not conditional(last)
+            if not jumps_always and not ends and end < len(code):
+                found.append(block + 1)
+            self.after.append(found)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Blocks that can be reached, each before those that follow, but for the ways back in loops."""
+        done: list[int] = []
+        seen = {0}
+        stack = [(0, iter(self.after[0]))]
+        while stack:
+            block, rest = stack[-1]
+            following = next((b for b in rest if b not in seen), None)
+            if following is None:
+                done.append(block)
+                stack.pop()
+            else:
+                seen.add(following)
+                stack.append((following, iter(self.after[following])))
+        return done[::-1]
+
+    @cached_property
+    def dominators(self) -> dict[int, set[int]]:
+        """Of each block, those that every way to it passes; itself too."""
+        before: dict[int, list[int]] = {block: [] for block in self.order}
+        for block in self.order:
+            for following in self.after[block]:
+                before[following].append(block)
+        found = {block: set(self.order) for block in self.order} | {0: {0}}
+        changed = True
+        while changed:
+            changed = False
+            for block in self.order[1:]:
+                new = set.intersection(*(found[b] for b in before[block])) | {block}
+                changed |= new != found[block]
+                found[block] = new
+        return found
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Outer ones first."""
+        before: dict[int, list[int]] = {block: [] for block in self.order}
+        for block in self.order:
+            for following in self.after[block]:
+                before[following].append(block)
+        bodies: dict[int, set[int]] = {}
+        for block in self.order:
+            for header in self.after[block]:
+                if header in self.dominators[block]:
+                    body, found = bodies.setdefault(header, {header}), [block]
+                    while found:
+                        if (one := found.pop()) not in body:
+                            body.add(one)
+                            found += before[one]
+        loops = [Loop(header, frozenset(body)) for header, body in bodies.items()]
+        return sorted(loops, key=lambda loop: -len(loop.blocks))
+
+    @cached_property
+    def everything(self) -> Loop:
+        """The kernel, as if it were a loop."""
+        return Loop(0, frozenset(self.order))
+
+    def inside(self, loop: Loop) -> list[Loop]:
+        return [other for other in self.loops if other.blocks < loop.blocks]
+
+    def code(self, blocks: Collection[int]) -> list[Instruction]:
+        return [instruction for block in blocks for instruction in self.blocks[block]]
+
+    def path(self, loop: Loop, worth: Callable[[Instruction], int], avoid: Collection[int] = ()) -> list[int]:
+        """A way from the header to an end of the loop that passes no block twice: the most worthy instructions, and with
+        them the fewest."""
+        value = {block: (sum(map(worth, self.blocks[block])), -len(self.blocks[block])) for block in loop.blocks}
+        best = {loop.header: (value[loop.header], [loop.header])}
+        ends = []
+        for block in self.order:
+            if block not in best:
+                continue
+            following = self.after[block]
+            if loop.header in following or not following:
+                ends.append(best[block])
+            for to in following:
+                if to not in loop.blocks or to in avoid or to in self.dominators[block]:
+                    continue
+                (much, few), way = best[block]
+                new = (much + value[to][0], few + value[to][1])
+                if to not in best or new > best[to][0]:
+                    best[to] = (new, [*way, to])
+        if not ends:
+            raise ValueError("no way through the loop")
+        return max(ends)[1]
+
+
+def conditional(branch: Instruction) -> bool:
+    """Also BRA P1, target and BRA.U !UP0, target."""
+    return branch.predicate not in ("", "PT") or "P" in branch.operands.rpartition("0x")[0]
