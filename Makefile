@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# with cmake and ninja of the environment
+TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
@@ -13,7 +15,7 @@ demo: $(VENV)/installed
 
 # Two processes: the tests of one thread each. The towers once more with the oldest transformers that is supported.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
-TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm
+TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm build/emulator/built
 
 test: $(TEST_ENVS)
 	PYTHONPATH=$(VENV)/transformers-4.57 $(PYTEST) -m "not slow and not gpu" tests/towers
@@ -30,9 +32,9 @@ lint: $(VENV)/installed
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set, odd shapes.
 sanitize: $(VENV)/installed
-	cmake --fresh -S csrc -B build/sanitize -G Ninja -DSPATIAL_PE_SANITIZE=address,undefined -DSPATIAL_PE_CUDA=0 \
+	$(TOOLS) cmake --fresh -S csrc -B build/sanitize -G Ninja -DSPATIAL_PE_SANITIZE=address,undefined -DSPATIAL_PE_CUDA=0 \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	cmake --build build/sanitize
+	$(TOOLS) cmake --build build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_C*.so
 
@@ -71,6 +73,13 @@ triton-budget: $(VENV)/installed
 # The README's table of towers, from what is proven on both transformers. One minute.
 support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
 	PYTHONPATH=. $(BIN)/python tests/towers/support.py
+
+# The CUDA kernels as C++, for the host: tests/cuda runs them. A minute.
+build/emulator/built: $(VENV)/installed $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)
+	$(TOOLS) cmake --fresh -S csrc -B build/emulator -G Ninja -DSPATIAL_PE_EMULATOR=1 \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(TOOLS) cmake --build build/emulator
+	touch $@
 
 # The Triton of torch 2.11, beside the newest: tests/triton/test_budget.py compiles with both
 $(VENV)/triton-3.6: $(VENV)/installed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel once, on small shapes that end inside a tile, for compute-sanitizer:
+"""Every Triton and CUDA kernel once, on small shapes that end inside a tile, for compute-sanitizer:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.gpu_memcheck
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 import spatial_pe
+from spatial_pe.backends import cuda
 
 # (samples, tokens) or the lengths of packed sequences; head_dim; heads, key heads
 CASES: tuple[tuple[tuple[int, int] | list[int], int, tuple[int, int]], ...] = (
@@ -38,12 +39,14 @@ def main() -> None:
             torch.randn(*lead, count, dim, generator=generator).to("cuda", torch.bfloat16).requires_grad_()
             for count in (heads, kv_heads, kv_heads)
         )
-        out = spatial_pe.rope_attention(q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend="triton")
-        grads = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        found: tuple[torch.Tensor, ...] = ()
+        for backend in ("triton", "cuda") if cuda.unavailable() is None else ("triton",):
+            out = spatial_pe.rope_attention(q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend=backend)
+            found += (out, *torch.autograd.grad(out, (q, k, v), torch.randn_like(out)))
         turned = spatial_pe.apply_rotary_qk(q, k, rotary)
-        grads += torch.autograd.grad(turned, (q, k), [torch.randn_like(x) for x in turned])
+        found += torch.autograd.grad(turned, (q, k), [torch.randn_like(x) for x in turned])
         torch.cuda.synchronize()
-        assert all(torch.isfinite(x).all() for x in (out, *grads)), f"NaN at {lengths}, {dim}"
+        assert all(torch.isfinite(x).all() for x in found), f"NaN at {lengths}, {dim}"
         print(f"{lengths} tokens, {heads} and {kv_heads} heads of {dim}: done", flush=True)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import subprocess
 from bisect import bisect_left
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
-
-import triton
 
 TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
 KINDS: dict[str, tuple[str, ...]] = {
@@ -57,7 +57,10 @@ def functions(listing: str) -> dict[str, list[Instruction]]:
 
 def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
     """Of the CUDA tools that Triton brings: nvcc alone comes without."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    found = find_spec("triton")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("cuobjdump is that of the triton package, which is missing")
+    tool = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True, cwd=folder).stdout
 
 
@@ -74,8 +77,8 @@ class Loop(NamedTuple):
 class Flow:
     """The basic blocks of a kernel, those that can be reached, and how they follow each other.
 
-    A branch for diverged warps (BRA.DIV, and what it leads to) is not taken, and a call returns. A call with a predicate is
-    how ptxas writes a jump out of a loop for sm_80: like a branch."""
+    A branch for diverged warps (BRA.DIV, and what it leads to) is not taken, and a call returns. A call with a
+    predicate is how ptxas writes a jump out of a loop for sm_80: like a branch."""
 
     def __init__(self, code: list[Instruction]) -> None:
         addresses = [instruction.address for instruction in code]
@@ -93,8 +96,9 @@ class Flow:
             elif base in ("EXIT", "RET"):
                 starts.add(i + 1)
         bounds = [*sorted(starts - {len(code)}), len(code)]
-        self.blocks = [code[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+        self.blocks = [code[begin:end] for begin, end in pairwise(bounds)]
         self.after: list[list[int]] = []
+        self.exits = {block for block, end in enumerate(bounds[1:]) if code[end - 1].name.startswith("EXIT")}
         for block, end in enumerate(bounds[1:]):
             last = code[end - 1]
             found = [bisect_left(bounds, jumps[end - 1])] if end - 1 in jumps else []
@@ -122,18 +126,22 @@ class Flow:
         return done[::-1]
 
     @cached_property
-    def dominators(self) -> dict[int, set[int]]:
-        """Of each block, those that every way to it passes; itself too."""
-        before: dict[int, list[int]] = {block: [] for block in self.order}
+    def before(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {block: [] for block in self.order}
         for block in self.order:
             for following in self.after[block]:
-                before[following].append(block)
+                found[following].append(block)
+        return found
+
+    @cached_property
+    def dominators(self) -> dict[int, set[int]]:
+        """Of each block, those that every way to it passes; itself too."""
         found = {block: set(self.order) for block in self.order} | {0: {0}}
         changed = True
         while changed:
             changed = False
             for block in self.order[1:]:
-                new = set.intersection(*(found[b] for b in before[block])) | {block}
+                new = set.intersection(*(found[other] for other in self.before[block])) | {block}
                 changed |= new != found[block]
                 found[block] = new
         return found
@@ -141,10 +149,6 @@ class Flow:
     @cached_property
     def loops(self) -> list[Loop]:
         """Outer ones first."""
-        before: dict[int, list[int]] = {block: [] for block in self.order}
-        for block in self.order:
-            for following in self.after[block]:
-                before[following].append(block)
         bodies: dict[int, set[int]] = {}
         for block in self.order:
             for header in self.after[block]:
@@ -153,13 +157,13 @@ class Flow:
                     while found:
                         if (one := found.pop()) not in body:
                             body.add(one)
-                            found += before[one]
+                            found += self.before[one]
         loops = [Loop(header, frozenset(body)) for header, body in bodies.items()]
         return sorted(loops, key=lambda loop: -len(loop.blocks))
 
     @cached_property
     def everything(self) -> Loop:
-        """The kernel, as if it were a loop."""
+        """The kernel as if it were a loop, which ends where the kernel does."""
         return Loop(0, frozenset(self.order))
 
     def inside(self, loop: Loop) -> list[Loop]:
@@ -168,17 +172,25 @@ class Flow:
     def code(self, blocks: Collection[int]) -> list[Instruction]:
         return [instruction for block in blocks for instruction in self.blocks[block]]
 
-    def path(self, loop: Loop, worth: Callable[[Instruction], int], avoid: Collection[int] = ()) -> list[int]:
-        """A way from the header to an end of the loop that passes no block twice: the most worthy instructions, and with
-        them the fewest."""
-        value = {block: (sum(map(worth, self.blocks[block])), -len(self.blocks[block])) for block in loop.blocks}
+    def after_any(self, blocks: Iterable[int]) -> set[int]:
+        """What can follow any of these without going back in a loop."""
+        found = set(blocks)
+        for block in self.order:
+            if block in found:
+                found |= {to for to in self.after[block] if to not in self.dominators[block]}
+        return found
+
+    def path(self, loop: Loop, worth: Callable[[int], int], avoid: Collection[int] = ()) -> list[int]:
+        """A way from the header to an end of the loop that passes no block twice: one that is worth most, and of those
+        the one of the fewest instructions."""
+        value = {block: (worth(block), -len(self.blocks[block])) for block in loop.blocks}
         best = {loop.header: (value[loop.header], [loop.header])}
         ends = []
         for block in self.order:
             if block not in best:
                 continue
             following = self.after[block]
-            if loop.header in following or not following:
+            if loop.header in following or (loop == self.everything and block in self.exits):
                 ends.append(best[block])
             for to in following:
                 if to not in loop.blocks or to in avoid or to in self.dominators[block]:

@@ -200,7 +200,8 @@ class TestSequences:
 
 class TestBackend:
     def test_unknown(self):
-        message = r"""^backend must be "auto" or one of \['cpu', 'triton', 'composed', 'reference'\], got 'cpuu'"""
+        names = r"\['cpu', 'cuda', 'triton', 'composed', 'reference'\]"
+        message = f"""^backend must be "auto" or one of {names}, got 'cpuu'"""
         refuses(ValueError, message, *qkv(), backend="cpuu")
 
     @pytest.mark.parametrize("dim", [4, 8, 12, 60, 264])

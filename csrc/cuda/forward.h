@@ -12,8 +12,8 @@
 //
 // Softmax has no running maximum: scores are taken relative to the largest of a row's first tile, until a row's weights grow
 // past LIMIT; then that tile's scores are computed again, and the reference is raised. So a score costs a multiply-add, an
-// exp2 and an addition, and half a conversion. exp2 on the multiply-add units would cost 6 more of them: the special
-// function unit takes 1/16 clock a score and SM, the products at D = 64 at least 1/16 (1/8 on sm_80), and the issue slots
+// exp2, half a conversion there and one back, and an addition. exp2 on the multiply-add units would cost 6 more of them: the
+// special function unit takes 1/16 clock a score and SM, the products at D = 64 at least 1/16 (1/8 on sm_80), and the issue slots
 // that it would relieve are those that they compete for.
 //
 // Shared memory: slots of keys, each BN rows of K, then V (a shorter tile: as many rows as it has, in multiples of 16, so

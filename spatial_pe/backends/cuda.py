@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels (csrc/cuda): hand-written mma.sync for windows, for images whose keys and values fit into shared memory,
-and for head dimensions between powers of two. They need an nvcc where the package is built; without, Triton serves."""
+"""The CUDA kernels (csrc/cuda): mma.sync for windows, for images whose keys and values fit into shared memory, and for
+head dimensions between powers of two. They need an nvcc where the package is built; without, Triton serves."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -39,9 +40,21 @@ EMULATED = False
 def unavailable() -> str | None:
     if isinstance(EXTENSION, str):
         return EXTENSION
-    if EMULATED or torch.cuda.is_initialized() or torch.cuda.is_available():
-        return None if torch.version.hip is None or EMULATED else "this torch is built for ROCm"
-    return "no GPU that torch can use"
+    if EMULATED:
+        return None
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
+        return "no GPU that torch can use"
+    return _runtime_error()
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _runtime_error() -> str | None:
+    """Their CUDA runtime is linked in: it may need a newer driver than torch's."""
+    _, error = _module().devices()
+    return f"the CUDA runtime of the kernels finds no device ({error}): update the driver" if error else None
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -155,8 +168,8 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
-    """The sizes, the sequences and the rotary tables, as plain numbers and addresses; and the tensors behind them, which
-    must live until the launch (its stream then owns what the allocator hands out again)."""
+    """The sizes, the sequences and the rotary tables, as plain numbers and addresses; and the tensors behind them. Those
+    must live until the launch: what the allocator then hands out again is used after it, on the same stream."""
     batch, tokens, heads, dim = call.q.shape
     form, bounds, sequences, longest = "dense", None, batch, tokens
     if call.cu_seqlens is not None:
@@ -177,7 +190,7 @@ def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
         "tokens": tokens,
         "vector": 4,
     }
-    keep = () if bounds is None else (bounds,)
+    keep: tuple[Tensor, ...] = () if bounds is None else (bounds,)
     rotary = call.rotary
     if rotary is not None and rotary.rotary_dim > 0:
         cos, sin = tables(rotary)

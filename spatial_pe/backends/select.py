@@ -19,7 +19,7 @@ BACKENDS: dict[str, ModuleType] = {
     "composed": composed,
     "reference": reference,
 }
-AUTO = ("cpu", "triton", "composed")
+AUTO = ("cpu", "cuda", "triton", "composed")
 
 
 def select(call: Call, backend: str) -> str:
@@ -57,6 +57,8 @@ def _slower(name: str, call: Call) -> str | None:
     """Where a backend could serve, but what the user had is faster or not measured against: auto stays away."""
     if name == "triton":
         return _triton_slower(call)
+    if name == "cuda":
+        return _cuda_slower(call)
     if name != "cpu":
         return None
     if cpu.FEATURES["isa"] == "portable":
@@ -71,15 +73,30 @@ def _triton_slower(call: Call) -> str | None:
     tokens, dim = call.q.shape[1], call.q.shape[-1]
     if call.q.device.type == "cpu":
         return "Triton's interpreter is for tests"
+    faster = triton.faster(call)
+    if faster == "cuda":
+        return "cuda was measured to be faster"
     if call.cu_seqlens is not None:
         return None
-    if (faster := triton.faster(call)) is not None:
-        return None if faster == "triton" else "rotation and torch's attention were measured to be faster"
+    if faster is not None:
+        return None if faster == "triton" else f"{faster} was measured to be faster"
     if call.q.dtype == torch.float32:
         return "float32 products leave the tensor cores idle: torch's own attention is likely faster (modelled)"
     if dim > 80 and tokens > 1024:
         return f"head_dim {dim} and {tokens} tokens: torch's own attention is likely faster (modelled)"
     return None
+
+
+def _cuda_slower(call: Call) -> str | None:
+    """Only what `spatial-pe tune` measured, on this GPU, and compared with Triton's results: nothing else has shown yet
+    that these kernels are right and fast there."""
+    if triton.unavailable() is not None:
+        return "Triton, whose `spatial-pe tune` would measure them, is missing"
+    if call.q.device.type == "cpu":
+        return "the emulator is for tests"
+    if (faster := triton.faster(call)) is None:
+        return "not measured on this GPU for such calls: `spatial-pe tune` does"
+    return None if faster == "cuda" else f"{faster} was measured to be faster"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels on the host: the same sources, compiled as C++, each thread of a block a fiber (csrc/cuda/emulator)."""
+"""The CUDA kernels on the host: the same sources as C++, each thread of a block a fiber (csrc/cuda/emulator)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on the emulator, against the reference: results, and all that a GPU leaves undefined.
 
-The emulator ends a launch at the first race, uninitialised or stray read, diverged warp or result that is written twice or
-not at all (csrc/cuda/emulator; test_emulator.py shows that it notices). What it cannot tell is how fast they are, and
-whether exp2 and the tensor cores round as it does: tests/gpu runs the same cases on a GPU.
+The emulator ends a launch at the first race, uninitialised or stray read, diverged warp or result that is written twice
+or not at all (csrc/cuda/emulator; test_emulator.py shows that it notices). What it cannot tell is how fast they are,
+and whether exp2 and the tensor cores round as it does: tests/gpu runs the same cases on a GPU.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def test_identity_start_is_exact(tokens, emulated):
 REFUSALS = {
     "head_dim is 104": Case(tokens=4, dim=104, dtype=torch.bfloat16),
     "no torch.float32 kernel": Case(tokens=4, dim=64),
-    "q has rows that do not start at multiples of 16 bytes": Case(tokens=4, dim=64, dtype=torch.bfloat16, layout="fused"),
+    "q has rows that do not start at multiples of 16 bytes": Case(
+        tokens=4, dim=64, dtype=torch.bfloat16, layout="fused"
+    ),
     'rotary_dim is 78, pairing "half"': Case(tokens=4, dim=80, dtype=torch.bfloat16, rotary_dim=78),
     'rotary_dim is 76, pairing "axis_half"': Case(
         tokens=4, dim=80, dtype=torch.bfloat16, rotary_dim=76, pairing="axis_half"

@@ -15,7 +15,8 @@ from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENC
 from test_attention import BIASES, POISON, biased, poisoned
 
 import spatial_pe
-from spatial_pe.backends import select
+from spatial_pe import rope_attention
+from spatial_pe.backends import cuda, select
 from spatial_pe.backends.call import Call
 from spatial_pe.rotary import rotated
 
@@ -28,6 +29,12 @@ CASES = [case for case in [*LENGTHS, *HEAD_DIMS, *ROTATIONS, *SEQUENCES, *VIEWS,
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def served(cases: list[Case]) -> list[Case]:
+    """Those that the CUDA kernels serve; views with rows at multiples of 16 bytes."""
+    aligned = [replace(case, layout="projection") if case.layout in ("fused", "wide") else case for case in cases]
+    return [c for c in aligned if c.dim in cuda.HEAD_DIMS and cuda.vector_of(2 * c.pairs, c.pairing) is not None]
 
 
 def on_gpu(case: Case, backend: str) -> dict[str, torch.Tensor]:
@@ -53,6 +60,57 @@ def test_error_rule(case, dtype, large):
     case = replace(case, dtype=dtype)
     inputs = make(case)
     check(on_gpu(case, "triton"), on_gpu(case, "composed"), exact(inputs), inputs)
+
+
+needs_cuda_kernels = pytest.mark.skipif(cuda.unavailable() is not None, reason=f"cuda: {cuda.unavailable()}")
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", served(CASES), ids=str)
+def test_error_rule_of_the_cuda_kernels(case, dtype):
+    case = replace(case, dtype=dtype)
+    inputs = make(case)
+    check(on_gpu(case, "cuda"), on_gpu(case, "composed"), exact(inputs), inputs)
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("tokens", [64, 196, 576, 1100])
+def test_cuda_kernels_on_a_stream_and_in_a_graph(tokens):
+    """Launched on the current stream, captured and replayed on new values; the same bits every time."""
+    inputs = make(Case(batch=2, tokens=tokens, dim=64, dtype=torch.bfloat16), "cuda")
+    leaves = [inputs.q, inputs.k, inputs.v]
+    with torch.no_grad():
+        rotary = inputs.rotary()
+
+    def step() -> list[torch.Tensor]:
+        out = rope_attention(*leaves, rotary, backend="cuda")
+        return [out, *torch.autograd.grad(out, leaves, inputs.dout)]
+
+    expected = [x.clone() for x in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = step()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(on_stream, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        inputs.q.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+    assert not torch.equal(captured[0], expected[0])
+
+
+@needs_cuda_kernels
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_cuda_kernels_on_another_device():
+    case = Case(batch=2, tokens=196, dim=64, dtype=torch.bfloat16)
+    inputs = make(case, "cuda:1")
+    assert torch.equal(inputs.call("cuda").cpu(), make(case, "cuda:0").call("cuda").cpu())
 
 
 @pytest.mark.parametrize("case", [*LENGTHS, *SEQUENCES, *GROUPS], ids=str)

@@ -150,7 +150,7 @@ def _laid_out(values: list[Tensor], layout: str) -> list[Tensor]:
     if layout in ("fused", "projection"):  # as a qkv projection writes them
         q, k, v, dout = values
         heads = [q.shape[-2], k.shape[-2], v.shape[-2]]
-        # fused: an odd first channel, so that nothing is aligned; projection: rows at multiples of 8 channels, as in towers
+        # fused: an odd first channel, so that nothing is aligned; projection: rows at multiples of 8, as in towers
         left, right = (1, 2) if layout == "fused" else (8, 8)
         buffer = q.new_full((*q.shape[:-3], q.shape[-3] + 2, sum(heads) + 1, q.shape[-1] + left + right), torch.nan)
         parts = buffer[..., 1:-1, :-1, left:-right].split(heads, dim=-2)

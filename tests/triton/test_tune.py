@@ -68,7 +68,7 @@ def tuned_row(modules, tmp_path: Path, wanted: list, tokens: int = 40) -> tuple[
 def test_the_fastest_is_kept_and_used(modules, tmp_path):
     configs, _, tuned = modules
     window, tile = configs.Window(64, 4, 2, 1), configs.Tile(64, 64, 4, 2)
-    row, file = tuned_row(modules, tmp_path, [window, tile, None, "composed", "ours, training"])
+    row, file = tuned_row(modules, tmp_path, [window, tile, None, "composed, inference", "triton, training"])
     assert row["forward"] == asdict(tile) and row["key"] == asdict(tile)
     # None is as fast as the window here, and is asked first
     assert row["window_backward"] is None

@@ -91,7 +91,7 @@ def rotation_cost(row: Row) -> float | None:
 
 def auto_ratio(row: Row) -> float | None:
     """backend="auto" against the fastest of all paths that a user could choose."""
-    paths = ["ours", *GROUPS["eager"], *GROUPS["separate"]]
+    paths = ["ours", "cuda", *GROUPS["eager"], *GROUPS["separate"]]
     found = [row["median_ms"][name] for name in paths if name in row["median_ms"]]
     auto = row["median_ms"].get("auto")
     return min(found) / auto if found and auto else None
@@ -170,13 +170,14 @@ def shapes(rows: list[Row]) -> str:
             [
                 label(row),
                 row["direction"],
-                *(rate(row, name) for name in ("ours", "off")),
+                *(rate(row, name) for name in ("ours", "off", "cuda", "cuda-off")),
                 *ratios,
                 "–" if cost is None else f"{cost:+.1%}",
                 times(auto_ratio(row)),
             ]
         )
-    header = ["batch x tokens, head_dim", "", "ours, TFLOP/s", "rotation off", "against eager + best SDPA"]
+    header = ["batch x tokens, head_dim", "", "ours (Triton), TFLOP/s", "rotation off", "CUDA", "rotation off"]
+    header += ["against eager + best SDPA"]
     header += ["against compiled", "against our rotary kernel + best", "rotation on / off", "auto / fastest path"]
     return "## All shapes\n\nBelow 1.00x ours is slower.\n\n" + markdown(header, cells) if cells else ""
 
@@ -308,8 +309,10 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
 
 _LINES = (
-    ("spatial_pe, fused", "tab:red", "o-", "ours"),
+    ("spatial_pe, Triton", "tab:red", "o-", "ours"),
     ("the same without rotation", "tab:red", "o:", "off"),
+    ("spatial_pe, CUDA", "tab:purple", "o-", "cuda"),
+    ("the same without rotation", "tab:purple", "o:", "cuda-off"),
     ("our rotary kernel + best attention", "tab:blue", "s-", "separate"),
     ("torch.compile of eager", "tab:green", "^-", "compiled"),
     ("eager rotary + best SDPA", "tab:gray", "v-", "eager"),

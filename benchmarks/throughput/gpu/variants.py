@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is compared: a rotation and an attention, as functions of (q, k, v), and our kernel that does both.
 
-ours, off, auto          the fused kernels with and without rotation, and what backend="auto" takes
+ours, off                the Triton kernels with and without rotation
+cuda, cuda-off           the CUDA kernels, likewise
+auto                     what backend="auto" takes
 eager-*                  what Hugging Face's towers do: rotate-half in float32, then torch's SDPA (default, cuDNN,
                          flash); windows as one batch, which no tower does
 eager-loop               the same with a call for each window, as transformers' Qwen2.5-VL does
@@ -30,7 +32,8 @@ from .cases import Inputs, Shape
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-OURS = ("ours", "off", "auto")
+OURS = ("ours", "off", "cuda", "cuda-off", "auto")
+PLAIN = ("off", "cuda-off")  # compute attention without rotation
 EAGER = ("eager-default", "eager-cudnn", "eager-flash")
 LOOP = "eager-loop"
 COMPILED = ("compiled", "compiled-cudnn")
@@ -74,8 +77,10 @@ def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
 
 
 def _fused(name: str, inputs: Inputs) -> Attention:
-    rotary = None if name == "off" else inputs.rotary
-    backend = "triton" if name != "auto" and inputs.device == "cuda" else "auto"
+    rotary = None if name in PLAIN else inputs.rotary
+    backend = (
+        {"auto": "auto", "cuda": "cuda", "cuda-off": "cuda"}.get(name, "triton") if inputs.device == "cuda" else "auto"
+    )
     bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
     return lambda q, k, v: spatial_pe.rope_attention(
         q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend=backend

@@ -133,7 +133,7 @@ constexpr int kIdleRounds = 1000;  // of failed barrier_tests, with nothing else
 const char* const kWaitNames[] = {
     "nothing", "warp_any", "shuffle_xor", "warp_sync", "load_matrix2", "load_matrix2_transposed", "load_matrix4",
     "load_matrix4_transposed", "multiply<BFloat16>", "multiply<Float16>", "multiply8<BFloat16>", "multiply8<Float16>",
-    "block_sync", "barrier_wait", "barrier_test"};
+    "block_sync", "barrier_wait", "barrier_test", "exited"};
 
 using Four = float __attribute__((vector_size(16)));  // floats
 
@@ -149,12 +149,12 @@ struct Group {  // the copies of a thread up to an arrive_after_copies
 
 struct Fiber {
   Context context;
-  Wait wait;
-  uint32_t barrier, parity;  // waited for, or tested
+  Wait wait = Wait::none;
+  uint32_t barrier, parity;     // waited for, or tested
   std::vector<Copy> uncovered;  // by an arrive_after_copies so far
-  std::deque<Group> groups;     // not landed
-  int engine;  // the index of the clock's entry for its copies, -1 before the first one
-  uint32_t sequence;
+  std::vector<Group> groups;    // not landed
+  int engine = -1;              // the index of the clock's entry for its copies, -1 before the first one
+  uint32_t sequence = 1;
 };
 
 struct Warp {
@@ -357,26 +357,28 @@ void check_ordinary(int thread, uint32_t at, const Granule& g, const char* verb)
 
 void note_read(Granule& g, int thread) {
   const uint32_t* clock = clock_of(thread);
-  int i = 0;
-  while (i < g.readers && g.reader[i] != thread) ++i;
-  if (i == kList && !g.all_readers) {  // what comes after this read also comes after those that it has seen
-    i = 0;
-    for (int j = 0; j < kList; ++j) {
-      if (clock[g.reader[j]] >= g.read_clock[j]) continue;
-      g.reader[i] = g.reader[j];
-      g.read_clock[i++] = g.read_clock[j];
+  if (!g.all_readers) {
+    int i = 0;
+    while (i < g.readers && g.reader[i] != thread) ++i;
+    if (i == kList) {  // forgets the reads that this thread has seen: what comes after it also comes after them
+      i = 0;
+      for (int j = 0; j < kList; ++j) {
+        if (clock[g.reader[j]] >= g.read_clock[j]) continue;
+        g.reader[i] = g.reader[j];
+        g.read_clock[i++] = g.read_clock[j];
+      }
+      g.readers = i;
     }
-    g.readers = i;
-    if (i == kList) g.all_readers.reset(new uint32_t[m.threads]());
-    for (int j = 0; i == kList && j < kList; ++j) g.all_readers[g.reader[j]] = g.read_clock[j];
+    if (i < kList) {
+      g.reader[i] = thread;
+      g.read_clock[i] = clock[thread];
+      if (i == g.readers) ++g.readers;
+      return;
+    }
+    g.all_readers.reset(new uint32_t[m.threads]());
+    for (int j = 0; j < kList; ++j) g.all_readers[g.reader[j]] = g.read_clock[j];
   }
-  if (g.all_readers) {
-    g.all_readers[thread] = clock[thread];
-    return;
-  }
-  g.reader[i] = thread;
-  g.read_clock[i] = clock[thread];
-  if (i == g.readers) ++g.readers;
+  g.all_readers[thread] = clock[thread];
 }
 
 const unsigned char* read(int thread, uint32_t at, uint32_t bytes) {
@@ -437,6 +439,19 @@ bool passed(const Barrier& b, uint32_t parity) {
   return (b.phase & 1) != parity;
 }
 
+// Lets others run, while the phase is not complete.
+void pause_at(const Barrier& b, uint32_t parity, Wait place) {
+  me().barrier = b.at;
+  me().parity = parity;
+  pause_in(place);
+}
+
+// The thread has seen what came before the phase.
+void pass(const Barrier& b) {
+  join(clock_of(m.current), b.done.data());
+  stumble();
+}
+
 void arrive(Barrier& b) {
   m.idle = 0;
   if (++b.arrived < b.count) return;
@@ -449,7 +464,7 @@ void arrive(Barrier& b) {
 
 void land(Fiber& fiber) {
   const Group group = std::move(fiber.groups.front());
-  fiber.groups.pop_front();
+  fiber.groups.erase(fiber.groups.begin());
   for (const Copy& copy : group.copies) {
     unsigned char* to = &m.shared[copy.to - kSharedBase];
     if (copy.from) std::memcpy(to, copy.from, 16);
@@ -503,15 +518,11 @@ std::string who_waits_where() {
   std::map<std::string, int> counts;
   for (int t = 0; t < m.threads; ++t) {
     const Fiber& f = m.fibers[t];
-    if (f.wait == Wait::exited) {
-      ++counts["have ended"];
-      continue;
-    }
-    std::string place = std::string("wait in ") + kWaitNames[static_cast<int>(f.wait)];
+    std::string place = kWaitNames[static_cast<int>(f.wait)];
     if (f.wait < Wait::block_sync) place += " of warp " + to_string(t / 32);
     if (f.wait == Wait::barrier_wait || f.wait == Wait::barrier_test)
       place += " (barrier at " + shared_byte(f.barrier) + ", parity " + to_string(f.parity) + ")";
-    ++counts[place];
+    ++counts[f.wait == Wait::exited ? "have ended" : "wait in " + place];
   }
   std::string text;
   for (const auto& [place, count] : counts) text += (text.empty() ? "" : ", ") + to_string(count) + " threads " + place;
@@ -533,15 +544,10 @@ void unblock() {
 
 void run_block() {
   for (int t = 0; t < m.threads; ++t) {
-    Fiber& f = m.fibers[t];
     char* stack = m.stacks.get() + t * kStackStride;
-    prepare(f.context, stack, kStackBytes);
+    m.fibers[t] = Fiber{};
+    prepare(m.fibers[t].context, stack, kStackBytes);
     std::memcpy(stack, &kCanary, sizeof kCanary);
-    f.wait = Wait::none;
-    f.uncovered.clear();
-    f.groups.clear();
-    f.engine = -1;
-    f.sequence = 1;
   }
   for (int w = 0; w < m.threads / 32; ++w) {
     m.warps[w].ready = 0xffffffffu;
@@ -721,7 +727,6 @@ void run(const Launch& launch, const std::function<void()>& body) {
   m.body = &body;
   m.threads = launch.threads;
   m.random = m.seed * 2654435761u | 1;
-  m.failure = nullptr;
   struct Running {
     explicit Running(const Launch* l) { m.launch = l; }
     ~Running() { m.launch = nullptr; }
@@ -846,31 +851,23 @@ void barrier_arrive_after_copies(uint32_t at) {
 bool barrier_test(uint32_t at, uint32_t parity) {
   Barrier& b = barrier_at(at, "tests the barrier at");
   if (passed(b, parity)) {
-    join(clock_of(m.current), b.done.data());
-    stumble();
+    pass(b);
     return true;
   }
-  Fiber& self = me();
-  self.barrier = at;
-  self.parity = parity;
   // The others first; with a random schedule only perhaps.
   if (m.seed && (draw() & 0x10)) make_ready(m.current);
   else my_warp().testing |= 1u << lane();
-  pause_in(Wait::barrier_test);
+  pause_at(b, parity, Wait::barrier_test);
   return false;
 }
 
 void barrier_wait(uint32_t at, uint32_t parity) {
   Barrier& b = barrier_at(at, "waits for the barrier at");
-  Fiber& self = me();
   while (!passed(b, parity)) {  // again after each phase: the thread may have been too slow to see it, as on a GPU
     b.waiting.push_back(m.current);
-    self.barrier = at;
-    self.parity = parity;
-    pause_in(Wait::barrier_wait);
+    pause_at(b, parity, Wait::barrier_wait);
   }
-  join(clock_of(m.current), b.done.data());
-  stumble();
+  pass(b);
 }
 
 void copy_async(uint32_t to, const void* from, bool exists) {

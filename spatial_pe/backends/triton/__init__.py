@@ -63,7 +63,7 @@ def cannot_serve(call: Call) -> str | None:
 
 
 def faster(call: Call) -> str | None:
-    """ "triton" or "composed", as `spatial-pe tune` measured it for such calls on this GPU; None if it did not."""
+    """ "triton", "cuda" or "composed", as `spatial-pe tune` measured it for such calls on this GPU; None if it did not."""
     q = call.q
     if q.device.type != "cuda" or not tuned.any_rows(q.device):
         return None

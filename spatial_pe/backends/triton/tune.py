@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ...rotary import Rotary
-from .. import composed
+from .. import composed, cuda
 from ..call import Call
 from . import configs, replay, tuned
 from .configs import Choice, Tile, Window
@@ -187,15 +187,16 @@ def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[s
             plan = plan_forward(call, choice)
             plan.run(device)
             results = (*plan.results, torch.randn_like(plan.results[0]))
-    row |= _against_composed(call, choice, results, device, clock, row["milliseconds"])
+    row["faster"] = _fastest(call, choice, results, device, clock, row)
     return row
 
 
-def _against_composed(call: Call, choice: Choice, results: tuple, device, clock, spent: dict[str, float]) -> dict:
-    """Who is faster: our kernels, or the rotation kernel and torch's attention."""
+def _fastest(call: Call, choice: Choice, results: tuple, device, clock, row: dict[str, Any]) -> dict[str, str]:
+    """Which backend: these kernels, those of cuda.py, or the rotation kernel and torch's attention."""
     out, lse, dout = results
     forward = functools.partial(plan_forward(call, choice).run, device)
-    backward = functools.partial(plan_backward(call, out, lse, dout, choice).run, device)
+    plan = plan_backward(call, out, lse, dout, choice)
+    backward = functools.partial(plan.run, device)
     leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
     wanted = replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
 
@@ -210,14 +211,40 @@ def _against_composed(call: Call, choice: Choice, results: tuple, device, clock,
         forward()
         backward()
 
-    times = clock({"ours": forward, "composed": inference, "ours, training": both, "composed, training": training})
-    spent |= times
-    return {
-        "faster": {
-            "inference": "triton" if times["ours"] <= times["composed"] else "composed",
-            "training": "triton" if times["ours, training"] <= times["composed, training"] else "composed",
-        }
+    uses: dict[str, dict[str, Callable[[], Any]]] = {
+        "inference": {"triton": forward, "composed": inference},
+        "training": {"triton": both, "composed": training},
     }
+    if cuda.unavailable() is None and cuda.cannot_serve(call) is None:
+        if (why := _differs(call, results, plan)) is None:
+            uses["inference"]["cuda"] = lambda: cuda.forward(call)
+            uses["training"]["cuda"] = lambda: cuda.backward(call, *cuda.forward(call), dout)
+        else:
+            row.setdefault("failed", []).append(f"cuda: {why}")
+    runs = {f"{name}, {use}": run for use, found in uses.items() for name, run in found.items()}
+    times = clock(runs)
+    row["milliseconds"] |= times
+
+    def fastest(use: str) -> str:
+        return min(uses[use], key=lambda name: times[f"{name}, {use}"])
+
+    return {use: fastest(use) for use in uses}
+
+
+def _differs(call: Call, results: tuple, backward: Plan) -> str | None:
+    """Whether the CUDA kernels disagree with these by more than 16-bit rounding, so that they are not taken."""
+    out, _, dout = results
+    try:
+        got = cuda.forward(call)
+        grads = cuda.backward(call, *got, dout)
+    except Exception as error:  # does not launch, or fails on the device
+        return f"{type(error).__name__}: {error}"[:200]
+    backward.run(call.q.device)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), (got[0], *grads), (out, *backward.results), strict=True):
+        distance = (a.float() - b.float()).norm() / b.float().norm()
+        if not distance < 16 * torch.finfo(call.q.dtype).eps:
+            return f"{name} is off by {distance:.1e} of its norm"
+    return None
 
 
 def milliseconds(runs: dict[Any, Callable[[], None]], rounds: int = 5) -> dict[Any, float]:

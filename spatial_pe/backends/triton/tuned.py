@@ -50,7 +50,7 @@ def regime(dtype: torch.dtype, dim: int, longest: int) -> str:
 @dataclass(frozen=True)
 class Tuned:
     """Rows by regime: the tiles of each unit (None: a window does not serve it), what took how many milliseconds, and
-    who was faster, "triton" or "composed", for "inference" and "training"."""
+    which backend was fastest, "triton", "cuda" or "composed", for "inference" and "training"."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
