@@ -3,7 +3,7 @@
 
 Environment:
     SPATIAL_PE_CUDA        1, 0 or auto (default: if nvcc is on the PATH)
-    SPATIAL_PE_CUDA_ARCHS  e.g. "80;90"
+    SPATIAL_PE_CUDA_ARCHS  e.g. "80;90" (default: 80;90;100;120, as far as nvcc knows them)
     SPATIAL_PE_SANITIZE    sanitizers of the CPU kernels, e.g. "address,undefined"
     SPATIAL_PE_REQUIRE_EXT 1: fail if the extension cannot be built. By default the install goes on without it
                            (reference, composed and Triton backends work), and `spatial-pe doctor` says why.
@@ -20,7 +20,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CMAKE_OPTIONS = ("SPATIAL_PE_CUDA", "SPATIAL_PE_CUDA_ARCHS", "SPATIAL_PE_SANITIZE")
-FAILURE = "_build_failure.txt"  # in the package: read by `spatial-pe doctor`
+# in the package: read by `spatial-pe doctor`
+FAILURE, CUDA_FAILURE = "_build_failure.txt", "_cuda_build_failure.txt"
 
 
 class CMakeBuild(build_ext):
@@ -34,6 +35,10 @@ class CMakeBuild(build_ext):
             return
         if os.environ.get("SPATIAL_PE_REQUIRE_EXT") == "1":
             raise RuntimeError(f"the extension could not be built: {reason}")
+        if shutil.which("nvcc") and self.cmake(package, "-DSPATIAL_PE_CUDA=0") is None:  # the CPU kernels at least
+            (package / CUDA_FAILURE).write_text(reason + "\n")
+            print(f"warning: installing spatial_pe without its CUDA kernels: {reason}", file=sys.stderr)
+            return
         (package / FAILURE).write_text(reason + "\n")
         print(f"warning: installing spatial_pe without its compiled kernels: {reason}", file=sys.stderr)
 
@@ -46,7 +51,7 @@ class CMakeBuild(build_ext):
             return "cmake and ninja are needed to build without build isolation: pip install cmake ninja"
         return None
 
-    def cmake(self, package):
+    def cmake(self, package, *more):
         import pybind11
 
         options = [f"-D{name}={os.environ[name]}" for name in CMAKE_OPTIONS if os.environ.get(name)]
@@ -59,6 +64,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={package.parent}",
             *options,
+            *more,
         ]
         for command in (configure, ["cmake", "--build", build], ["cmake", "--install", build]):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -70,7 +76,7 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def built(package):
-        return [path for pattern in ("_C.*", "_cuda.*", FAILURE) for path in package.glob(pattern)]
+        return [path for pattern in ("_C.*", "_cuda.*", FAILURE, CUDA_FAILURE) for path in package.glob(pattern)]
 
     def get_outputs(self):
         return [str(path) for path in self.built(Path(self.get_ext_fullpath("spatial_pe._C")).parent)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -24,7 +25,9 @@ ALIGNED = 8
 
 def _load() -> ModuleType | str:
     if importlib.util.find_spec("spatial_pe._cuda") is None:
-        return "the CUDA kernels are not built: reinstall with nvcc on the PATH"
+        failure = Path(__file__).parents[1] / "_cuda_build_failure.txt"  # left by setup.py
+        why = f" ({failure.read_text(encoding='utf-8').strip()})" if failure.exists() else ""
+        return f"the CUDA kernels are not built{why}: reinstall with nvcc on the PATH"
     try:
         return importlib.import_module("spatial_pe._cuda")
     except ImportError as error:
@@ -77,9 +80,9 @@ def cannot_serve(call: Call) -> str | None:
 
 
 def aligned(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and all(
-        stride % ALIGNED == 0 or size == 1 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)
-    )
+    """By its strides. Where it begins is not known while a call is traced: see _begun."""
+    strides = zip(x.stride()[:3], x.shape[:3], strict=True)
+    return all(stride % ALIGNED == 0 or size == 1 for stride, size in strides)
 
 
 def vector_of(rotary_dim: int, pairing: str) -> int | None:
@@ -90,14 +93,12 @@ def vector_of(rotary_dim: int, pairing: str) -> int | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
-    q = call.q
+    q, k, v = (_begun(x) for x in (call.q, call.k, call.v))
     empty = _allocator(call)
     out = empty(q.shape, dtype=q.dtype, device=q.device)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     arguments, keep = _arguments(call)
-    _module().forward(
-        arguments, q=_view(q), k=_view(call.k), v=_view(call.v), out=_view(out), lse=lse.data_ptr(), **_place(q)
-    )
+    _module().forward(arguments, q=_view(q), k=_view(k), v=_view(v), out=_view(out), lse=lse.data_ptr(), **_place(q))
     del keep
     return out, lse
 
@@ -106,7 +107,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
     """Returns dq, dk, dv, contiguous."""
     if dout.stride(-1) != 1 or not aligned(dout):
         dout = dout.contiguous()
-    q, k, v = call.q, call.k, call.v
+    q, k, v, out, dout = (_begun(x) for x in (call.q, call.k, call.v, out, dout))
     empty = _allocator(call)
     dq, dk, dv = (empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     arguments, keep = _arguments(call)
@@ -144,6 +145,11 @@ def angle_gradient(
     return backend.angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
 
 
+def _begun(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one that does not begin at a multiple of 16 bytes: a slice of a flat buffer, say."""
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _allocator(call: Call):
     """The kernels write the tokens of the sequences; with padding there are others, which must be 0."""
     return torch.empty if call.seqlens is None else torch.zeros
@@ -168,8 +174,8 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
-    """The sizes, the sequences and the rotary tables, as plain numbers and addresses; and the tensors behind them. Those
-    must live until the launch: what the allocator then hands out again is used after it, on the same stream."""
+    """The sizes, the sequences and the rotary tables, as plain numbers and addresses; and the tensors behind them, which
+    must live until the launch. What the allocator then hands out again is used after it, on the same stream."""
     batch, tokens, heads, dim = call.q.shape
     form, bounds, sequences, longest = "dense", None, batch, tokens
     if call.cu_seqlens is not None:

@@ -503,8 +503,7 @@ def main() -> None:
         rows = read_extension(arguments.extension, arguments.targets, arguments.dims)
         report = report_of(rows, load(arguments.extension))
     else:
-        compiled = (row for target in arguments.targets for dim in arguments.dims for row in compile_for(target, dim))
-        report = report_of(compiled, planner())
+        report = report_of(compile_all(arguments.targets, arguments.dims), planner())
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1))
     if arguments.markdown:
@@ -513,13 +512,19 @@ def main() -> None:
         arguments.budget.write_text(json.dumps(budget(report), indent=1) + "\n")
 
 
+def compile_all(targets: list[str], dims: list[int]) -> Iterable[Built]:
+    for target in targets:
+        for dim in dims:
+            print(f"{target} D={dim}", file=sys.stderr, flush=True)
+            yield from compile_for(target, dim)
+
+
 def report_of(built: Iterable[Built], plans: ModuleType | None) -> dict:
     rows = []
     for one in built:
         if plans is not None and hasattr(plans, "plan"):
             one.shared = shared(plans, one.target, one.dim).get(one.kernel, 0)
         rows.append(asdict(one))
-        print(unit(rows[-1]), one.registers, one.spills, one.per_score, file=sys.stderr, flush=True)
     return {"compiler": compiler() or "an unknown nvcc", "rows": rows}
 
 

@@ -12,7 +12,7 @@ import pytest
 from spatial_pe.backends import cuda
 
 ROOT = Path(__file__).parents[2]
-BUILD = Path(os.environ.get("SPATIAL_PE_EMULATOR_BUILD", ROOT / "build/emulator"))
+BUILD = ROOT / os.environ.get("SPATIAL_PE_EMULATOR_BUILD", "build/emulator")
 
 
 @pytest.fixture(scope="session")

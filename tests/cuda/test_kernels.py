@@ -158,6 +158,29 @@ def test_identity_start_is_exact(tokens, emulated):
     assert torch.equal(rope_attention(inputs.q, inputs.k, inputs.v, identity, backend="cuda"), plain)
 
 
+def test_under_torch_compile(emulated):
+    """In one graph, as a torch op; dynamic lengths."""
+    compiled = torch.compile(
+        lambda q, k, v, rotary: rope_attention(q, k, v, rotary, backend="cuda"), fullgraph=True, backend="aot_eager"
+    )
+    for tokens in (20, 33, 150):
+        inputs = make(Case(batch=2, tokens=tokens, dim=72, dtype=torch.bfloat16))
+        out = compiled(inputs.q, inputs.k, inputs.v, inputs.rotary())
+        assert torch.equal(out, inputs.call("cuda"))
+        grads = torch.autograd.grad(out, [inputs.q, inputs.k, inputs.v], inputs.dout)
+        eager = torch.autograd.grad(inputs.call("cuda"), [inputs.q, inputs.k, inputs.v], inputs.dout)
+        assert all(torch.equal(a, b) for a, b in zip(grads, eager, strict=True))
+
+
+def test_a_tensor_that_begins_anywhere(emulated):
+    """Parameters sharded into a flat buffer, say: aligned strides, an odd first element."""
+    inputs = make(Case(tokens=20, dim=64, dtype=torch.bfloat16))
+    flat = torch.full((3 + inputs.q.numel(),), torch.nan, dtype=torch.bfloat16)
+    flat[3:] = inputs.q.detach().flatten()
+    odd = flat[3:].view(inputs.q.shape).requires_grad_()
+    assert torch.equal(replace(inputs, q=odd).call("cuda"), inputs.call("cuda"))
+
+
 REFUSALS = {
     "head_dim is 104": Case(tokens=4, dim=104, dtype=torch.bfloat16),
     "no torch.float32 kernel": Case(tokens=4, dim=64),
