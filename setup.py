@@ -10,6 +10,7 @@ Environment:
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ class CMakeBuild(build_ext):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             print(done.stdout)
             if done.returncode:
-                errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+                errors = [line for line in done.stdout.splitlines() if re.search("error|fatal", line, re.IGNORECASE)]
                 return f"{' '.join(map(str, command[:2]))} failed: {(errors or done.stdout.splitlines() or ['?'])[0]}"
         return None
 

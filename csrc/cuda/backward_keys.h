@@ -51,9 +51,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   block_sync();
 
   // addresses and places are worked out where they are needed: else they are kept in registers, which dk and dv need
-  const auto rows_of = [&](const View& x, int row, int of_head) {
-    return static_cast<uint16_t*>(x.data) + forgotten(span.sample) * x.batch + static_cast<int64_t>(span.start + row) * x.token +
-           of_head * x.head;
+  const auto rows_of = [&](const Tensor& x, int row, int of_head) {
+    return x.at(forgotten(span.sample), span.start + row, of_head);
   };
   const int exist = span.length - first < keys ? span.length - first : keys;
   copy_rows<D>(k_tile, rows_of(p.k, first, kv_head), p.k.token, keys, exist, thread, threads);
@@ -202,7 +201,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   for (int m = 0; m < MT; ++m) {
     const int row = first + first_key + 16 * m + (lane >> 2);
     uint16_t* out = rows_of(p.dv, row, kv_head);
-    store_rows<E, D>(dv[m], 1.0f, 1.0f, out, out + 8 * p.dv.token, row < span.length, row + 8 < span.length, lane);
+    store_rows<E, D>(dv[m], 1.0f, 1.0f, out, out + 8 * static_cast<int64_t>(p.dv.token), row < span.length, row + 8 < span.length, lane);
   }
   block_sync();  // K and V are read to their end
 #pragma unroll

@@ -11,20 +11,21 @@ constexpr int THREADS = 128, ROWS = 64;
 
 // Rows [first, first + rows) of one head of x, turned, to `to`.
 template <class E, int V>
-SPE_DEVICE void turn_rows(const Params& p, const View& x, const View& to, int sample, int first, int rows, int head,
+SPE_DEVICE void turn_rows(const Params& p, const Tensor& x, const Tensor& to, int sample, int first, int rows, int head,
                           int thread) {
   const Share s = p.all.share(thread, THREADS);
   const Channels c = channels_of<V>(p.pairs, s.column);
   const bool turned = s.column < p.turned.per_row;
-  const auto* from = static_cast<const uint16_t*>(x.data) + sample * x.batch + first * x.token + head * x.head;
-  auto* out = static_cast<uint16_t*>(to.data) + sample * to.batch + first * to.token + head * to.head;
-  for (int row = s.row; row < rows; row += s.step) {
+  const uint16_t* from = x.at(sample, first + s.row, head);
+  uint16_t* out = to.at(sample, first + s.row, head);
+  for (int row = s.row; row < rows; row += s.step, from += static_cast<int64_t>(s.step) * x.token,
+           out += static_cast<int64_t>(s.step) * to.token) {
     float a[V], b[V];
-    load_elements<E, V>(a, from + row * x.token + c.first);
-    load_elements<E, V>(b, from + row * x.token + c.second);
+    load_elements<E, V>(a, from + c.first);
+    load_elements<E, V>(b, from + c.second);
     if (turned) turn<V>(a, b, load_angles<V>(p.tables, sample, first + row, head, s.column), c.interleaved, 1.0f);
-    store_elements<E, V>(out + row * to.token + c.first, a);
-    store_elements<E, V>(out + row * to.token + c.second, b);
+    store_elements<E, V>(out + c.first, a);
+    store_elements<E, V>(out + c.second, b);
   }
 }
 
@@ -37,9 +38,7 @@ SPE_KERNEL(THREADS, 8) prepare(SPE_PARAMS Params p) {
   const int rows = tokens - first < ROWS ? tokens - first : ROWS;
 
   // 4 lanes a row; rows that do not exist in a padded sample hold anything, and nothing reads what comes of it
-  const auto row_of = [&](const View& x, int row) {
-    return static_cast<const uint16_t*>(x.data) + sample * x.batch + (first + row) * x.token + head * x.head;
-  };
+  const auto row_of = [&](const Tensor& x, int row) { return x.at(sample, first + row, head); };
   for (int base = 0; base < rows; base += THREADS / 4) {
     const int row = base + (thread >> 2);
     float sum = 0.0f;

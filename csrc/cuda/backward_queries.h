@@ -31,10 +31,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     for (int i = 0; i <= STAGES; ++i) barrier_init(barriers + 8 * i, threads);
   block_sync();
 
-  const auto rows_of = [&](const View& x, int row, int of_head) {
-    return static_cast<const uint16_t*>(x.data) + span.sample * x.batch +
-           static_cast<int64_t>(span.start + row) * x.token + of_head * x.head;
-  };
+  const auto rows_of = [&](const Tensor& x, int row, int of_head) { return x.at(span.sample, span.start + row, of_head); };
   const int count = (span.length + BN - 1) / BN;
   const auto copy = [&](int tile) {
     if (tile >= count) return;
@@ -113,7 +110,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   warp_sync();
   const int row = first + 16 * warp;
   const int rows = span.length - row < 16 ? span.length - row : 16;
-  store_turned_back<E, D>(p, floats, rows, const_cast<uint16_t*>(rows_of(p.dq, row, head)), p.dq.token, span.sample,
+  store_turned_back<E, D>(p, floats, rows, rows_of(p.dq, row, head), p.dq.token, span.sample,
                           span.start + row, head, lane, 32);
 }
 

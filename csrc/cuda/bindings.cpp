@@ -22,8 +22,9 @@ namespace {
 using ViewTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, strides (batch, token, head)
 using Plan = std::vector<Launch> (*)(const Call&, const Device&);
 
-View view(const ViewTuple& t) {
-  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+Tensor view(const ViewTuple& t) {
+  return {reinterpret_cast<uint16_t*>(std::get<0>(t)), std::get<1>(t), static_cast<int>(std::get<2>(t)),
+          static_cast<int>(std::get<3>(t))};
 }
 
 DType dtype_of(const std::string& name) {
@@ -50,9 +51,9 @@ Call call_of(const py::dict& d) {
   p.turn_vector = d["vector"].cast<int>();
   p.turn_inputs = d.contains("cos");
   if (p.turn_inputs) {
-    const View cos = view(d["cos"].cast<ViewTuple>());
-    p.tables = {static_cast<const float*>(cos.data), reinterpret_cast<const float*>(d["sin"].cast<uintptr_t>()), cos.batch,
-                cos.token, cos.head};
+    const Tensor cos = view(d["cos"].cast<ViewTuple>());
+    p.tables = {reinterpret_cast<const float*>(cos.data), reinterpret_cast<const float*>(d["sin"].cast<uintptr_t>()),
+                cos.batch, cos.token, cos.head};
     p.pairs = channel_pairs(d["rotary_dim"].cast<int>(), pairing_of(d["pairing"].cast<std::string>()));
   }
   p.turned = Vectors(p.pairs.rotary_dim / (2 * p.turn_vector));

@@ -129,8 +129,7 @@ struct Item {
 // A tile that is on its way, and is to be turned when it has arrived.
 struct Arriving {
   Shared tile, copied, full;
-  int rows, sample, head;
-  int64_t first;
+  int rows, sample, head, first;
   uint32_t round;
   bool any = false;
 };
@@ -167,22 +166,20 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
       // a slot that is not free yet: first finish what is on its way
       if (!arriving.any) barrier_wait(memory.empty(slot), round ^ 1);
       if (barrier_test(memory.empty(slot), round ^ 1)) {
-        const View& x = is_keys ? p.k : p.q;
         const int first = is_keys ? i * BN : item.first + i * memory.layer_rows();
         const int head = is_keys ? item.head / p.group : item.head;
-        const int64_t token = item.span.start + first;
+        const int token = item.span.start + first;
         int exist = item.span.length - first;
         exist = exist < 0 ? 0 : exist;
         const int rows = is_keys ? rows_of(exist) : memory.layer_rows();
         exist = exist < rows ? exist : rows;
         next = {is_keys ? memory.keys(in_ring) : memory.layer(in_ring), memory.copied(slot), memory.full(slot), exist,
                 item.span.sample, head, token, round, true};
-        const View* from = &x;
-        for (int tile = 0; tile <= static_cast<int>(is_keys); ++tile, from = &p.v)
-          copy_rows<D>(next.tile + tile * rows * Tile<D>::bytes,
-                       static_cast<const uint16_t*>(from->data) + next.sample * from->batch + token * from->token +
-                           head * from->head,
-                       from->token, rows, exist, thread, 32 * PRODUCERS);
+        const Tensor& x = is_keys ? p.k : p.q;
+        copy_rows<D>(next.tile, x.at(next.sample, token, head), x.token, rows, exist, thread, 32 * PRODUCERS);
+        if (is_keys)
+          copy_rows<D>(next.tile + rows * Tile<D>::bytes, p.v.at(next.sample, token, head), p.v.token, rows, exist, thread,
+                       32 * PRODUCERS);
         barrier_arrive_after_copies(next.copied);
         if (is_keys)
           keys.advance(p.slots);
@@ -346,15 +343,14 @@ SPE_DEVICE void store(const Params& p, const Item& item, Rows2<D>& rows, int fir
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = row_sum(rows.sum[m][h]);
-      factor[h] = 1.0f / sum;
+      factor[h] = reciprocal(sum);
       if ((lane & 3) == 0 && exists[h])
         store_global_float(p.lse + (static_cast<int64_t>(item.span.sample) * p.heads + item.head) * p.sequences.tokens +
                                item.span.start + row + 8 * h,
                            (rows.reference[m][h] + log2(sum)) * LN_2);
     }
-    auto* out = static_cast<uint16_t*>(p.out.data) + item.span.sample * p.out.batch + item.head * p.out.head +
-                static_cast<int64_t>(item.span.start + row) * p.out.token;
-    store_rows<E, D>(rows.out[m], factor[0], factor[1], out, out + 8 * p.out.token, exists[0], exists[1], lane);
+    uint16_t* out = p.out.at(item.span.sample, item.span.start + row, item.head);
+    store_rows<E, D>(rows.out[m], factor[0], factor[1], out, out + 8 * static_cast<int64_t>(p.out.token), exists[0], exists[1], lane);
   }
 }
 

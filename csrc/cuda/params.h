@@ -32,11 +32,33 @@ struct Work {
   SPE_DEVICE int begin(int block) const { return block * each + (block < left ? block : left); }
 };
 
+// (batch, tokens, heads, head_dim). Strides in elements: 32 bits, so that an address takes two multiply-adds, not eight.
+struct Tensor {
+  uint16_t* data;
+  int64_t batch;
+  int token, head;
+
+  SPE_DEVICE uint16_t* at(int sample, int of_token, int of_head) const {
+    return data + sample * batch + static_cast<int64_t>(of_token) * token + static_cast<int64_t>(of_head) * head;
+  }
+};
+
+// cos and sin of (sample, token, head, pair); a stride of 0 broadcasts.
+struct AngleTables {
+  const float *cos, *sin;
+  int64_t batch;
+  int token, head;
+
+  SPE_DEVICE int64_t at(int sample, int of_token, int of_head) const {
+    return sample * batch + static_cast<int64_t>(of_token) * token + static_cast<int64_t>(of_head) * head;
+  }
+};
+
 struct Params {
-  View q, k, v, out, dout, dq, dk, dv;  // strides in elements, multiples of 8; addresses multiples of 16
-  View q_turned, k_turned;              // of backward_prepare.h
+  Tensor q, k, v, out, dout, dq, dk, dv;  // strides are multiples of 8, addresses of 16
+  Tensor q_turned, k_turned;              // of backward_prepare.h
   float *lse, *delta;                   // (batch, heads, tokens): log of the sum of exponentials; rowsum(dout out)
-  Tables tables;
+  AngleTables tables;
   ChannelPairs pairs;
   int turn_vector;   // pairs that a thread turns at a time: 4 or 2
   Vectors turned;    // of a row's pairs

@@ -168,23 +168,25 @@ SPE_DEVICE void store_rows(const float (&d)[D / 8][4], float factor0, float fact
                            bool exists0, bool exists1, int lane) {
   const bool odd = lane & 1;
   const int t = lane & 3;
-  // two words from channel 8 (i + odd) + 4 (t / 2) on
-  const int channel = 8 * (t & 1) + 4 * (t >> 1);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float factor = half ? factor1 : factor0;
-    uint16_t* row = half ? row1 : row0;
-    const bool exists = half ? exists1 : exists0;
+    uint32_t words[D / 8];  // of n8 i; after the exchange two words of n8 i or i + 1
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) words[i] = pack<E>(d[i][2 * half] * factor, d[i][2 * half + 1] * factor);
 #pragma unroll
     for (int i = 0; i + 1 < D / 8; i += 2) {
-      const uint32_t left = pack<E>(d[i][2 * half] * factor, d[i][2 * half + 1] * factor);
-      const uint32_t right = pack<E>(d[i + 1][2 * half] * factor, d[i + 1][2 * half + 1] * factor);
-      const uint32_t other = shuffle_xor(odd ? left : right, 1);
-      if (exists) store_global2(row + 8 * i + channel, odd ? Word2{{other, right}} : Word2{{left, other}});
+      const uint32_t other = shuffle_xor(odd ? words[i] : words[i + 1], 1);
+      if (odd)
+        words[i] = other;
+      else
+        words[i + 1] = other;
     }
-    if constexpr (D % 16 != 0) {
-      constexpr int i = D / 8 - 1;
-      if (exists) store_global1(row + 8 * i + 2 * t, pack<E>(d[i][2 * half] * factor, d[i][2 * half + 1] * factor));
+    if (half ? exists1 : exists0) {
+      uint16_t* to = (half ? row1 : row0) + 8 * (t & 1) + 4 * (t >> 1);
+#pragma unroll
+      for (int i = 0; i + 1 < D / 8; i += 2) store_global2(to + 8 * i, {{words[i], words[i + 1]}});
+      if constexpr (D % 16 != 0) store_global1((half ? row1 : row0) + D - 8 + 2 * t, words[D / 8 - 1]);
     }
   }
 }
@@ -203,11 +205,12 @@ SPE_DEVICE Share share(int thread, int threads) {
 // Starts copying `rows` rows of D elements, the first `exist` of which are there and the others become 0. `rows` is a
 // multiple of 16; thread `thread` of `threads`.
 template <int D>
-SPE_DEVICE void copy_rows(Shared tile, const uint16_t* first, int64_t stride, int rows, int exist, int thread, int threads) {
+SPE_DEVICE void copy_rows(Shared tile, const uint16_t* first, int stride, int rows, int exist, int thread, int threads) {
   const Share s = share<D / 8>(thread, threads);
-  const uint16_t* from = first + s.row * stride + 8 * s.column;
+  const uint16_t* from = first + static_cast<int64_t>(s.row) * stride + 8 * s.column;
+  const int64_t step = static_cast<int64_t>(s.step) * stride;
 #pragma unroll 1
-  for (int row = s.row; row < rows; row += s.step, from += s.step * stride)
+  for (int row = s.row; row < rows; row += s.step, from += step)
     copy_async(tile + Tile<D>::at(row, s.column), row < exist ? from : first, row < exist);
 }
 

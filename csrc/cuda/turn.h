@@ -56,8 +56,8 @@ SPE_DEVICE void load_floats(float (&to)[V], Shared from) {
 
 // token: in the sample.
 template <int V>
-SPE_DEVICE Angles<V> load_angles(const Tables& t, int sample, int64_t token, int head, int vector) {
-  const int64_t at = sample * t.batch + token * t.token + head * t.head + vector * V;
+SPE_DEVICE Angles<V> load_angles(const AngleTables& t, int sample, int token, int head, int vector) {
+  const int64_t at = t.at(sample, token, head) + vector * V;
   Angles<V> a;
   load_floats<V>(a.cos, t.cos + at);
   load_floats<V>(a.sin, t.sin + at);
@@ -152,16 +152,16 @@ struct Slot {
 // angles are on their way, and before the tile is touched. A second tile of the same tokens is turned with it, unless
 // it is 0.
 template <class E, int D, int V, class Ready>
-SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int64_t first, int head,
+SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int first, int head,
                           int thread, int threads, Ready ready) {
   constexpr int AHEAD = 4;  // loads of angles, which come from L2, before the first is used
   const Share s = p.turned.share(thread, threads);
   const Channels c = channels_of<V>(p.pairs, s.column);
   const Slot<Tile<D>> one(c.first, 2), two(c.second, 2);
-  const Tables& t = p.tables;
-  const int64_t at = sample * t.batch + (first + s.row) * t.token + head * t.head + s.column * V;
+  const AngleTables& t = p.tables;
+  const int64_t at = t.at(sample, first + s.row, head) + s.column * V;
   const float *cos = t.cos + at, *sin = t.sin + at;
-  const int64_t stride = s.step * t.token;
+  const int64_t stride = static_cast<int64_t>(s.step) * t.token;
   bool waiting = true;
   for (int base = s.row; base < rows || waiting; base += AHEAD * s.step) {
     Angles<V> angles[AHEAD];
@@ -188,7 +188,7 @@ SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, i
 }
 
 template <class E, int D, class Ready>
-SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int64_t first, int head,
+SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int first, int head,
                           int thread, int threads, Ready ready) {
   if (!p.turn_inputs)
     ready();
@@ -200,8 +200,8 @@ SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, i
 
 // Rows of D floats in shared memory, turned back and rounded, to global memory.
 template <class E, int D, int V>
-SPE_DEVICE void store_turned_back(const Params& p, Shared tile, int rows, uint16_t* to, int64_t stride, int sample,
-                                  int64_t first, int head, int thread, int threads) {
+SPE_DEVICE void store_turned_back(const Params& p, Shared tile, int rows, uint16_t* to, int stride, int sample,
+                                  int first, int head, int thread, int threads) {
   const Share s = share<D / (2 * V)>(thread, threads);
   const Channels c = channels_of<V>(p.pairs, s.column);
   const Slot<FloatTile<D>> one(c.first, 4), two(c.second, 4);
@@ -211,14 +211,14 @@ SPE_DEVICE void store_turned_back(const Params& p, Shared tile, int rows, uint16
     load_floats<V>(x, tile + one.at(row));
     load_floats<V>(y, tile + two.at(row));
     if (turned) turn<V>(x, y, load_angles<V>(p.tables, sample, first + row, head, s.column), c.interleaved, -1.0f);
-    store_elements<E, V>(to + row * stride + c.first, x);
-    store_elements<E, V>(to + row * stride + c.second, y);
+    store_elements<E, V>(to + static_cast<int64_t>(row) * stride + c.first, x);
+    store_elements<E, V>(to + static_cast<int64_t>(row) * stride + c.second, y);
   }
 }
 
 template <class E, int D>
-SPE_DEVICE void store_turned_back(const Params& p, Shared tile, int rows, uint16_t* to, int64_t stride, int sample,
-                                  int64_t first, int head, int thread, int threads) {
+SPE_DEVICE void store_turned_back(const Params& p, Shared tile, int rows, uint16_t* to, int stride, int sample,
+                                  int first, int head, int thread, int threads) {
   if (p.turn_vector == 4)
     store_turned_back<E, D, 4>(p, tile, rows, to, stride, sample, first, head, thread, threads);
   else

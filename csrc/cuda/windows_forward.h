@@ -20,17 +20,19 @@ constexpr int shared_bytes(int dim, int rows, int stages) { return stages * 3 * 
 
 // Finds the windows of a block in their order, those without a token left out.
 struct Cursor {
-  int item;
+  int left, window, head;
   Span span;
-  int head;
 
   SPE_DEVICE explicit Cursor(const Params& p) {
-    item = p.items.begin(block_index()) - 1;
+    const int first = p.items.begin(block_index());
+    left = p.items.begin(block_index() + 1) - first;
+    window = first / p.heads;
+    head = first % p.heads - 1;
   }
   SPE_DEVICE bool next(const Params& p, int rows) {
-    while (++item < p.items.begin(block_index() + 1)) {
-      span = whole_sequence(p.sequences, item / p.heads);
-      head = item % p.heads;
+    while (--left >= 0) {
+      if (++head == p.heads) head = 0, ++window;
+      span = whole_sequence(p.sequences, window);
       span.length = span.length < rows ? span.length : rows;
       if (span.length > 0) return true;
     }
@@ -54,15 +56,14 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
   const auto copy_next = [&](int stage) {
     if (!ahead.next(p, rows)) return;
     const Shared to = stages + stage * 3 * tile;
-    const int kv_head = ahead.head / p.group;
-    const View views[3] = {p.q, p.k, p.v};
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const View& x = views[i];
-      const auto* from = static_cast<const uint16_t*>(x.data) + ahead.span.sample * x.batch +
-                         ahead.span.start * x.token + (i == 0 ? ahead.head : kv_head) * x.head;
-      copy_rows<D>(to + i * tile, from, x.token, rows, ahead.span.length, thread, threads);
-    }
+    const int kv_head = p.group == 1 ? ahead.head : ahead.head / p.group;
+    const auto copy = [&](const Tensor& x, int place, int head) {
+      copy_rows<D>(to + place * tile, x.at(ahead.span.sample, ahead.span.start, head), x.token, rows, ahead.span.length,
+                   thread, threads);
+    };
+    copy(p.q, 0, ahead.head);
+    copy(p.k, 1, kv_head);
+    copy(p.v, 2, kv_head);
     barrier_arrive_after_copies(barriers + 8 * stage);
   };
   copy_next(0);
@@ -139,10 +140,9 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
                                  now.span.start + row + 8 * h,
                              (most[h] + log2(sum[h])) * LN_2);
       }
-      auto* out = static_cast<uint16_t*>(p.out.data) + now.span.sample * p.out.batch + now.head * p.out.head +
-                  (now.span.start + row) * p.out.token;
-      store_rows<E, D>(o[0], 1.0f / sum[0], 1.0f / sum[1], out, out + 8 * p.out.token, row < length, row + 8 < length,
-                       lane);
+      uint16_t* out = p.out.at(now.span.sample, now.span.start + row, now.head);
+      store_rows<E, D>(o[0], reciprocal(sum[0]), reciprocal(sum[1]), out, out + 8 * static_cast<int64_t>(p.out.token),
+                       row < length, row + 8 < length, lane);
     }
     if (p.stages == 2) {
       stage ^= 1;

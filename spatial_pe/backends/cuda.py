@@ -174,8 +174,8 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
-    """The sizes, the sequences and the rotary tables, as plain numbers and addresses; and the tensors behind them, which
-    must live until the launch. What the allocator then hands out again is used after it, on the same stream."""
+    """Sizes, sequences and rotary tables, as plain numbers and addresses; and the tensors behind those, which must live
+    until the launch. What the allocator then hands out again is used after it, on the same stream."""
     batch, tokens, heads, dim = call.q.shape
     form, bounds, sequences, longest = "dense", None, batch, tokens
     if call.cu_seqlens is not None:

@@ -107,7 +107,13 @@ def test_a_budget_that_is_exceeded_is_noticed():
     assert [len(budget.exceeded({"rows": [other]}, limits)) for other in worse] == [1, 1, 1]
     assert budget.exceeded({"rows": [row]}, {}) == ["sm_90 forward bf16 D=64: no budget (make cuda-budget)"]
     half = asdict(Part({"all": 150, "exp2": 16}, 64.0, 8192, 32.0))
-    bad = [{"spills": 8}, {"registers": 171}, {"shared": 240000}, {"tensor_core": {}}, {"parts": {"main": half}}]
+    bad: list[dict] = [
+        {"spills": 8},
+        {"registers": 171},
+        {"shared": 240000},
+        {"tensor_core": {}},
+        {"parts": {"main": half}},
+    ]
     assert [len(broken({"rows": [row | change]})) for change in bad] == [1] * len(bad)
 
 

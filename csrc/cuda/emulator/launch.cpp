@@ -26,7 +26,7 @@ Sizes sizes_of(const Params& p) {
   return {p.sequences.form == Form::packed ? 1 : p.sequences.count, p.sequences.tokens};
 }
 
-size_t bytes_of(const View& x, const Params& p, int heads) {
+size_t bytes_of(const Tensor& x, const Params& p, int heads) {
   const Sizes n = sizes_of(p);
   return 2 * ((n.samples - 1) * x.batch + (n.tokens - 1) * x.token + (heads - 1) * x.head + p.head_dim);
 }
@@ -43,7 +43,7 @@ class Ranges {
       emulator::allow_read(p_.sequences.bounds,
                            (p_.sequences.count + (p_.sequences.form == Form::packed)) * sizeof(int));
     if (p_.pairs.rotary_dim > 0) {
-      const Tables& t = p_.tables;
+      const AngleTables& t = p_.tables;
       const Sizes n = sizes_of(p_);
       const size_t bytes =
           4 * ((n.samples - 1) * t.batch + (n.tokens - 1) * t.token + (p_.heads - 1) * t.head + p_.pairs.rotary_dim / 2);
@@ -81,8 +81,8 @@ class Ranges {
   }
 
  private:
-  void read(const View& x, int heads) const { emulator::allow_read(x.data, bytes_of(x, p_, heads)); }
-  void write(const View& x, int heads) { write(x.data, bytes_of(x, p_, heads)); }
+  void read(const Tensor& x, int heads) const { emulator::allow_read(x.data, bytes_of(x, p_, heads)); }
+  void write(const Tensor& x, int heads) { write(x.data, bytes_of(x, p_, heads)); }
   void write(void* data, size_t bytes) {
     emulator::allow_write(data, bytes);
     written_.emplace_back(data, bytes);

@@ -63,6 +63,7 @@ void store_shared(Shared a, const T& x) {
 }  // namespace host
 
 inline int warp_index() { return thread_index() >> 5; }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline int forgotten(int x) { return x; }
 
 inline int load_global_int(const int* p) { return host::load_global<int>(p); }
