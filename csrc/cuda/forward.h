@@ -10,11 +10,11 @@
 //   streaming  the ring is shorter than the sequence: every item is one pass, and gives back what it has read.
 // The code is the same: the host says how long the ring is, and how many passes an item has.
 //
-// Softmax has no running maximum: scores are taken relative to the largest of a row's first tile, until a row's weights grow
-// past LIMIT; then that tile's scores are computed again, and the reference is raised. So a score costs a multiply-add, an
-// exp2, half a conversion there and one back, and an addition. exp2 on the multiply-add units would cost 6 more of them: the
-// special function unit takes 1/16 clock a score and SM, the products at D = 64 at least 1/16 (1/8 on sm_80), and the issue slots
-// that it would relieve are those that they compete for.
+// Softmax has no running maximum: scores are taken relative to the largest of a row's first ones, until a weight outgrows
+// that by HEADROOM; then the scores of its tile are computed again, and the reference is raised. The sum of the weights is
+// one more column of their product with the values. So a score costs a multiply-add, an exp2 and half a conversion. exp2 on
+// the multiply-add units would cost 6 instructions in place of one: the special function unit takes 1/16 clock a score and
+// SM, the products at D = 64 at least that (1/8 on sm_80), and instructions are what there are too many of.
 //
 // Shared memory: slots of keys, each BN rows of K, then V (a shorter tile: as many rows as it has, in multiples of 16, so
 // that the last slot of a resident ring may be shorter); query_slots of 16 x warps rows; three barriers a slot.
@@ -43,11 +43,12 @@ constexpr int MT = query_blocks(D);
 // tile of keys: half as much again as the keys and values.
 constexpr bool queries_in_registers(int dim) { return dim == 64 || dim == 88 || dim == 96; }
 
-// How large the weights of a row may grow before the reference is raised: float16 ends at 2^16.
+// How far, in log2, a row's largest weight is below 1 when its reference is set: until one of 2 comes up, the row may grow
+// by one more than that. bfloat16 has room for 60 and more on either side; float16 begins at 2^-24.
 template <class E>
-constexpr float LIMIT = 0x1p60f;
+constexpr float HEADROOM = 60.0f;
 template <>
-constexpr float LIMIT<Float16> = 0x1p15f;
+constexpr float HEADROOM<Float16> = 7.0f;
 
 // Where things lie, and where the rings stand. Barriers of a slot: copied, turned (full), read (empty).
 template <int D>
@@ -104,6 +105,7 @@ struct Item {
   Span span;
   int head, first, passes, tiles;  // first query; tiles of keys
 
+  Item() = default;
   SPE_DEVICE Item(const Params& p, int index, int block_rows) {
     head = index % p.heads;
     const int program = index / p.heads;
@@ -146,15 +148,18 @@ template <class E, int D>
 SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
   Place keys, queries;
   Arriving arriving;
+  Item item;
   int step = 0;
   const int end = p.items.begin(block_index() + 1);
   for (int index = p.items.begin(block_index()); index < end || arriving.any;) {
     Arriving next;
     if (index < end) {
-      const Item item(p, index, memory.block_rows());
-      if (!item.exists()) {
-        ++index;
-        continue;
+      if (step == 0) {
+        item = Item(p, index, memory.block_rows());
+        if (!item.exists()) {
+          ++index;
+          continue;
+        }
       }
       // in the order in which consumers need them: the first pass's queries, keys, the other passes' queries
       const bool is_keys = step >= MT<D> && step < MT<D> + item.tiles;
@@ -200,7 +205,7 @@ template <int D>
 struct Rows2 {
   float out[MT<D>][D / 8][4];
   float reference[MT<D>][2];  // of the weights, in log2
-  float sum[MT<D>][2];     // of this lane's columns
+  float sum[MT<D>][4];     // of all weights: a result of which every column is the same
 
   SPE_DEVICE void start() {
 #pragma unroll
@@ -210,32 +215,28 @@ struct Rows2 {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[m][n][i] = 0.0f;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) reference[m][h] = LOWEST, sum[m][h] = 0.0f;
+      for (int i = 0; i < 4; ++i) reference[m][i >> 1] = LOWEST, sum[m][i] = 0.0f;
     }
   }
 };
 
-// The largest of a row's scores, and the sum of a row's numbers, of all lanes that have some.
+// The largest of a row's scores, of all lanes that have some.
 SPE_DEVICE float row_max(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));
   return fmaxf(x, shuffle_xor(x, 2));
 }
-SPE_DEVICE float row_sum(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
-}
 
-// Makes a row's reference at least its largest score.
-template <int D>
+// Sets a row's reference by its largest score; it never falls.
+template <class E, int D>
 SPE_DEVICE void raise(Rows2<D>& rows, const float (&most)[MT<D>][2], float scale) {
 #pragma unroll
   for (int m = 0; m < MT<D>; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float before = rows.reference[m][h];
-      rows.reference[m][h] = fmaxf(before, row_max(most[m][h]) * scale);
+      rows.reference[m][h] = fmaxf(before, row_max(most[m][h]) * scale + HEADROOM<E>);
       const float factor = exp2(before - rows.reference[m][h]);
-      rows.sum[m][h] *= factor;
+      rows.sum[m][2 * h] *= factor, rows.sum[m][2 * h + 1] *= factor;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) rows.out[m][n][2 * h] *= factor, rows.out[m][n][2 * h + 1] *= factor;
     }
@@ -281,11 +282,10 @@ SPE_DEVICE void attend(Rows2<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
   };
 
   uint32_t weights[BLOCKS][M][4];
-  float sum[M][2];
   for (bool again = false;; again = true) {
     float most[M][2];
 #pragma unroll
-    for (int m = 0; m < M; ++m) most[m][0] = most[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.0f;
+    for (int m = 0; m < M; ++m) most[m][0] = most[m][1] = -INFINITY;
     if (again) {  // a weight has grown too large: all scores once for the reference alone
 #pragma unroll 1
       for (int block = 0; block < BLOCKS; block += STEP) {
@@ -293,7 +293,7 @@ SPE_DEVICE void attend(Rows2<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
         multiply_keys(s, block);
         find_most(most, s);
       }
-      raise<D>(rows, most, scale);
+      raise<E, D>(rows, most, scale);
     }
 #pragma unroll
     for (int block = 0; block < BLOCKS; block += STEP) {
@@ -301,7 +301,7 @@ SPE_DEVICE void attend(Rows2<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
       multiply_keys(s, block);
       if (block == 0 && first && !again) {
         find_most(most, s);
-        raise<D>(rows, most, scale);
+        raise<E, D>(rows, most, scale);
       }
 #pragma unroll
       for (int b = 0; b < STEP; ++b)
@@ -312,25 +312,25 @@ SPE_DEVICE void attend(Rows2<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
             float& x = s[b][m][i >> 2][i & 3];
             x = exp2(x * scale - rows.reference[m][i >> 1 & 1]);
           }
-          uint32_t(&w)[4] = weights[block + b][m];
-          as_operand<E>(w, s[b][m][0], s[b][m][1]);
-          // the sum of what is multiplied: a weight far above the others, whose rounding the sum would not share, is exact
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const Float2 rounded = unpack<E>(w[i]);
-            sum[m][i & 1] += rounded.f[0] + rounded.f[1];
-          }
+          as_operand<E>(weights[block + b][m], s[b][m][0], s[b][m][1]);
         }
     }
-    float all = 0.0f;
+    uint32_t all = 0;
 #pragma unroll
-    for (int m = 0; m < M; ++m) all += sum[m][0] + sum[m][1];
-    if (again || !warp_any(!(all < LIMIT<E>))) break;
+    for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) all |= weights[b][m][i];
+    if (again || !warp_any(any_above_two(all))) break;
   }
 #pragma unroll
-  for (int m = 0; m < M; ++m) rows.sum[m][0] += sum[m][0], rows.sum[m][1] += sum[m][1];
+  for (int b = 0; b < BLOCKS; ++b) {
+    // the sum is one more column of the product: that of the rounded weights, so that one far above the others is exact
 #pragma unroll
-  for (int b = 0; b < BLOCKS; ++b) multiply_columns<E, D, M>(rows.out, weights[b], v, 16 * b, lane);
+    for (int m = 0; m < M; ++m) multiply<E>(rows.sum[m], weights[b][m], ONES<E>, ONES<E>);
+    multiply_columns<E, D, M>(rows.out, weights[b], v, 16 * b, lane);
+  }
 }
 
 template <class E, int D>
@@ -342,7 +342,7 @@ SPE_DEVICE void store(const Params& p, const Item& item, Rows2<D>& rows, int fir
     float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = row_sum(rows.sum[m][h]);
+      const float sum = rows.sum[m][2 * h];
       factor[h] = reciprocal(sum);
       if ((lane & 3) == 0 && exists[h])
         store_global_float(p.lse + (static_cast<int64_t>(item.span.sample) * p.heads + item.head) * p.sequences.tokens +

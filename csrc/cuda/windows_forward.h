@@ -99,7 +99,7 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
       }
 
       const float scale = p.scale2;
-      float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+      float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -115,7 +115,6 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
         for (int i = 0; i < 8; ++i) {
           float& x = s[b][0][0][i >> 2][i & 3];
           x = exp2(x * scale - most[i >> 1 & 1]);
-          sum[i >> 1 & 1] += x;
         }
 
       float o[1][D / 8][4];
@@ -123,25 +122,25 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[0][n][i] = 0.0f;
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // one more column of the product, as in forward.h
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
         if (16 * b < length) {
           uint32_t weights[1][4];
           as_operand<E>(weights[0], s[b][0][0][0], s[b][0][0][1]);
+          multiply<E>(sum, weights[0], ONES<E>, ONES<E>);
           multiply_columns<E, D, 1>(o, weights, v, 16 * b, lane);
         }
 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sum[h] += shuffle_xor(sum[h], 1);
-        sum[h] += shuffle_xor(sum[h], 2);
         if ((lane & 3) == 0 && row + 8 * h < length)
           store_global_float(p.lse + (static_cast<int64_t>(now.span.sample) * p.heads + now.head) * p.sequences.tokens +
                                  now.span.start + row + 8 * h,
-                             (most[h] + log2(sum[h])) * LN_2);
+                             (most[h] + log2(sum[2 * h])) * LN_2);
       }
       uint16_t* out = p.out.at(now.span.sample, now.span.start + row, now.head);
-      store_rows<E, D>(o[0], reciprocal(sum[0]), reciprocal(sum[1]), out, out + 8 * static_cast<int64_t>(p.out.token),
+      store_rows<E, D>(o[0], reciprocal(sum[0]), reciprocal(sum[2]), out, out + 8 * static_cast<int64_t>(p.out.token),
                        row < length, row + 8 < length, lane);
     }
     if (p.stages == 2) {
