@@ -8,7 +8,7 @@ TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
-.PHONY: demo test test-all lint sanitize bench-cpu gpu triton-budget support-table wheel clean
+.PHONY: demo test test-all lint sanitize bench-cpu gpu triton-budget cuda-budget support-table wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
@@ -69,6 +69,17 @@ triton-budget: $(VENV)/installed
 	printf '%s\n' sm_80 sm_90 sm_100 gfx942 | PYTHONPATH=. xargs -P 2 -I {} $(BIN)/python tests/triton/offline.py --targets {} --out build/{}.json
 	PYTHONPATH=. $(BIN)/python tests/triton/offline.py --reports build/sm_80.json build/sm_90.json build/sm_100.json \
 	  build/gfx942.json --markdown docs/triton_budget.md --budget tests/triton/budget.json
+
+# What nvcc makes of every CUDA kernel on every GPU, without one, its limits in the tests, and a model of its times. Two
+# targets at a time; 3 minutes.
+CUDA_TARGETS := sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
+cuda-budget: $(VENV)/installed build/emulator/built
+	mkdir -p build/budget
+	printf '%s\n' $(CUDA_TARGETS) | xargs -P 2 -I {} $(BIN)/python tests/cuda/budget.py --targets {} --out build/budget/{}.json
+	$(BIN)/python tests/cuda/budget.py --reports $(CUDA_TARGETS:%=build/budget/%.json) \
+	  --markdown docs/cuda_budget.md --budget tests/cuda/budget.json
+	$(BIN)/python tests/cuda/model.py --reports $(CUDA_TARGETS:%=build/budget/%.json) --chips A100 H100 H200 "RTX 4090" \
+	  >> docs/cuda_budget.md
 
 # The README's table of towers, from what is proven on both transformers. One minute.
 support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm

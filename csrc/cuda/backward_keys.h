@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// dk and dv: a block has 16 x MT x warps keys of one key head, keeps dk and dv in registers, and goes over the queries of
-// all heads that share the key head. The products are transposed, keys by queries, so that P and dS are operands as they
-// come out of the registers. Two regimes:
-//   whole   the block has all keys of its sequence (windows, and up to 256 tokens): it turns k and q itself, and writes dq
-//           as well: a tile's dS goes through shared memory, dS K is complete, nothing is added up elsewhere.
+// dk and dv: a block has 16 x MT x warps keys of one key head, keeps dk and dv in registers, and goes over the queries
+// of all heads that share the key head. The products are transposed, keys by queries, so that P and dS are operands as
+// they come out of the registers. Two regimes:
+//   whole   the block has all keys of its sequence (windows, and up to 256 tokens): it turns k and q itself, and writes
+//           dq as well: a tile's dS goes through shared memory, dS K is complete, nothing is added up elsewhere.
 //   part    of a longer sequence; q and k come turned from backward_prepare.h, dq from backward_queries.h.
 // No atomics: the same bits in every run.
 //
-// Shared memory, in rows of D: keys of K and V, later of dk as floats; 2 stages of BQ rows of q and dout; whole: BQ rows of dq
-// as floats, keys rows of BQ elements of dS; then lse and delta of 2 x BQ rows; 3 barriers.
+// Shared memory, in rows of D: keys of K and V, later of dk as floats; 2 stages of BQ rows of q and dout; whole: BQ
+// rows of dq as floats, keys rows of BQ elements of dS; then lse and delta of 2 x BQ rows; 3 barriers.
 #pragma once
 
 #include "turn.h"
@@ -18,11 +18,12 @@ namespace spe::cuda::keys {
 constexpr int MAX_WARPS = 8;
 
 // Queries at a time: those of S and dP, of MT x BQ / 8 registers each, beside dk and dv of MT x D / 2.
-constexpr int queries_of(int dim, int mt) { return mt == 1 && dim < 96 ? 32 : 16; }
+constexpr int queries_of(int dim, int mt) { return mt == 1 && dim <= 80 ? 32 : 16; }
 
 constexpr int shared_bytes(int dim, int mt, int warps, bool whole) {
   const int keys = 16 * mt * warps, queries = queries_of(dim, mt);
-  return (2 * keys + 4 * queries) * 2 * dim + (whole ? queries * 4 * dim + keys * 2 * queries : 0) + 16 * queries + 3 * 8;
+  const int of_dq = whole ? queries * 4 * dim + keys * 2 * queries : 0;
+  return (2 * keys + 4 * queries) * 2 * dim + of_dq + 16 * queries + 3 * 8;
 }
 
 template <class E, int D, int MT>
@@ -42,8 +43,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   }
   if (first >= span.length) return;
 
-  const Shared k_tile = shared_memory(), v_tile = k_tile + keys * Tile<D>::bytes, stages = v_tile + keys * Tile<D>::bytes;
-  const Shared dq_tile = stages + 4 * QUERIES * Tile<D>::bytes;
+  const Shared k_tile = shared_memory(), v_tile = k_tile + keys * Tile<D>::bytes;
+  const Shared stages = v_tile + keys * Tile<D>::bytes, dq_tile = stages + 4 * QUERIES * Tile<D>::bytes;
   const Shared ds_tile = dq_tile + (p.whole ? QUERIES * FloatTile<D>::bytes : 0);
   const Shared numbers = ds_tile + (p.whole ? keys * Tile<QUERIES>::bytes : 0), barriers = numbers + 4 * QUERIES * 4;
   if (thread == 0)
@@ -65,8 +66,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     const int there = span.length - row < QUERIES ? span.length - row : QUERIES;
     const Shared to = stages + stage * 2 * QUERIES * Tile<D>::bytes;
     copy_rows<D>(to, rows_of(p.q, row, head), p.q.token, QUERIES, there, forgotten(thread), threads);
-    copy_rows<D>(to + QUERIES * Tile<D>::bytes, rows_of(p.dout, row, head), p.dout.token, QUERIES, there, forgotten(thread),
-                 threads);
+    copy_rows<D>(to + QUERIES * Tile<D>::bytes, rows_of(p.dout, row, head), p.dout.token, QUERIES, there,
+                 forgotten(thread), threads);
     barrier_arrive_after_copies(barriers + 8 * stage);
   };
   copy(kv_head * p.group, 0, 0);
@@ -89,22 +90,26 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     const int there = span.length - row < QUERIES ? span.length - row : QUERIES;
     const Shared q = stages + stage * 2 * QUERIES * Tile<D>::bytes, dout = q + QUERIES * Tile<D>::bytes;
     const Shared lse = numbers + stage * 2 * QUERIES * 4, delta = lse + QUERIES * 4;
-    const int64_t numbers_at = (static_cast<int64_t>(span.sample) * p.heads + head) * p.sequences.tokens + span.start + row;
+    const int64_t numbers_at =
+        (static_cast<int64_t>(span.sample) * p.heads + head) * p.sequences.tokens + span.start + row;
 
     turn_tile<E, D>(p, q, 0, there, span.sample, span.start + row, head, forgotten(thread), threads,
                     [&] { barrier_wait(barriers + 8 * stage, parity); });
     // queries that do not exist have weights of 0
     if (thread < QUERIES)
-      store_shared_float(lse + 4 * thread, thread < there ? load_global_float(p.lse + numbers_at + thread) * LOG2_E : INFINITY);
+      store_shared_float(lse + 4 * thread,
+                         thread < there ? load_global_float(p.lse + numbers_at + thread) * LOG2_E : INFINITY);
     if (!p.whole) {
-      if (thread < QUERIES) store_shared_float(delta + 4 * thread, thread < there ? load_global_float(p.delta + numbers_at + thread) : 0.0f);
+      if (thread < QUERIES)
+        store_shared_float(delta + 4 * thread, thread < there ? load_global_float(p.delta + numbers_at + thread) : 0.0f);
     } else {
       for (int base = 0; base < QUERIES; base += threads / 4) {  // 4 lanes a row
         const int i = base + (thread >> 2);
         float sum = 0.0f;
         if (i < there)
           for (int chunk = lane & 3; chunk < D / 8; chunk += 4)
-            sum += dot<E>(load_shared4(dout + Tile<D>::at(i, chunk)), load_global4(rows_of(p.out, row + i, head) + 8 * chunk));
+            sum += dot<E>(load_shared4(dout + Tile<D>::at(i, chunk)),
+                          load_global4(rows_of(p.out, row + i, head) + 8 * chunk));
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
         if (i < QUERIES && (lane & 3) == 0) store_shared_float(delta + 4 * i, sum);
@@ -138,8 +143,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
             float& weight = s[b][m][n][i];
             weight = exp2(weight * scale - of_lse.f[i & 1]);
             // k = 0 there, but the weight may be infinite
-            if (first + first_key + 16 * m + 16 > span.length && first + first_key + 16 * m + (lane >> 2) + 8 * (i >> 1) >= span.length)
-              weight = 0.0f;
+            const int row_of_m = first + first_key + 16 * m;
+            if (row_of_m + 16 > span.length && row_of_m + (lane >> 2) + 8 * (i >> 1) >= span.length) weight = 0.0f;
             dp[b][m][n][i] = weight * (dp[b][m][n][i] - of_delta.f[i & 1]);
           }
       }
@@ -174,7 +179,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
         for (int i = 0; i < 8; ++i) d[i >> 2][i & 3] = 0.0f;
         for (int key = 0; key < span.length; key += 16) {
           uint32_t a[4], w[4];
-          load_matrix4_transposed(a, ds_tile + Tile<QUERIES>::at(key + by_chunks(lane).row, 2 * b + by_chunks(lane).chunk));
+          const Lane at = by_chunks(lane);
+          load_matrix4_transposed(a, ds_tile + Tile<QUERIES>::at(key + at.row, 2 * b + at.chunk));
           if (two) {
             load_matrix4_transposed(w, k_tile + Tile<D>::at(key + by_rows(lane).row, 2 * c + by_rows(lane).chunk));
             multiply<E>(d[1], a, w[2], w[3]);
@@ -189,8 +195,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
         if (two) store_floats<D>(dq_tile, 16 * b, 2 * c + 1, d[1], p.scale, lane);
       }
       block_sync();
-      store_turned_back<E, D>(p, dq_tile, there, rows_of(p.dq, row, head), p.dq.token, span.sample, span.start + row, head,
-                              forgotten(thread), threads);
+      store_turned_back<E, D>(p, dq_tile, there, rows_of(p.dq, row, head), p.dq.token, span.sample, span.start + row,
+                              head, forgotten(thread), threads);
     }
     head = next_head, row = next_row;
     stage ^= 1;
@@ -201,14 +207,15 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   for (int m = 0; m < MT; ++m) {
     const int row = first + first_key + 16 * m + (lane >> 2);
     uint16_t* out = rows_of(p.dv, row, kv_head);
-    store_rows<E, D>(dv[m], 1.0f, 1.0f, out, out + 8 * static_cast<int64_t>(p.dv.token), row < span.length, row + 8 < span.length, lane);
+    store_rows<E, D>(dv[m], 1.0f, 1.0f, out, out + 8 * static_cast<int64_t>(p.dv.token), row < span.length,
+                     row + 8 < span.length, lane);
   }
   block_sync();  // K and V are read to their end
 #pragma unroll
   for (int m = 0; m < MT; ++m) store_floats<D>(k_tile, first_key + 16 * m, 0, dk[m], p.scale, lane);
   block_sync();
-  store_turned_back<E, D>(p, k_tile, exist, rows_of(p.dk, first, kv_head), p.dk.token, span.sample, span.start + first, kv_head,
-                          thread, threads);
+  store_turned_back<E, D>(p, k_tile, exist, rows_of(p.dk, first, kv_head), p.dk.token, span.sample, span.start + first,
+                          kv_head, thread, threads);
 }
 
 }  // namespace spe::cuda::keys

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backward of long sequences needs more than once: q and k turned, and delta = rowsum(dout out). A block has ROWS
-// tokens of one head. Sequences of at most 256 tokens do without: backward_keys.h turns them itself.
+// What the backward of long sequences needs more than once: q and k turned, and delta = rowsum(dout out). A block has
+// ROWS tokens of one head. Sequences of at most 256 tokens do without: backward_keys.h turns them itself.
 #pragma once
 
 #include "turn.h"

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// dq of sequences of any length: a block has 16 x warps queries of one head, keeps q, dout and dq in registers, and goes
-// over the keys, which backward_prepare.h has turned. With P = exp(S - lse), dS = P (dout Vt - delta), dq is dS K, turned
-// back. One barrier for each tile of keys.
+// dq of sequences of any length: a block has 16 x warps queries of one head, keeps q, dout and dq in registers, and
+// goes over the keys, which backward_prepare.h has turned. With P = exp(S - lse), dS = P (dout Vt - delta), dq is dS K,
+// turned back. One barrier for each tile of keys.
 //
-// Shared memory: STAGES x (K, V) of BN rows; 16 x warps rows of q and of dout, then of dq as floats; STAGES barriers, and one.
+// Shared memory: STAGES x (K, V) of BN rows; 16 x warps rows of q and of dout, then of dq as floats; STAGES barriers,
+// and one.
 #pragma once
 
 #include "turn.h"
@@ -31,15 +32,18 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     for (int i = 0; i <= STAGES; ++i) barrier_init(barriers + 8 * i, threads);
   block_sync();
 
-  const auto rows_of = [&](const Tensor& x, int row, int of_head) { return x.at(span.sample, span.start + row, of_head); };
+  const auto rows_of = [&](const Tensor& x, int row, int of_head) {
+    return x.at(span.sample, span.start + row, of_head);
+  };
   const int count = (span.length + BN - 1) / BN;
   const auto copy = [&](int tile) {
     if (tile >= count) return;
     const int exist = span.length - tile * BN < BN ? span.length - tile * BN : BN;
     const int stage = tile % STAGES;
     const Shared to = tiles + stage * 2 * BN * Tile<D>::bytes;
-    copy_rows<D>(to, rows_of(p.k, tile * BN, head / p.group), p.k.token, BN, exist, thread, threads);
-    copy_rows<D>(to + BN * Tile<D>::bytes, rows_of(p.v, tile * BN, head / p.group), p.v.token, BN, exist, thread, threads);
+    const uint16_t *k = rows_of(p.k, tile * BN, head / p.group), *v = rows_of(p.v, tile * BN, head / p.group);
+    copy_rows<D>(to, k, p.k.token, BN, exist, thread, threads);
+    copy_rows<D>(to + BN * Tile<D>::bytes, v, p.v.token, BN, exist, thread, threads);
     barrier_arrive_after_copies(barriers + 8 * stage);
   };
   const int exist = span.length - first < block_rows ? span.length - first : block_rows;

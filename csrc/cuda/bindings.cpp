@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// spatial_pe._cuda: the CUDA kernels as Python functions of plain numbers and addresses. Arguments were checked in Python.
-// The same source makes _cuda_emulated, whose kernels run on the host (for tests).
+// spatial_pe._cuda: the CUDA kernels as Python functions of plain numbers and addresses. Arguments were checked in
+// Python. The same source makes _cuda_emulated, whose kernels run on the host (for tests).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -72,7 +72,8 @@ const Device& device_of(int index) {
   static const std::vector<Device> found = devices(error);
 #endif
   if (index < 0 || index >= static_cast<int>(found.size()))
-    throw py::value_error("device " + std::to_string(index) + ": the CUDA runtime finds " + std::to_string(found.size()) +
+    throw py::value_error("device " + std::to_string(index) + ": the CUDA runtime finds " +
+                          std::to_string(found.size()) +
                           (error.empty() ? "" : " (" + error + ")"));
   return found[index];
 }
@@ -94,8 +95,8 @@ void forward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTuple
 
 // scratch: delta (batch, heads, tokens) float32, and q and k turned, like q and k; 0 where `scratch_wanted` is false.
 void backward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTuple out, uintptr_t lse, ViewTuple dout,
-              ViewTuple dq, ViewTuple dk, ViewTuple dv, uintptr_t delta, ViewTuple q_turned, ViewTuple k_turned, int device,
-              uintptr_t stream) {
+              ViewTuple dq, ViewTuple dk, ViewTuple dv, uintptr_t delta, ViewTuple q_turned, ViewTuple k_turned,
+              int device, uintptr_t stream) {
   Call call = forward_call(d, q, k, v, out, lse);
   Params& p = call.params;
   p.dout = view(dout), p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
@@ -156,12 +157,14 @@ PYBIND11_MODULE(SPE_MODULE, m) {
   m.attr("compiler") = SPE_CUDA_COMPILER;
   m.attr("architectures") = SPE_CUDA_ARCHS;
   m.attr("head_dims") = std::vector<int>(std::begin(HEAD_DIMS), std::end(HEAD_DIMS));
-  m.def("devices", &found_devices, "(devices, error): the devices that the CUDA runtime finds, and why there are none.");
+  m.def("devices", &found_devices,
+        "(devices, error): the devices that the CUDA runtime finds, and why there are none.");
   m.def("forward", &forward, "call"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
   m.def("backward", &backward, "call"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dq"_a, "dk"_a,
         "dv"_a, "delta"_a, "q_turned"_a, "k_turned"_a, "device"_a, "stream"_a);
   m.def("scratch_wanted", &scratch_wanted, "call"_a, "device"_a);
-  m.def("plan", &plan, "call"_a, "direction"_a, "multiprocessors"_a, "shared_per_block"_a, "shared_per_multiprocessor"_a);
+  m.def("plan", &plan, "call"_a, "direction"_a, "multiprocessors"_a, "shared_per_block"_a,
+        "shared_per_multiprocessor"_a);
 #ifdef SPE_EMULATED
   bind_emulator(m);
 #endif

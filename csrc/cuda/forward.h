@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of sequences of any length. A block has two kinds of warps: producers copy tiles of q, k and v to shared memory
-// and turn q and k there, consumers multiply. Between them stand two rings of tiles, of keys (with their values) and of
-// queries, whose slots pass from one side to the other by barriers; no barrier of the whole block after the start.
+// Attention of sequences of any length. A block has two kinds of warps: producers copy tiles of q, k and v to shared
+// memory and turn q and k there, consumers multiply. Between them stand two rings of tiles, of keys (with their values)
+// and of queries, whose slots pass from one side to the other by barriers; no barrier of the whole block after the
+// start.
 //
 // Work is cut into items, (sequence, head, part of its queries). A consumer warp has MT x 16 queries of a tile of
 // 16 x MT x warps queries; an item is one or more such tiles (passes).
@@ -10,14 +11,15 @@
 //   streaming  the ring is shorter than the sequence: every item is one pass, and gives back what it has read.
 // The code is the same: the host says how long the ring is, and how many passes an item has.
 //
-// Softmax has no running maximum: scores are taken relative to the largest of a row's first ones, until a weight outgrows
-// that by HEADROOM; then the scores of its tile are computed again, and the reference is raised. The sum of the weights is
-// one more column of their product with the values. So a score costs a multiply-add, an exp2 and half a conversion. exp2 on
-// the multiply-add units would cost 6 instructions in place of one: the special function unit takes 1/16 clock a score and
-// SM, the products at D = 64 at least that (1/8 on sm_80), and instructions are what there are too many of.
+// Softmax has no running maximum: scores are taken relative to the largest of a row's first ones, until a weight
+// outgrows that by HEADROOM; then the scores of its tile are computed again, and the reference is raised. The sum of
+// the weights is one more column of their product with the values. So a score costs a multiply-add, an exp2 and half a
+// conversion. exp2 on the multiply-add units would cost 6 instructions in place of one: the special function unit takes
+// 1/16 clock a score and SM, the products at D = 64 at least that (1/8 on sm_80), and instructions are what there are
+// too many of.
 //
-// Shared memory: slots of keys, each BN rows of K, then V (a shorter tile: as many rows as it has, in multiples of 16, so
-// that the last slot of a resident ring may be shorter); query_slots of 16 x warps rows; three barriers a slot.
+// Shared memory: slots of keys, each BN rows of K, then V (a shorter tile: as many rows as it has, in multiples of 16,
+// so that the last slot of a resident ring may be shorter); query_slots of 16 x warps rows; three barriers a slot.
 #pragma once
 
 #include <cmath>
@@ -26,11 +28,11 @@
 
 namespace spe::cuda::attention {
 
-constexpr int BN = 32;      // keys of a tile
-constexpr float LOWEST = -3.0e38f;
+constexpr int BN = 32;              // keys of a tile
+constexpr float LOWEST = -3.0e38f;  // of a row without a reference; finite, so that -inf - LOWEST is not NaN
 
-// Warps: as many for each of the 4 schedulers of an SM. 12 have 168 registers a thread; registers are given to 4 warps at a
-// time, so one more would leave them 128, and one less no more than 168.
+// Warps: as many for each of the 4 schedulers of an SM. 12 have 168 registers a thread; registers are given to 4 warps
+// at a time, so one more would leave them 128, and one less no more than 168.
 constexpr int CONSUMERS = 8, PRODUCERS = 4;
 
 // Blocks of 16 queries of a warp. A tile of keys is read from shared memory once for all of them, 4 clocks of an SM for
@@ -39,12 +41,12 @@ constexpr int query_blocks(int dim) { return dim <= 80 ? 2 : 1; }
 template <int D>
 constexpr int MT = query_blocks(D);
 
-// Whether a warp keeps its queries in registers, MT x D / 4 a thread. Else an operand is read from shared memory for every
-// tile of keys: half as much again as the keys and values.
+// Whether a warp keeps its queries in registers, MT x D / 4 a thread. Else an operand is read from shared memory for
+// every tile of keys: half as much again as the keys and values.
 constexpr bool queries_in_registers(int dim) { return dim == 64 || dim == 88 || dim == 96; }
 
-// How far, in log2, a row's largest weight is below 1 when its reference is set: until one of 2 comes up, the row may grow
-// by one more than that. bfloat16 has room for 60 and more on either side; float16 begins at 2^-24.
+// How far, in log2, a row's largest weight is below 1 when its reference is set: until one of 2 comes up, the row may
+// grow by one more than that. bfloat16 has room for 60 and more on either side; float16 begins at 2^-24.
 template <class E>
 constexpr float HEADROOM = 60.0f;
 template <>
@@ -101,6 +103,7 @@ struct Place {
   }
 };
 
+// (sequence, head, part of its queries).
 struct Item {
   Span span;
   int head, first, passes, tiles;  // first query; tiles of keys
@@ -124,7 +127,6 @@ struct Item {
   }
   SPE_DEVICE bool exists() const { return first < span.length; }
 };
-
 
 // ---------------------------------------------------------------------------------------------------------- producers
 
@@ -183,8 +185,8 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
         const Tensor& x = is_keys ? p.k : p.q;
         copy_rows<D>(next.tile, x.at(next.sample, token, head), x.token, rows, exist, thread, 32 * PRODUCERS);
         if (is_keys)
-          copy_rows<D>(next.tile + rows * Tile<D>::bytes, p.v.at(next.sample, token, head), p.v.token, rows, exist, thread,
-                       32 * PRODUCERS);
+          copy_rows<D>(next.tile + rows * Tile<D>::bytes, p.v.at(next.sample, token, head), p.v.token, rows, exist,
+                       thread, 32 * PRODUCERS);
         barrier_arrive_after_copies(next.copied);
         if (is_keys)
           keys.advance(p.slots);
@@ -202,10 +204,10 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
 
 // What a warp keeps of its rows: h = 0 for row g of a block of 16, h = 1 for row g + 8.
 template <int D>
-struct Rows2 {
+struct State {
   float out[MT<D>][D / 8][4];
   float reference[MT<D>][2];  // of the weights, in log2
-  float sum[MT<D>][4];     // of all weights: a result of which every column is the same
+  float sum[MT<D>][4];        // of all weights: a result of which every column is the same
 
   SPE_DEVICE void start() {
 #pragma unroll
@@ -228,7 +230,7 @@ SPE_DEVICE float row_max(float x) {
 
 // Sets a row's reference by its largest score; it never falls.
 template <class E, int D>
-SPE_DEVICE void raise(Rows2<D>& rows, const float (&most)[MT<D>][2], float scale) {
+SPE_DEVICE void raise(State<D>& rows, const float (&most)[MT<D>][2], float scale) {
 #pragma unroll
   for (int m = 0; m < MT<D>; ++m)
 #pragma unroll
@@ -244,7 +246,7 @@ SPE_DEVICE void raise(Rows2<D>& rows, const float (&most)[MT<D>][2], float scale
 
 // Keys [0, 16 BLOCKS) of a tile, of which `exist` are there where MASK says so.
 template <class E, int D, int BLOCKS, bool MASK>
-SPE_DEVICE void attend(Rows2<D>& rows, const Operand<D> (&a)[MT<D>], Shared queries, int stride, Shared k, Shared v,
+SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared queries, int stride, Shared k, Shared v,
                        int exist, float scale, bool first, int lane) {
   constexpr int M = MT<D>;
   // Blocks of 16 keys whose scores are in registers at a time: one where the queries are as well.
@@ -334,7 +336,7 @@ SPE_DEVICE void attend(Rows2<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
 }
 
 template <class E, int D>
-SPE_DEVICE void store(const Params& p, const Item& item, Rows2<D>& rows, int first, int layer_rows, int lane) {
+SPE_DEVICE void store(const Params& p, const Item& item, State<D>& rows, int first, int layer_rows, int lane) {
 #pragma unroll
   for (int m = 0; m < MT<D>; ++m) {
     const int row = first + m * layer_rows + (lane >> 2);
@@ -350,7 +352,8 @@ SPE_DEVICE void store(const Params& p, const Item& item, Rows2<D>& rows, int fir
                            (rows.reference[m][h] + log2(sum)) * LN_2);
     }
     uint16_t* out = p.out.at(item.span.sample, item.span.start + row, item.head);
-    store_rows<E, D>(rows.out[m], factor[0], factor[1], out, out + 8 * static_cast<int64_t>(p.out.token), exists[0], exists[1], lane);
+    store_rows<E, D>(rows.out[m], factor[0], factor[1], out, out + 8 * static_cast<int64_t>(p.out.token), exists[0],
+                     exists[1], lane);
   }
 }
 
@@ -386,7 +389,7 @@ SPE_DEVICE void consume(const Params& p, const Memory<D>& memory, int warp, int 
       queries.advance(p.query_slots);
     }
 
-    Rows2<D> rows;
+    State<D> rows;
     rows.start();
     if (pass > 0) keys.back(item.tiles, p.slots);
     // After the first pass this waits for what has happened.
@@ -406,8 +409,8 @@ SPE_DEVICE void consume(const Params& p, const Memory<D>& memory, int warp, int 
       barrier_wait(memory.full(slot), keys.round(p.slots));
       const Shared k = memory.keys(slot), v = k + rows_of(exist) * Tile<D>::bytes;
       for (int i = 0; i < exist && works; i += 16, raise = false)
-        attend<E, D, 1, true>(rows, a, layer, memory.layer_bytes(), k + i * Tile<D>::bytes, v + i * Tile<D>::bytes, exist - i,
-                              p.scale2, raise, lane);
+        attend<E, D, 1, true>(rows, a, layer, memory.layer_bytes(), k + i * Tile<D>::bytes, v + i * Tile<D>::bytes,
+                              exist - i, p.scale2, raise, lane);
       if (last) give_back(slot);
       keys.advance(p.slots);
     }

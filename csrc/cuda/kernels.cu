@@ -18,7 +18,8 @@ const void* address(F* kernel) {
 
 template <class E, int D>
 Kernels table() {
-  Kernels t{{{"windows_64", address(windows::forward<E, D, 64>)}, {"windows_128", address(windows::forward<E, D, 128>)}},
+  Kernels t{{{"windows_64", address(windows::forward<E, D, 64>)},
+             {"windows_128", address(windows::forward<E, D, 128>)}},
             {"forward", address(attention::forward<E, D>)},
             {"prepare", address(prepare::prepare<E>)},
             {"queries", address(queries::backward<E, D>)},

@@ -14,8 +14,8 @@ namespace {
 void check(cudaError_t status, const Launch& launch, int device) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // so that the next call of torch does not report it again
-  throw std::runtime_error("CUDA could not launch " + describe(launch) + ", on device " + std::to_string(device) + ": " +
-                           cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+  throw std::runtime_error("CUDA could not launch " + describe(launch) + ", on device " + std::to_string(device) +
+                           ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
 // A kernel gets more than 48 KB of shared memory only if it asked for it, once on each device.
@@ -25,8 +25,8 @@ void allow_shared_memory(const Launch& launch, int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   int& bytes = allowed[{launch.kernel.function, device}];
   if (launch.shared <= bytes) return;
-  check(cudaFuncSetAttribute(launch.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared), launch,
-        device);
+  check(cudaFuncSetAttribute(launch.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared),
+        launch, device);
   bytes = launch.shared;
 }
 

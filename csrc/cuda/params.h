@@ -25,14 +25,15 @@ struct Vectors {
 
 // Items in a row for each block: as evenly as it goes.
 struct Work {
-  int count, each, left;  // blocks [0, left) have one more
+  int each, left;  // blocks [0, left) have one more
 
   Work() = default;
-  Work(int count, int blocks) : count(count), each(count / blocks), left(count % blocks) {}
+  Work(int count, int blocks) : each(count / blocks), left(count % blocks) {}
   SPE_DEVICE int begin(int block) const { return block * each + (block < left ? block : left); }
 };
 
-// (batch, tokens, heads, head_dim). Strides in elements: 32 bits, so that an address takes two multiply-adds, not eight.
+// (batch, tokens, heads, head_dim). Strides in elements: 32 bits, so that an address takes two multiply-adds, not
+// eight.
 struct Tensor {
   uint16_t* data;
   int64_t batch;
@@ -57,7 +58,7 @@ struct AngleTables {
 struct Params {
   Tensor q, k, v, out, dout, dq, dk, dv;  // strides are multiples of 8, addresses of 16
   Tensor q_turned, k_turned;              // of backward_prepare.h
-  float *lse, *delta;                   // (batch, heads, tokens): log of the sum of exponentials; rowsum(dout out)
+  float *lse, *delta;                     // (batch, heads, tokens): log of the sum of exponentials; rowsum(dout out)
   AngleTables tables;
   ChannelPairs pairs;
   int turn_vector;   // pairs that a thread turns at a time: 4 or 2
@@ -66,15 +67,17 @@ struct Params {
   bool turn_inputs;  // false: q and k are turned already, or never
   Sequences sequences;
   int heads, group, head_dim;  // group: heads that share a key head
-  float scale, scale2;  // scale2: times log2(e)
-  // forward.h, windows_forward.h
-  Work items;                // of all blocks
-  int parts, passes;         // of a sequence; the most tiles of queries in a part
-  int slots, query_slots;    // of the rings in shared memory
-  int consumers;             // warps
+  float scale, scale2;         // scale2: times log2(e)
+  // windows_forward.h
+  Work items;  // of all blocks; of forward.h too
+  int stages;  // windows in shared memory at a time
+  // forward.h
+  int parts, passes;            // of a sequence (0: an item is a block of queries); the most tiles of queries in a part
+  int slots, query_slots;       // of the rings
+  int consumers;                // warps
   int queries_at, barriers_at;  // bytes of shared memory
-  int stages;                // windows.h: windows in shared memory at a time
-  bool whole;                // backward_keys.h: a block has all keys of its sequence, and writes dq too
+  // backward_keys.h
+  bool whole;  // a block has all keys of its sequence, and writes dq too
 };
 
 }  // namespace spe::cuda

@@ -157,7 +157,8 @@ std::vector<Launch> plan_backward(const Call& call, const Device& device) {
   p.turn_inputs = false;
   p.whole = false;
   int warps = fitting(queries::MAX_WARPS, [&](int w) { return queries::shared_bytes(dim, w); });
-  launches.push_back({t.queries, programs(p.sequences, 16 * warps) * p.heads, 32 * warps, queries::shared_bytes(dim, warps), p});
+  launches.push_back({t.queries, programs(p.sequences, 16 * warps) * p.heads, 32 * warps,
+                      queries::shared_bytes(dim, warps), p});
   const int blocks = max_key_blocks(dim);
   warps = fitting(keys::MAX_WARPS, [&](int w) { return keys::shared_bytes(dim, blocks, w, false); });
   launches.push_back({t.keys[blocks - 1], programs(p.sequences, 16 * blocks * warps) * kv_heads, 32 * warps,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that the kernels ask of the machine, and the only file that knows it: PTX for nvcc, and for any other compiler the
-// functions of the same names in emulator/primitives.h, so that the same kernels run on the host.
+// All that the kernels ask of the machine, and the only file that knows it: PTX for nvcc, and for any other compiler
+// the functions of the same names in emulator/primitives.h, so that the same kernels run on the host.
 //
-// Shared memory is addressed by byte (Shared), and only touched through these functions. Fragments of matrix products are
-// those of the PTX manual (mma.m16n8k16, .m16n8k8, ldmatrix): with g = lane / 4 and t = lane % 4,
+// Shared memory is addressed by byte (Shared), and only touched through these functions. Fragments of matrix products
+// are those of the PTX manual (mma.m16n8k16, .m16n8k8, ldmatrix): with g = lane / 4 and t = lane % 4,
 //   A (16 x 16)  a[0]: (g, 2t..), a[1]: (g + 8, 2t..), a[2]: (g, 2t + 8..), a[3]: (g + 8, 2t + 8..)   two elements each
 //   B (16 x 8)   b[0]: (2t.., g), b[1]: (2t + 8.., g)
 //   D (16 x 8)   d[0], d[1]: (g, 2t..), d[2], d[3]: (g + 8, 2t..)                                      float
@@ -77,8 +77,8 @@ SPE_DEVICE bool warp_any(bool p) { return __any_sync(0xffffffffu, p); }
 SPE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 SPE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-// A barrier of 8 bytes in shared memory, in phases: a phase is complete when `count` arrivals have come. What a thread did
-// before it arrived is seen by those that waited for the phase.
+// A barrier of 8 bytes in shared memory, in phases: a phase is complete when `count` arrivals have come. What a thread
+// did before it arrived is seen by those that waited for the phase.
 SPE_DEVICE void barrier_init(Shared barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -262,8 +262,8 @@ SPE_DEVICE uint32_t pack<Float16>(float first, float second) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(second), "f"(first));
   return w;
 }
-// A word of two ones; and whether one of two elements that are not negative is 2 or more, infinite or NaN: a bit of their
-// exponents.
+// A word of two ones; and whether one of two elements that are not negative is 2 or more, infinite or NaN: a bit of
+// their exponents.
 template <class E>
 constexpr uint32_t ONES = 0x3f803f80u;
 template <>

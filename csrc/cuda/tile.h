@@ -10,9 +10,9 @@ constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 constexpr int divisor(int a, int b) { return b == 0 ? a : divisor(b, a % b); }
 
-// Rows of CHUNKS x 16 bytes, without gaps. Chunks are exchanged within a row so that one chunk of 8 rows in a row lies in
-// 8 different banks, as load_matrix reads it: a row starts CHUNKS banks (of 16 bytes) after the one above, so the rows
-// repeat after PERIOD of them, and the XOR moves those that repeat.
+// Rows of CHUNKS x 16 bytes, without gaps. Chunks are exchanged within a row so that one chunk of 8 rows in a row lies
+// in 8 different banks, as load_matrix reads it: a row starts CHUNKS banks (of 16 bytes) after the one above, so the
+// rows repeat after PERIOD of them, and the XOR moves those that repeat.
 template <int CHUNKS>
 struct Rows {
   static constexpr int bytes = 16 * CHUNKS;
@@ -36,8 +36,8 @@ struct Lane {
 SPE_DEVICE Lane by_rows(int lane) { return {lane & 15, lane >> 4}; }
 SPE_DEVICE Lane by_chunks(int lane) { return {(lane >> 4 << 3) + (lane & 7), lane >> 3 & 1}; }
 
-// Address in a tile, of rows that begin at a multiple of 8; `chunk` is even. Written so that all that depends on the lane is the
-// same for every chunk, and the compiler keeps one register for it.
+// Address in a tile, of rows that begin at a multiple of 8; `chunk` is even. Written so that all that depends on the
+// lane is the same for every chunk, and the compiler keeps one register for it.
 template <int D>
 SPE_DEVICE Shared matrix_at(Shared tile, int first, Lane lane, int chunk) {
   constexpr int mask = (Tile<D>::common - 1) & ~1;
@@ -69,8 +69,8 @@ struct Operand {
   }
 };
 
-// d += A B^T over D channels, for BLOCKS x 16 rows of B from `first` on: two n8 of each. `operand(m, i, fragment)` gives
-// fragment i of the rows of block m.
+// d += A B^T over D channels, for BLOCKS x 16 rows of B from `first` on: two n8 of each. `operand(m, i, fragment)`
+// gives fragment i of the rows of block m.
 template <class E, int D, int MT, int BLOCKS, class Operands>
 SPE_DEVICE void multiply_rows_by(float (&d)[BLOCKS][MT][2][4], Operands operand, Shared b, int first, int lane) {
 #pragma unroll
@@ -161,8 +161,8 @@ SPE_DEVICE void as_operand(uint32_t (&a)[4], const float (&left)[4], const float
   a[3] = pack<E>(right[2], right[3]);
 }
 
-// Rows g and g + 8 of a result, times a factor each, to global memory, where they exist. Two lanes exchange words, so that
-// the four of a row write 32 bytes in one go: a whole sector.
+// Rows g and g + 8 of a result, times a factor each, to global memory, where they exist. Two lanes exchange words, so
+// that the four of a row write 32 bytes in one go: a whole sector.
 template <class E, int D>
 SPE_DEVICE void store_rows(const float (&d)[D / 8][4], float factor0, float factor1, uint16_t* row0, uint16_t* row1,
                            bool exists0, bool exists1, int lane) {
@@ -191,8 +191,8 @@ SPE_DEVICE void store_rows(const float (&d)[D / 8][4], float factor0, float fact
   }
 }
 
-// How threads share columns x rows: each has one column, and rows `row`, `row + step` and so on. Those that are left over
-// have a row that is behind any other.
+// How threads share columns x rows: each has one column, and rows `row`, `row + step` and so on. Those that are left
+// over have a row that is behind any other.
 struct Share {
   int column, row, step;
 };
@@ -205,7 +205,8 @@ SPE_DEVICE Share share(int thread, int threads) {
 // Starts copying `rows` rows of D elements, the first `exist` of which are there and the others become 0. `rows` is a
 // multiple of 16; thread `thread` of `threads`.
 template <int D>
-SPE_DEVICE void copy_rows(Shared tile, const uint16_t* first, int stride, int rows, int exist, int thread, int threads) {
+SPE_DEVICE void copy_rows(Shared tile, const uint16_t* first, int stride, int rows, int exist, int thread,
+                          int threads) {
   const Share s = share<D / 8>(thread, threads);
   const uint16_t* from = first + static_cast<int64_t>(s.row) * stride + 8 * s.column;
   const int64_t step = static_cast<int64_t>(s.step) * stride;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rotation of rows in shared memory, V channel pairs at a time. Channels keep their order, so that a table of cos = 1
-// and sin = 0 changes no bit. A row's vectors are those of its pairs, then those of the channels that pass, in which two
-// neighbours count as a pair.
+// The rotation of rows in shared memory, V channel pairs at a time. Channels keep their order, so that a table of cos =
+// 1 and sin = 0 changes no bit. A row's vectors are those of its pairs, then those of the channels that pass, in which
+// two neighbours count as a pair.
 #pragma once
 
 #include "params.h"
@@ -148,9 +148,9 @@ struct Slot {
   SPE_DEVICE int at(int row) const { return row * TILE::bytes + (chunk ^ TILE::exchange(row) << 4) + byte; }
 };
 
-// Turns a tile in place: rows [0, rows) are tokens [first, first + rows) of the sample. `ready` is called after the first
-// angles are on their way, and before the tile is touched. A second tile of the same tokens is turned with it, unless
-// it is 0.
+// Turns a tile in place: rows [0, rows) are tokens [first, first + rows) of the sample. `ready` is called after the
+// first angles are on their way, and before the tile is touched. A second tile of the same tokens is turned with it,
+// unless it is 0.
 template <class E, int D, int V, class Ready>
 SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int first, int head,
                           int thread, int threads, Ready ready) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sequences of at most KEYS tokens: windows. A warp has 16 queries and their whole rows of scores in registers, so softmax
-// is one pass. A block visits (window, head) one after another, the heads of a window in a row, whose angles its L1 then
-// holds, and copies the next one while it works (stages = 2). One barrier a window.
+// Sequences of at most KEYS tokens: windows. A warp has 16 queries and their whole rows of scores in registers, so
+// softmax is one pass. A block visits (window, head) one after another, the heads of a window in a row, whose angles
+// its L1 then holds, and copies the next one while it works (stages = 2). One barrier a window.
 //
 // Shared memory: stages x (Q, K, V), each `rows` x D, rows = 16 x warps; then a barrier for each stage.
 #pragma once

@@ -272,11 +272,14 @@ def main_loop(flow: Flow) -> Loop | None:
 
 def side_loop(flow: Flow, needs: tuple[str, ...], counted: str, each: int) -> Part | None:
     """The loop that has all these instructions and does not multiply, `each` of one of them for a unit: of several the
-    one with most units, which is unrolled, and not for a scalar tail; of those the cheapest."""
+    one with most units, which is unrolled, and not for a scalar tail; of those the cheapest. A loop around two loops
+    that copy is not one that copies two at a time."""
     found = []
     for loop in flow.loops:
         others = () if "LDGSTS" in needs else ("LDGSTS",)
         if not all(has(flow, loop.blocks, name) for name in needs) or has(flow, loop.blocks, "HMMA", *others):
+            continue
+        if counted == "LDGSTS" and any(has(flow, inner.blocks, counted) for inner in flow.inside(loop)):
             continue
         way = flow.path(loop, lambda block: count(flow, block, counted))
         found.append(part(code(flow, way), sum(count(flow, block, counted) for block in way) / each))

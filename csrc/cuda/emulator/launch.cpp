@@ -45,8 +45,8 @@ class Ranges {
     if (p_.pairs.rotary_dim > 0) {
       const AngleTables& t = p_.tables;
       const Sizes n = sizes_of(p_);
-      const size_t bytes =
-          4 * ((n.samples - 1) * t.batch + (n.tokens - 1) * t.token + (p_.heads - 1) * t.head + p_.pairs.rotary_dim / 2);
+      const int64_t last = (n.samples - 1) * t.batch + (n.tokens - 1) * t.token + (p_.heads - 1) * t.head;
+      const size_t bytes = 4 * (last + p_.pairs.rotary_dim / 2);
       emulator::allow_read(t.cos, bytes);
       emulator::allow_read(t.sin, bytes);
     }
@@ -77,7 +77,8 @@ class Ranges {
     if (p_.sequences.form == Form::padded) return;
     for (const auto& [data, bytes] : written_)
       if (const size_t left = emulator::unwritten(data, bytes))
-        throw std::runtime_error(describe(launch) + ": leaves " + std::to_string(left) + " bytes of a result unwritten");
+        throw std::runtime_error(describe(launch) + ": leaves " + std::to_string(left) +
+                                 " bytes of a result unwritten");
   }
 
  private:
