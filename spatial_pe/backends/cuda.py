@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..rotary import Rotary
 from . import reference, triton
 from .call import Call
 
@@ -73,6 +74,8 @@ def cannot_serve(call: Call) -> str | None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not aligned(x):
             return f"{name} has rows that do not start at multiples of 16 bytes (strides {x.stride()})"
+        if _too_far(x):
+            return f"{name} has strides {x.stride()}: at most 2,147,483,647 elements between tokens and heads"
     rotary = call.rotary
     if rotary is not None and vector_of(rotary.rotary_dim, rotary.pairing) is None:
         return f'rotary_dim is {rotary.rotary_dim}, pairing "{rotary.pairing}": its runs of pairs must be even'
@@ -83,6 +86,11 @@ def aligned(x: Tensor) -> bool:
     """By its strides. Where it begins is not known while a call is traced: see _begun."""
     strides = zip(x.stride()[:3], x.shape[:3], strict=True)
     return all(stride % ALIGNED == 0 or size == 1 for stride, size in strides)
+
+
+def _too_far(x: Tensor) -> bool:
+    """Strides of tokens and heads are 32 bits in the kernels."""
+    return max(x.stride(1), x.stride(2)) > 2**31 - 1
 
 
 def vector_of(rotary_dim: int, pairing: str) -> int | None:
@@ -212,18 +220,13 @@ def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
     return arguments, keep
 
 
-def tables(rotary) -> tuple[Tensor, Tensor]:
-    """float32 tables whose rows start at multiples of 16 bytes, alike in their strides."""
-    cos, sin = rotary.cos.detach().float(), rotary.sin.detach().float()
-    wide = cos.stride() == sin.stride() and all(
-        x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(stride % 4 == 0 or size == 1 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
-        for x in (cos, sin)
-    )
-    return (cos, sin) if wide else (_widened(cos), _widened(sin))
-
-
-def _widened(table: Tensor) -> Tensor:
-    """A contiguous copy; rows of R/2 floats, R/2 even: 8 bytes are enough where vectors are of 2 pairs."""
-    return table.contiguous().clone() if table.data_ptr() % 16 else table.contiguous()
+def tables(rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """float32 tables with rows at multiples of 16 bytes, alike in their strides. Contiguous ones of R/2 floats always
+    serve: where 4 does not divide R/2, vectors are of 2 pairs, 8 bytes."""
+    cos, sin = rotary.cos, rotary.sin
+    if cos.dtype != torch.float32:
+        cos, sin = cos.float(), sin.float()
+    strides = cos.stride()
+    if strides != sin.stride() or strides[3] != 1 or any(stride % 4 for stride in strides[:3]):
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return _begun(cos), _begun(sin)

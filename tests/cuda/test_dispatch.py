@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,7 @@ from oracles import Case, make
 from spatial_pe.backends import cuda, select, triton
 from spatial_pe.backends.call import Call
 
+ROOT = Path(__file__).parents[2]
 KIB = 1024
 # multiprocessors, bytes of shared memory a block can ask for and an SM has
 H100 = (132, 227 * KIB, 228 * KIB)
@@ -181,6 +186,30 @@ def test_a_library_that_cannot_serve_is_a_reason(extension_is, reason, monkeypat
         assert select.select(Call(x, x, x, None, 1.0, None, None, None), "auto") != "cuda"
     finally:
         cuda._runtime_error.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the launch would succeed")
+def test_a_failed_launch_says_what_and_where(tmp_path):
+    """The kernel, its grid, its shared memory, the device and what CUDA says of it."""
+    source = ROOT / "csrc/cuda"
+    program = tmp_path / "launch_test"
+    sources = [ROOT / "tests/cuda/launch_test.cu", source / "launch.cu", source / "plan.cpp"]
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "--expt-relaxed-constexpr", "-o", program, *sources]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    ran = subprocess.run([program], capture_output=True, text=True)
+    expected = (
+        r"CUDA could not launch windows_64 \(head_dim 80\), 396 blocks of 128 threads, 61456 bytes of shared memory "
+        r"each, on device 0: .+ \(cudaError\w+\)\n"
+    )
+    assert re.fullmatch(expected, ran.stdout), ran.stdout
+
+
+def test_refuses_tokens_too_far_apart():
+    q = torch.empty(1, 4, 2, 64, dtype=torch.bfloat16)
+    v = torch.empty_strided(q.shape, (0, 2**31, 64, 1), dtype=q.dtype, device="meta")
+    assert cuda._too_far(v) and not cuda._too_far(q)
 
 
 def test_an_unloadable_library_is_a_reason(monkeypatch, tmp_path):
