@@ -78,6 +78,7 @@ cuda-budget: $(VENV)/installed build/emulator/built
 	printf '%s\n' $(CUDA_TARGETS) | xargs -P 2 -I {} $(BIN)/python tests/cuda/budget.py --targets {} --out build/budget/{}.json
 	$(BIN)/python tests/cuda/budget.py --reports $(CUDA_TARGETS:%=build/budget/%.json) \
 	  --markdown docs/cuda_budget.md --budget tests/cuda/budget.json
+	echo >> docs/cuda_budget.md
 	$(BIN)/python tests/cuda/model.py --reports $(CUDA_TARGETS:%=build/budget/%.json) --chips A100 H100 H200 "RTX 4090" \
 	  >> docs/cuda_budget.md
 

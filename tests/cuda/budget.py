@@ -53,8 +53,9 @@ TARGETS = {
 }
 # Whose launches are typical: (sequences, heads, tokens)
 SHAPES = [(768, 16, 64), (256, 16, 128), (64, 16, 196), (64, 16, 256), (64, 16, 576), (64, 16, 1024), (9, 16, 4096)]
-# Products over head_dim for each score, by the first word of a kernel's name
+# Products over head_dim for each score, by the first word of a kernel's name; and columns of 8 more, for sums
 PRODUCTS = {"windows": 2, "forward": 2, "queries": 3, "keys": 4}
+SUMS = {"windows": 1, "forward": 1}
 # What the main loop does for nearly every tile: it copies the next one, turns vectors of 4 pairs, and looks whether a
 # weight has become too large (forward, but not after a retry). PLAIN: where q and k come turned.
 PLAIN = {"HMMA": 1000, "LDGSTS": 100}
@@ -227,8 +228,9 @@ def parts(flow: Flow, kernel: str, dim: int) -> dict[str, Part]:
     def add(name: str, worth: dict[str, int], avoid: set[int]) -> None:
         way = flow.path(loop, worth_of(flow, worth), avoid)
         instructions = code(flow, (block for block in way if block not in writing | nested))
-        # a score of 32 lanes is products x D / 64 products of 16 x 8 x 16
-        found[name] = part(instructions, 64 * tensor(instructions) / (PRODUCTS[first] * dim))
+        # 16 x 16 scores, 8 a lane, take that many products of 16 x 8 x 16
+        each = PRODUCTS[first] * dim / 8 + SUMS.get(first, 0)
+        found[name] = part(instructions, 8 * tensor(instructions) / each)
 
     nested: set[int] = set()
     if first == "forward":  # the reference is raised where a maximum is taken: rarely
