@@ -22,6 +22,7 @@ HEAD_DIMS = (64, 72, 80, 88, 96, 128)
 FORMS = {"dense": 0, "packed": 1, "padded": 2}
 # q, k and v are copied 16 bytes at a time
 ALIGNED = 8
+MOST_BETWEEN = 2**31 - 1
 
 
 def _load() -> ModuleType | str:
@@ -84,13 +85,18 @@ def cannot_serve(call: Call) -> str | None:
 
 def aligned(x: Tensor) -> bool:
     """By its strides. Where it begins is not known while a call is traced: see _begun."""
-    strides = zip(x.stride()[:3], x.shape[:3], strict=True)
-    return all(stride % ALIGNED == 0 or size == 1 for stride, size in strides)
+    batch, token, head, _ = x.stride()
+    if batch % ALIGNED == 0 and token % ALIGNED == 0 and head % ALIGNED == 0:
+        return True
+    # a dimension of one element has any stride
+    return all(
+        stride % ALIGNED == 0 or size == 1 for stride, size in zip((batch, token, head), x.shape[:3], strict=True)
+    )
 
 
 def _too_far(x: Tensor) -> bool:
     """Strides of tokens and heads are 32 bits in the kernels."""
-    return max(x.stride(1), x.stride(2)) > 2**31 - 1
+    return x.stride(1) > MOST_BETWEEN or x.stride(2) > MOST_BETWEEN
 
 
 def vector_of(rotary_dim: int, pairing: str) -> int | None:
