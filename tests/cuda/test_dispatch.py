@@ -43,7 +43,7 @@ def plan(extension, direction: str, device: tuple[int, int, int], *shape, **opti
     [
         (H100, 196, 64, {"resident": True, "passes": 1, "threads": 32 * 11}),
         (H100, 256, 64, {"resident": True, "passes": 1, "threads": 32 * 12}),
-        (H100, 576, 64, {"resident": True, "passes": 3, "threads": 32 * 10}),
+        (H100, 576, 64, {"resident": True, "passes": 3, "threads": 32 * 12}),
         (H100, 576, 80, {"resident": True, "passes": 3}),
         (H100, 729, 64, {"resident": True}),
         (H100, 729, 72, {"resident": False}),  # 212 KB of keys and values and 28 of queries
