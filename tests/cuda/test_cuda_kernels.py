@@ -53,15 +53,20 @@ def check_kernels(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("case", [*ALL_LENGTHS, *DIMS], ids=str)
-def test_lengths_and_head_dims(case, dtype, emulated):
+@pytest.mark.parametrize("case", DIMS, ids=str)
+def test_head_dims(case, dtype, emulated):
     check_kernels(case, dtype)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("case", CALLS, ids=str)
-def test_rotations_sequences_views(case, dtype, emulated):
-    check_kernels(case, dtype)
+@pytest.mark.parametrize("case", [*ALL_LENGTHS, *CALLS], ids=str)
+def test_lengths_rotations_sequences_views(case, emulated):
+    check_kernels(case, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*ALL_LENGTHS, *CALLS], ids=str)
+def test_float16_everywhere(case, emulated):
+    check_kernels(case, torch.float16)
 
 
 @pytest.mark.parametrize("shared", [99, 64])
