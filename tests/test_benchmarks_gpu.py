@@ -290,6 +290,22 @@ def test_table_says_what_was_met_and_what_was_missed():
     assert "| ours | 41.5 |" in text and "refused: no" in text
 
 
+def test_the_cuda_kernels_have_targets_of_their_own():
+    assert report.cuda_targets(CONTENT["rows"]) == ""
+    rows = [
+        row(196, 64, cuda=1.0, **{"cuda-off": 0.99, "rotary-flash": 1.5, "rotary-cudnn": 1.6}),
+        row(196, 64, "backward", cuda=2.0, **{"rotary-flash": 2.4}),
+        row(576, 64, cuda=1.0, **{"cuda-off": 0.9, "flex": 1.1}),
+    ]
+    lines = report.cuda_targets(rows).splitlines()
+    assert (
+        "| 196, 64 | 1.50x (rotary-flash), met: >= 1.4x | +1.0%, met: <= 3% | 1.20x (rotary-flash), MISSED: >= 1.3x |"
+        in lines
+    )
+    assert "| 576, 64 | 1.10x (flex), MISSED: >= 1.2x | +11.1%, MISSED: <= 3% | – |" in lines
+    assert "| windows of 64, 80 | not run | not run | not run |" in lines
+
+
 def test_table_is_well_formed():
     for block in report.table(CONTENT).split("\n\n"):
         widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}

@@ -59,6 +59,27 @@ TARGETS = (
 )
 
 
+@dataclass(frozen=True)
+class CudaTarget:
+    """What the CUDA kernels have been promised to reach on an H200 with the large batch: times as fast as our rotary
+    kernel + the best attention. Rotation on against off: CUDA_ROTATION at most."""
+
+    tokens: int
+    dim: int
+    forward: float
+    backward: float | None = None
+
+
+CUDA_ROTATION = 0.03
+CUDA_TARGETS = (
+    CudaTarget(64, 80, 1.7, 1.3),
+    CudaTarget(196, 64, 1.4, 1.3),
+    CudaTarget(256, 64, 1.4, 1.3),
+    CudaTarget(576, 64, 1.2),
+    CudaTarget(729, 72, 1.25),
+)
+
+
 def write(path: Path) -> None:
     content = state.load(path)
     path.with_name("table.md").write_text(table(content))
@@ -84,8 +105,8 @@ def against(row: Row, name: str | None, mine: str = "ours") -> float | None:
     return times[name] / times[mine] if name in times and mine in times else None
 
 
-def rotation_cost(row: Row) -> float | None:
-    ratio = against(row, "off")
+def rotation_cost(row: Row, mine: str = "ours", plain: str = "off") -> float | None:
+    ratio = against(row, plain, mine)
     return None if ratio is None else 1 / ratio - 1
 
 
@@ -119,6 +140,7 @@ def table(content: dict[str, Any]) -> str:
         f"# Attention with 2D RoPE on {device.get('name', 'an unknown GPU')}",
         f"bf16, 16 heads; medians; {what}, CUDA {device.get('cuda')}, cuDNN {device.get('cudnn')}. `{command}`",
         targets(content["rows"]),
+        cuda_targets(content["rows"]),
         shapes(content["rows"]),
         rotary(content["rows"]),
         host(content.get("host_microseconds", {})),
@@ -154,6 +176,28 @@ def targets(rows: list[Row]) -> str:
     header = ["large batch, forward", "against eager + best SDPA", "against our rotary kernel + best attention"]
     header += ["rotation on / off", "auto / fastest path", "fwd+bwd against eager", "fwd+bwd against rotary + best"]
     return "## Targets\n\nOf the forward; the last two columns have none.\n\n" + markdown(header, cells)
+
+
+def cuda_targets(rows: list[Row]) -> str:
+    """Nothing where the CUDA kernels have not run at all."""
+    if not any("cuda" in row["median_ms"] for row in rows):
+        return ""
+    found = {name: large(row for row in rows if row["direction"] == name) for name in ("forward", "backward")}
+    cells = []
+    for target in CUDA_TARGETS:
+        forward, backward = (found[name].get((target.tokens, target.dim), {"median_ms": {}}) for name in found)
+        ratios = [(row, best(row, "separate")) for row in (forward, backward)]
+        cells.append(
+            [
+                _name(target.tokens, target.dim),
+                judged(against(*ratios[0], mine="cuda"), target.forward, ratios[0][1]),
+                judged_cost(rotation_cost(forward, "cuda", "cuda-off"), CUDA_ROTATION),
+                judged(against(*ratios[1], mine="cuda"), target.backward, ratios[1][1]),
+            ]
+        )
+    header = ["large batch", "forward against our rotary kernel + best attention", "rotation on / off"]
+    header += ["backward against our rotary kernel + best attention"]
+    return "## Targets of the CUDA kernels\n\n" + markdown(header, cells)
 
 
 def shapes(rows: list[Row]) -> str:

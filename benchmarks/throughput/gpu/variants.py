@@ -32,7 +32,8 @@ from .cases import Inputs, Shape
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-OURS = ("ours", "off", "cuda", "cuda-off", "auto")
+# name -> backend
+OURS = {"ours": "triton", "off": "triton", "cuda": "cuda", "cuda-off": "cuda", "auto": "auto"}
 PLAIN = ("off", "cuda-off")  # compute attention without rotation
 EAGER = ("eager-default", "eager-cudnn", "eager-flash")
 LOOP = "eager-loop"
@@ -78,9 +79,7 @@ def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
 
 def _fused(name: str, inputs: Inputs) -> Attention:
     rotary = None if name in PLAIN else inputs.rotary
-    backend = (
-        {"auto": "auto", "cuda": "cuda", "cuda-off": "cuda"}.get(name, "triton") if inputs.device == "cuda" else "auto"
-    )
+    backend = OURS[name] if inputs.device == "cuda" else "auto"
     bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
     return lambda q, k, v: spatial_pe.rope_attention(
         q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend=backend
