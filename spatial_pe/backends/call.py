@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_seqlens
@@ -41,3 +42,17 @@ class Call:
                 check_seqlens(lengths, tokens)
             for b, length in enumerate(lengths):
                 yield b, 0, length
+
+
+# ------------------------------------------------------------------------------------------ for the compiled backends
+
+
+def allocator(call: Call) -> Callable[..., Tensor]:
+    """The kernels write the tokens of the sequences; with padding there are others, which must be 0."""
+    return torch.empty if call.seqlens is None else torch.zeros
+
+
+def view(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides (batch, token, head) in elements; the last stride is 1."""
+    batch, token, head = x.stride()[:3]
+    return x.data_ptr(), batch, token, head

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .call import Call
+from .call import Call, allocator, view
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -49,10 +49,10 @@ def cannot_serve(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q = call.q
-    empty = _allocator(call)
+    empty = allocator(call)
     out = empty(q.shape, dtype=q.dtype)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    _module().forward(_problem(call), q=_view(q), k=_view(call.k), v=_view(call.v), out=_view(out), lse=lse.data_ptr())
+    _module().forward(_problem(call), q=view(q), k=view(call.k), v=view(call.v), out=view(out), lse=lse.data_ptr())
     return out, lse
 
 
@@ -60,19 +60,19 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
     """Returns dq, dk, dv, contiguous."""
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    empty = _allocator(call)
+    empty = allocator(call)
     dq, dk, dv = (empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
     _module().backward(
         _problem(call),
-        q=_view(call.q),
-        k=_view(call.k),
-        v=_view(call.v),
-        out=_view(out),
+        q=view(call.q),
+        k=view(call.k),
+        v=view(call.v),
+        out=view(out),
         lse=lse.data_ptr(),
-        dout=_view(dout),
-        dq=_view(dq),
-        dk=_view(dk),
-        dv=_view(dv),
+        dout=view(dout),
+        dq=view(dq),
+        dk=view(dk),
+        dv=view(dv),
     )
     return dq, dk, dv
 
@@ -81,21 +81,10 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
 angle_gradient = reference.angle_gradient
 
 
-def _allocator(call: Call):
-    """The kernels write the tokens of the sequences; with padding there are others, which must be 0."""
-    return torch.empty if call.seqlens is None else torch.zeros
-
-
 def _module() -> ModuleType:
     if isinstance(EXTENSION, str):
         raise RuntimeError(f'backend "cpu" is not available: {EXTENSION}')
     return EXTENSION
-
-
-def _view(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides (batch, token, head) in elements; the last stride is 1."""
-    batch, token, head = x.stride()[:3]
-    return x.data_ptr(), batch, token, head
 
 
 def _problem(call: Call) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..rotary import Rotary
 from . import reference, triton
-from .call import Call
+from .call import Call, allocator, view
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 HEAD_DIMS = (64, 72, 80, 88, 96, 128)
@@ -108,11 +108,11 @@ def vector_of(rotary_dim: int, pairing: str) -> int | None:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q, k, v = (_begun(x) for x in (call.q, call.k, call.v))
-    empty = _allocator(call)
+    empty = allocator(call)
     out = empty(q.shape, dtype=q.dtype, device=q.device)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     arguments, keep = _arguments(call)
-    _module().forward(arguments, q=_view(q), k=_view(k), v=_view(v), out=_view(out), lse=lse.data_ptr(), **_place(q))
+    _module().forward(arguments, q=view(q), k=view(k), v=view(v), out=view(out), lse=lse.data_ptr(), **_place(q))
     del keep
     return out, lse
 
@@ -122,7 +122,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
     if dout.stride(-1) != 1 or not aligned(dout):
         dout = dout.contiguous()
     q, k, v, out, dout = (_begun(x) for x in (call.q, call.k, call.v, out, dout))
-    empty = _allocator(call)
+    empty = allocator(call)
     dq, dk, dv = (empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     arguments, keep = _arguments(call)
     place = _place(q)
@@ -133,18 +133,18 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
             turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     _module().backward(
         arguments,
-        q=_view(q),
-        k=_view(k),
-        v=_view(v),
-        out=_view(out),
+        q=view(q),
+        k=view(k),
+        v=view(v),
+        out=view(out),
         lse=lse.data_ptr(),
-        dout=_view(dout),
-        dq=_view(dq),
-        dk=_view(dk),
-        dv=_view(dv),
+        dout=view(dout),
+        dq=view(dq),
+        dk=view(dk),
+        dv=view(dv),
         delta=0 if delta is None else delta.data_ptr(),
-        q_turned=(0, 0, 0, 0) if turned_q is None else _view(turned_q),
-        k_turned=(0, 0, 0, 0) if turned_k is None else _view(turned_k),
+        q_turned=(0, 0, 0, 0) if turned_q is None else view(turned_q),
+        k_turned=(0, 0, 0, 0) if turned_k is None else view(turned_k),
         **place,
     )
     del keep
@@ -164,11 +164,6 @@ def _begun(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _allocator(call: Call):
-    """The kernels write the tokens of the sequences; with padding there are others, which must be 0."""
-    return torch.empty if call.seqlens is None else torch.zeros
-
-
 def _module() -> ModuleType:
     if isinstance(EXTENSION, str):
         raise RuntimeError(f'backend "cuda" is not available: {EXTENSION}')
@@ -179,12 +174,6 @@ def _place(x: Tensor) -> dict[str, int]:
     if EMULATED:
         return {"device": 0, "stream": 0}
     return {"device": x.device.index, "stream": torch.cuda.current_stream(x.device).cuda_stream}
-
-
-def _view(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides (batch, token, head) in elements; the last stride is 1."""
-    batch, token, head = x.stride()[:3]
-    return x.data_ptr(), batch, token, head
 
 
 def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
