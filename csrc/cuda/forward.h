@@ -78,8 +78,8 @@ struct Memory {
   }
 };
 
-// Of a ring of `tile_rows` rows.
-inline int place(Params& p, int tile_rows) {
+// Says where things lie behind a ring of `tile_rows` rows of keys; returns the bytes of it all.
+inline int lay_out(Params& p, int tile_rows) {
   p.queries_at = 2 * tile_rows * 2 * p.head_dim;
   p.barriers_at = p.queries_at + p.query_slots * 16 * p.consumers * 2 * p.head_dim;
   return p.barriers_at + 24 * (p.slots + p.query_slots);

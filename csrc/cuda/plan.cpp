@@ -92,7 +92,7 @@ Launch general_forward(const Call& call, const Device& device) {
   int shared = 0, items = 0;
   const auto fits = [&](int rows, int slots, int query_slots, int consumers) {
     p.slots = slots, p.query_slots = query_slots, p.consumers = consumers;
-    shared = place(p, rows);
+    shared = lay_out(p, rows);
     return shared <= device.shared_per_block;
   };
   const bool resident =

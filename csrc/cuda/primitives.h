@@ -52,7 +52,6 @@ SPE_DEVICE int thread_index() { return threadIdx.x; }
 SPE_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }
 SPE_DEVICE int block_size() { return blockDim.x; }
 SPE_DEVICE int block_index() { return blockIdx.x; }
-SPE_DEVICE int grid_size() { return gridDim.x; }
 
 // The first byte of the block's dynamic shared memory, a multiple of 16.
 SPE_DEVICE Shared shared_memory() {

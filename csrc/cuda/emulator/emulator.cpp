@@ -739,7 +739,6 @@ void run(const Launch& launch, const std::function<void()>& body) {
 int thread_index() { return m.current; }
 int block_size() { return m.threads; }
 int block_index() { return m.block; }
-int grid_size() { return m.launch->blocks; }
 
 const void* shared_read(uint32_t at, uint32_t bytes) { return read(m.current, at, bytes); }
 void* shared_write(uint32_t at, uint32_t bytes) { return write(at, bytes, "writes"); }

@@ -57,7 +57,6 @@ enum class Wait : uint8_t {
 int thread_index();
 int block_size();
 int block_index();
-int grid_size();
 
 void block_sync();
 void warp_sync();

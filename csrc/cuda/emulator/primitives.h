@@ -25,7 +25,6 @@ using emulator::block_index;
 using emulator::block_size;
 using emulator::block_sync;
 using emulator::copy_async;
-using emulator::grid_size;
 using emulator::shuffle_xor;
 using emulator::thread_index;
 using emulator::warp_any;
