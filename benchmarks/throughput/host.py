@@ -14,6 +14,7 @@ import argparse
 import os
 import statistics
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,10 +110,12 @@ def main() -> None:
 
     import spatial_pe
     from spatial_pe import rope_attention
+    from spatial_pe.backends import cuda
     from spatial_pe.backends.call import Call
     from spatial_pe.backends.triton import forward, plan, rotation
 
     FakeGPU().install()
+    cuda.EMULATED, cuda.EXTENSION = True, types.SimpleNamespace(forward=lambda *args, **options: None)
     torch.set_num_threads(1)
     q, k, v = torch.randn(1, 196, 3, 16, 64, dtype=torch.bfloat16).unbind(2)
     rotary = spatial_pe.AxialRoPE(64)(spatial_pe.PatchGrid(14, 14))
@@ -126,6 +129,7 @@ def main() -> None:
         "the backend's forward alone": lambda: forward(call),
         "the torch op, inference": lambda: op(q, k, v, rotary.cos, rotary.sin, *settings),
         "the torch op, training": lambda: op(*leaves, rotary.cos, rotary.sin, *settings),
+        "forward, CUDA, before its extension": lambda: rope_attention(q, k, v, rotary, backend="cuda"),
         "rotation of q and k": lambda: rotation([q, k], rotary),
         "planning, for a new shape": lambda: plan.plan_forward(call),
         "Triton's own dispatch of one launch": plan.plan_forward(call).launches[0].run,
