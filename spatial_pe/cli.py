@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: spatial-pe doctor | inspect | demo | tune.
+"""The command line: spatial-pe doctor | inspect | demo | tune | spatial.
 
 Exit codes: 0 for success, 1 where something is broken or a result is wrong, 2 for a wrong argument or a missing
 package, with one line on stderr and no traceback.
@@ -32,8 +32,12 @@ class UsageError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(argv)
+    options, rest = _parser().parse_known_args(argv)
     options.command = shlex.join(["spatial-pe", *argv])
+    if options.subcommand == "spatial":
+        options.arguments = argv[argv.index("spatial") + 1 :]
+    elif rest:
+        _parser().parse_args(argv)  # says what it does not know
     try:
         return options.run(options)
     except UsageError as error:
@@ -90,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--device", default="cuda", metavar="DEVICE", help="which GPU (default: cuda)")
     tune.add_argument("--out", type=Path, metavar="FILE", help="write what was measured here as well")
     tune.set_defaults(run=run_tune)
+
+    # its arguments are parsed by the package that it needs: scikit-learn and scikit-image are optional
+    spatial = commands.add_parser(
+        "spatial", add_help=False, help="the accuracy study of position encodings, and published spatial benchmarks"
+    )
+    spatial.set_defaults(run=run_spatial)
     return parser
 
 
@@ -340,6 +350,17 @@ def run_tune(options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         tuned.save(rows, options.out)
     return 0 if rows else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- spatial
+
+
+def run_spatial(options: argparse.Namespace) -> int:
+    for package in ("sklearn", "skimage", "transformers", "matplotlib"):
+        _need(package, extra="spatial")
+    from .spatial import command
+
+    return command.main(options.arguments, options.command)
 
 
 # -------------------------------------------------------------------------------------------------------------- shared

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``spatial-pe spatial run | report | eval``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .. import environment
+from . import study, zero_shot
+from .encodings import ENCODINGS
+from .study import BUDGETS, STUDIES, StudyError
+
+HELP = "the accuracy study of position encodings, and published spatial benchmarks"
+
+
+def main(argv: Sequence[str], command: str) -> int:
+    """``argv``: what follows ``spatial-pe spatial``; ``command``: the whole, to stand beside the numbers."""
+    options = _parser().parse_args(argv)
+    options.command = command
+    try:
+        return options.run(options)
+    except StudyError as error:
+        print(f"spatial-pe spatial {options.subcommand}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spatial-pe spatial", description=f"{HELP[0].upper()}{HELP[1:]}.")
+    commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="train small models that differ in their position encoding only",
+        description="Trains small models that differ in their position encoding only, and asks them where things are. "
+        "The file is written after each run: the same command goes on where it was stopped.",
+        epilog="studies: " + "; ".join(f"{name}: {row.about}" for name, row in STUDIES.items()),
+    )
+    run.add_argument("--study", choices=STUDIES, default="encodings", help="which (default: encodings)")
+    run.add_argument(
+        "--budget", choices=BUDGETS, default="standard", help="smoke: seconds, and no result; standard (default); full"
+    )
+    run.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each kind (default: 5)")
+    run.add_argument("--encodings", default=",".join(ENCODINGS), metavar="A,B,...", help="default: all")
+    run.add_argument("--jobs", type=int, metavar="N", help="processes, of one thread each (default: one per core)")
+    run.add_argument("--out", type=Path, metavar="FILE", help="default: spatial-STUDY-BUDGET.json")
+    run.set_defaults(run=run_study)
+
+    report = commands.add_parser("report", help="tables, charts and comparisons of studies as one HTML file")
+    report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by `spatial-pe spatial run`")
+    report.add_argument("--out", type=Path, default=Path("spatial.html"), metavar="FILE", help="default: spatial.html")
+    report.set_defaults(run=run_report)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="a CLIP-like model on What'sUp, COCO-spatial, VG-spatial or VSR",
+        description="Zero-shot choice of captions by a two-tower model, and what adding 2D RoPE does to it.",
+    )
+    zero_shot.add_arguments(evaluate)
+    evaluate.set_defaults(run=zero_shot.run_eval)
+    return parser
+
+
+def run_study(options: argparse.Namespace) -> int:
+    names = options.encodings.split(",")
+    unknown = [name for name in names if name not in ENCODINGS]
+    if unknown:
+        raise StudyError(f"--encodings: {unknown[0]!r} is not one of {', '.join(ENCODINGS)}")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise StudyError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    path = options.out or Path(f"spatial-{options.study}-{options.budget}.json")
+    _writable(path)
+    jobs = options.jobs or environment.usable_cores()
+    try:
+        result = study.run(
+            options.study,
+            options.budget,
+            path,
+            encodings=names,
+            seeds=options.seeds,
+            jobs=jobs,
+            command=options.command,
+            progress=_progress(),
+        )
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on from the runs in {path}.", file=sys.stderr)
+        raise
+    from . import report
+
+    print(report.text(result))
+    print(f"Wrote {path}; `spatial-pe spatial report {path}` makes a page of it.")
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    from . import report
+
+    _writable(options.out)
+    studies = [study.load(path) for path in options.files]
+    empty = [str(path) for path, it in zip(options.files, studies, strict=True) if not it["runs"]]
+    if empty:
+        raise StudyError(f"{empty[0]!r} holds no finished run yet: `spatial-pe spatial run` goes on with it")
+    options.out.write_text(report.html(studies), encoding="utf-8")
+    print(f"Wrote {options.out}")
+    return 0
+
+
+def _writable(path: Path) -> None:
+    """Said now, not after hours of work."""
+    if path.is_dir():
+        raise StudyError(f"--out {str(path)!r} is a folder: name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise StudyError(f"--out {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _progress() -> Callable[[int, int, str], None]:
+    """A bar on a terminal, a line a run elsewhere."""
+    terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int, label: str) -> None:
+        if terminal:
+            bar = "█" * (30 * done // max(1, total))
+            print(f"\r\033[K{bar:░<30} {done}/{total} {label}", end="", file=sys.stderr, flush=True)
+            if done == total:
+                print(file=sys.stderr)
+        else:
+            print(f"{done}/{total} {label}", file=sys.stderr, flush=True)
+
+    return show

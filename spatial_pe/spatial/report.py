@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of one or more studies: what was found in words, tables, charts; one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .. import page
+from ..page import Chart, Section, Table
+from . import charts, findings
+from .encodings import ENCODINGS
+from .findings import USUAL, Compared, Row
+from .statistics import Mean
+from .tasks import TASKS
+
+LEAD = (
+    "Small vision transformers that differ in nothing but their position encoding: same initial weights, pictures, "
+    "order and steps. Pictures are rendered shapes and real pixels (handwriting, photographs) with exact ground truth; "
+    "the answers are balanced, so that neither the question nor what is in a picture tells them. ± is the 95 % "
+    "interval of the mean over seeds."
+)
+
+
+def html(studies: Sequence[dict]) -> str:
+    """The page, from the content of the studies' files."""
+    from matplotlib import rc_context
+
+    with rc_context(page.style()):
+        sections = [section for study in studies for section in _sections(study)]
+        return page.render("Does it see space better?", LEAD, sections, _footer(studies))
+
+
+def text(study: dict) -> str:
+    """The tables and what was shown, for a terminal."""
+    lines = []
+    for part in findings.parts(study):
+        lines += ["", f"{study['study']}, {part}: {study['about']}"]
+        lines += [_plain(table) for table in _tables(study, part)]
+        lines += [f"- {sentence}" for sentence in sentences(study, part)]
+    return "\n".join(lines)
+
+
+def sentences(study: dict, part: str) -> list[str]:
+    """What was shown against the reference of each comparison, and where no difference was shown, in words."""
+    found = findings.comparisons(study, part)
+    if not found:
+        return ["One seed: nothing is compared. Differences need two seeds or more."]
+    lines = []
+    for encoding, reference in dict.fromkeys((c.encoding, c.reference) for c in found):
+        some = [c for c in found if (c.encoding, c.reference) == (encoding, reference)]
+        lines.append(f"{ENCODINGS[encoding].label} against {ENCODINGS[reference].label}: {_verdicts(some)}.")
+    return lines
+
+
+def _verdicts(some: Sequence[Compared]) -> str:
+    said = []
+    for verdict in ("better", "worse", "no difference shown"):
+        its = [c for c in some if c.result.verdict == verdict]
+        if its:
+            listed = ", ".join(
+                f"{c.column} ({100 * c.result.difference.value:+.1f} ± {100 * c.result.difference.half:.1f})"
+                for c in its
+            )
+            said.append(f"{verdict} in {listed}")
+    return "; ".join(said)
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+
+
+def _sections(study: dict) -> list[Section]:
+    names = findings.parts(study)
+    sections = []
+    if study["study"] == "data" and len(names) > 1:
+        sized = sorted(names, key=lambda part: study["recipes"][part]["scenes"])
+        chart = Chart(
+            charts.by_scenes(study, sized),
+            "Skill against the number of pictures in the training set, a line an encoding.",
+        )
+        sections.append(Section(f"{study['study']}: {study['about']}", (), (chart,)))
+    for part in names:
+        sections.append(_section(study, part))
+    return sections
+
+
+def _section(study: dict, part: str) -> Section:
+    recipe = study["recipes"][part]
+    seeds = len({run["seed"] for run in study["runs"] if run["part"] == part})
+    size = recipe["size"]
+    about = (
+        f"{recipe['model']}, {recipe['steps']} steps of {recipe['batch']} pictures from {recipe['scenes']} "
+        f"({', '.join(recipe['domains'])}), tested on {recipe['test_scenes']} others; {seeds} seeds. "
+        f"Tower: {size['depth']} layers, width {size['width']}, "
+        f"{size['heads']} heads, {size['image']} px in patches of {size['patch']}."
+    )
+    items: list[Table | Chart] = [*_tables(study, part)]
+    items += [Chart(draw(study, part), label) for draw, label in CHARTS.items()]
+    if any(run["attention"]["similarity"] for run in study["runs"] if run["part"] == part):
+        items.append(Chart(charts.similarity(study, part), SIMILARITY))
+    return Section(f"{study['study']}, {part}: {study['about']}", (about, *sentences(study, part)), tuple(items))
+
+
+CHARTS = {
+    charts.by_task: "Accuracy of each encoding on each task with its 95 % interval over the seeds; dotted: chance. The "
+    "numbers are in the table above.",
+    charts.by_scale: "Skill at 0.75, 1, 1.5 and 2 times the size of training, left with patches numbered on, right "
+    "with stretched coordinates. The numbers are in the table above.",
+    charts.curves: "Skill on a part of the test set against the number of pictures seen in training.",
+    charts.attention: "What the middle patch attends to in a picture without content, by layer and encoding, mean over "
+    "heads and seeds: bright is four times the even weight or more.",
+    charts.distance: "How far the heads of each layer look, in patches; layers from left to right within an encoding.",
+}
+SIMILARITY = "Cosine of the position table at the middle patch with that of all others: red 1, blue -1."
+BY_TASK = (
+    "Accuracy by task at the training size, % (chance in brackets); twins: right on a picture and on its mirror image; "
+    "skill: mean without chance."
+)
+BY_SCALE = "Skill by size, %: patches numbered on (index), or coordinates and tables stretched to the training grid."
+
+
+def _tables(study: dict, part: str) -> list[Table]:
+    chances = {task: f"{100 * TASKS[task].chance:.0f}" for task in TASKS}
+    tables = [
+        _table(BY_TASK, findings.by_task(study, part), lambda c: f"{c} ({chances[c]})" if c in chances else c),
+        _table(BY_SCALE, findings.by_scale(study, part), lambda c: c.replace(" ", "x ")),
+    ]
+    domains = findings.by_domain(study, part)
+    if len(domains[0].cells) > 1:
+        tables.append(_table("Skill by what the pictures are made of, %.", domains, str))
+    return tables
+
+
+def _table(caption: str, rows: Sequence[Row], title: Callable[[str], str]) -> Table:
+    columns = list(dict.fromkeys(column for row in rows for column in row.cells))
+    best = set()
+    for index, column in enumerate(columns):
+        values = {line: row.cells[column].value for line, row in enumerate(rows) if column in row.cells}
+        best.add((max(values, key=lambda line: values[line]), index + 1))
+    body = [[ENCODINGS[row.encoding].label, *(_cell(row.cells.get(column)) for column in columns)] for row in rows]
+    return Table(caption, ["encoding", *map(title, columns)], body, frozenset(best))
+
+
+def _cell(value: Mean | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value.value:.1f} ± {100 * value.half:.1f}" if value.count > 1 else f"{100 * value.value:.1f}"
+
+
+def _plain(table: Table) -> str:
+    rows = [list(table.header), *map(list, table.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([table.caption, *lines, ""])
+
+
+def _footer(studies: Sequence[dict]) -> str:
+    commands = dict.fromkeys(command for study in studies for command in study["commands"])
+    machines = dict.fromkeys(
+        f"{e['cpu']}, torch {e['versions']['torch']}, spatial_pe {e['versions']['spatial_pe']}"
+        for study in studies
+        for e in study["environments"]
+    )
+    return (
+        f"Made by: {'; '.join(commands)}. On: {'; '.join(machines)}. Reference of the comparisons: "
+        f"{ENCODINGS[USUAL].label}; paired t tests over seeds, corrected by Holm within each section."
+    )

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studies: which runs there are, running them on all cores, and the one file that holds a study.
+
+A study is a table of runs: (part, encoding, seed). Its file is written after each run, whole, so that a study that was
+stopped goes on from there: nothing is run again, nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import environment
+from .encodings import ENCODINGS
+from .scenes import DOMAINS
+from .train import Recipe, train_and_ask
+
+SCHEMA = 1  # of the file; counts up when a field changes its meaning
+SHAPES = ("shapes",)
+ALL = tuple(DOMAINS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Runs that share a recipe. ``encodings``: which of ENCODINGS; ``seeds``: at most so many."""
+
+    recipe: Recipe
+    encodings: tuple[str, ...] = tuple(ENCODINGS)
+    seeds: int = 99
+
+
+@dataclass(frozen=True)
+class Study:
+    about: str
+    parts: dict[str, dict[str, Part]]  # budget -> name of the part -> part
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    seed: int
+    part: str
+    encoding: str
+
+
+class StudyError(Exception):
+    """What the user can put right; the message says how."""
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _probe(family: str, steps: int, scenes: int = 16000, domains: tuple[str, ...] = SHAPES, **how: object) -> Recipe:
+    return Recipe("probe", family, steps, scenes, 600, domains, **how)  # type: ignore[arg-type]
+
+
+FEW = ("none", "learned-1d", "learned-large", "sincos-2d", "axial", "mixed", "mismatched")
+SMOKE = Recipe("probe", "objects", 6, 64, 100, SHAPES, batch=8)
+
+STUDIES = {
+    "encodings": Study(
+        "every encoding on every task, with the same number of steps",
+        {
+            "smoke": {"objects": Part(SMOKE)},
+            "standard": {
+                "objects": Part(_probe("objects", 350)),
+                "odd": Part(_probe("odd", 300, 8000)),
+                "map": Part(_probe("map", 300, 8000)),
+            },
+            "full": {
+                "objects": Part(_probe("objects", 1500, 48000, ALL)),
+                "odd": Part(_probe("odd", 1500, 24000, ALL)),
+                "map": Part(_probe("map", 1000, 32000)),
+            },
+        },
+    ),
+    "convergence": Study(
+        "do the slow ones catch up: four times the steps",
+        {
+            "smoke": {"steps6": Part(SMOKE), "steps12": Part(replace(SMOKE, steps=12))},
+            "standard": {"objects": Part(_probe("objects", 1400, 32000))},
+            "full": {"objects": Part(_probe("objects", 6000, 96000, ALL))},
+        },
+    ),
+    "data": Study(
+        "how many pictures it takes: training sets of 500 to 16,000, the same number of steps",
+        {
+            "smoke": {"scenes32": Part(replace(SMOKE, scenes=32)), "scenes64": Part(SMOKE)},
+            "standard": {f"scenes{n}": Part(_probe("objects", 350, n), FEW, 5) for n in (500, 1000, 2000, 4000)},
+            "full": {f"scenes{n}": Part(_probe("objects", 1500, n, ALL)) for n in (1000, 3000, 10000, 30000)},
+        },
+    ),
+    "llava": Study(
+        "a projector and a small language model on top, asked in words",
+        {
+            "smoke": {"objects": Part(replace(SMOKE, model="llava"))},
+            "standard": {
+                "objects": Part(Recipe("llava", "objects", 500, 16000, 600, SHAPES, asked=2)),
+            },
+            "full": {
+                "objects": Part(Recipe("llava", "objects", 2000, 48000, 1000, ALL, asked=2)),
+                "map": Part(Recipe("llava", "map", 1000, 32000, 1000, SHAPES)),
+            },
+        },
+    ),
+}  # fmt: skip
+BUDGETS = ("smoke", "standard", "full")
+
+
+def runs_of(study: str, budget: str, encodings: Sequence[str], seeds: int) -> list[Run]:
+    """All runs of a study, ordered by seed and part, so that the runs of a worker share their data."""
+    return sorted(
+        Run(seed, name, encoding)
+        for name, part in STUDIES[study].parts[budget].items()
+        for encoding in part.encodings
+        if encoding in encodings
+        for seed in range(min(seeds, part.seeds))
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def run(
+    study: str,
+    budget: str,
+    path: Path,
+    *,
+    encodings: Sequence[str] = tuple(ENCODINGS),
+    seeds: int = 5,
+    jobs: int | None = None,
+    command: str = "",
+    progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+) -> dict:
+    """Runs what of the study the file does not hold yet, and returns what the file then holds.
+
+    Args:
+        study, budget: a row of STUDIES and a budget of it.
+        path: the JSON file; a new one, or that of the same study and budget.
+        encodings, seeds: which, and how many from 0 on. A file may be extended by more of both.
+        jobs: processes of one thread each (default: one per usable core).
+        progress: called with the runs done, all of them, and the last one's name.
+
+    Raises:
+        StudyError: the file is not one of this study and budget, or was made by another version of it.
+    """
+    parts = STUDIES[study].parts[budget]
+    recipes = {name: json.loads(json.dumps(asdict(part.recipe))) for name, part in parts.items()}
+    result = load(path) if path.exists() else None
+    if result is None:
+        result = {"schema": SCHEMA, "kind": "spatial-study", "study": study, "about": STUDIES[study].about}
+        result |= {"budget": budget, "recipes": recipes, "commands": [], "environments": [], "runs": []}
+    if (result["study"], result["budget"]) != (study, budget):
+        raise StudyError(
+            f'{str(path)!r} holds the study "{result["study"]}" with the budget "{result["budget"]}": name another file'
+        )
+    if result["recipes"] != recipes:
+        raise StudyError(
+            f"{str(path)!r} was made with other settings ({_changed(result['recipes'], recipes)}): name another file"
+        )
+    _note(result["commands"], command)
+    _note(result["environments"], environment.describe())
+    done = {Run(r["seed"], r["part"], r["encoding"]) for r in result["runs"]}
+    wanted = runs_of(study, budget, encodings, seeds)
+    todo = [it for it in wanted if it not in done]
+    count = len(wanted) - len(todo)
+    progress(count, len(wanted), "")
+    for it, outcome in _work([(it, parts[it.part].recipe) for it in todo], jobs or environment.usable_cores()):
+        result["runs"].append({"part": it.part, "encoding": it.encoding, "seed": it.seed, **outcome})
+        result["runs"].sort(key=lambda r: (r["part"], list(ENCODINGS).index(r["encoding"]), r["seed"]))
+        save(path, result)
+        count += 1
+        progress(count, len(wanted), f"{it.part}, {it.encoding}, seed {it.seed}: {outcome['seconds']:.0f} s")
+    return result
+
+
+def _work(todo: list[tuple[Run, Recipe]], jobs: int) -> Iterator[tuple[Run, dict]]:
+    if jobs == 1:
+        yield from map(_one, todo)
+        return
+    # processes, not threads: a step is a hundred small operations, which gain nothing from a second thread
+    with multiprocessing.get_context("spawn").Pool(min(jobs, max(1, len(todo))), _worker) as pool:
+        yield from pool.imap_unordered(_one, todo)
+
+
+def _worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
+
+
+def _one(task: tuple[Run, Recipe]) -> tuple[Run, dict]:
+    it, recipe = task
+    torch.set_num_threads(1)
+    return it, train_and_ask(recipe, it.encoding, it.seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+def load(path: Path) -> dict:
+    """A study's file.
+
+    Raises:
+        StudyError: it cannot be read, or is something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StudyError(f"{str(path)!r} cannot be read as a study: {error}") from error
+    if not isinstance(result, dict) or result.get("kind") != "spatial-study":
+        raise StudyError(f"{str(path)!r} is not the file of a study: `spatial-pe spatial run` writes one")
+    if result["schema"] != SCHEMA:
+        raise StudyError(
+            f"{str(path)!r} has schema {result['schema']}, this version reads {SCHEMA}: run the study again"
+        )
+    return result
+
+
+def save(path: Path, result: dict) -> None:
+    """Whole or not at all: a process that is killed while it writes leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _note(entries: list, entry: object) -> None:
+    if entry and entry not in entries:
+        entries.append(entry)
+
+
+def _changed(old: dict, new: dict) -> str:
+    for name in sorted({*old, *new}):
+        mine, its = old.get(name), new.get(name)
+        if mine is None or its is None:
+            return f'part "{name}" is {"new" if mine is None else "gone"}'
+        for key in its:
+            if mine.get(key) != its[key]:
+                return f"{name}.{key} was {mine.get(key)}, is {its[key]}"
+    return "?"
