@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 
 # Two processes: the tests of one thread each. The towers once more with the oldest transformers that is supported.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
-TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm build/emulator/built
+TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm $(VENV)/lmms-eval build/emulator/built
 
 test: $(TEST_ENVS)
 	PYTHONPATH=$(VENV)/transformers-4.57 $(PYTEST) -m "not slow and not gpu" tests/towers
@@ -110,6 +110,15 @@ $(VENV)/transformers-4.57: $(VENV)/installed
 $(VENV)/timm: $(VENV)/installed
 	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
+	touch $@
+
+# lmms-eval and what its evaluator imports, without what only other models and videos need
+$(VENV)/lmms-eval: $(VENV)/installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --no-deps --target $@ lmms-eval==0.7.3 "datasets<6" "filelock<4.3" aiohappyeyeballs aiohttp \
+	  aiosignal attrs certifi chardet charset_normalizer colorama dataproperty decord dill evaluate frozenlist loguru lxml \
+	  mbstrdecoder multidict "multiprocess<0.71" pandas pathvalidate portalocker propcache pyarrow pytablewriter pytz \
+	  requests sacrebleu tabledata tabulate tcolorpy tenacity typepy urllib3 xxhash yarl
 	touch $@
 
 wheel: $(VENV)/installed

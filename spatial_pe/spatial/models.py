@@ -116,7 +116,7 @@ class Asked(nn.Module):
     """A tower and something that answers questions about its features: logits (Q, len(ANSWERS)), -inf for answers that
     the question's task does not have."""
 
-    tower: Tower
+    tower: nn.Module
 
     def forward(self, pixels: Tensor, batch: Batch, stretch: bool = False) -> Tensor:
         return self.answer(self.tower(pixels, stretch), batch)
@@ -129,22 +129,46 @@ class Asked(nn.Module):
 
 
 class Probe(Asked):
-    """One attentive probe a task: a learned query that attends to the features, an MLP, a linear layer."""
+    """A probe on a tower: features (B, N, C) -> what ``head`` reads from them for each task."""
 
-    def __init__(self, tower: Tower) -> None:
+    def __init__(self, tower: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.tower = tower
-        width = tower.size.width
-        self.query = nn.Parameter(torch.randn(len(TASKS), width))
-        self.attention = nn.MultiheadAttention(width, tower.size.heads, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.head = nn.Linear(width, len(ANSWERS))
+        self.tower, self.head = tower, head
 
     def _logits(self, features: Tensor, batch: Batch) -> Tensor:
+        return self.head(features, batch.image, batch.task)
+
+
+class Attentive(nn.Module):
+    """For each task a learned query that attends to the features, an MLP, a linear layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(len(TASKS), width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.out = nn.Linear(width, len(ANSWERS))
+
+    def forward(self, features: Tensor, image: Tensor, task: Tensor) -> Tensor:
         x, _ = self.attention(self.query.expand(len(features), -1, -1), features, features, need_weights=False)
-        x = x[batch.image, batch.task]
-        return self.head(x + self.mlp(self.norm(x)))
+        x = x[image, task]
+        return self.out(x + self.mlp(self.norm(x)))
+
+
+class Linear(nn.Module):
+    """For each task a linear layer on the mean of the features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, len(TASKS) * len(ANSWERS))
+
+    def forward(self, features: Tensor, image: Tensor, task: Tensor) -> Tensor:
+        return self.out(features.mean(1))[image].unflatten(-1, (len(TASKS), -1))[torch.arange(len(task)), task]
+
+
+def probe(tower: Tower) -> Probe:
+    return Probe(tower, Attentive(tower.size.width, tower.size.heads))
 
 
 class TinyLlava(Asked):

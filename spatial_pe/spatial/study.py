@@ -61,6 +61,7 @@ def _probe(family: str, steps: int, scenes: int = 16000, domains: tuple[str, ...
 
 
 FEW = ("none", "learned-1d", "learned-large", "sincos-2d", "axial", "mixed", "mismatched")
+LATE = FEW[1:]
 SMOKE = Recipe("probe", "objects", 6, 64, 100, SHAPES, batch=8)
 
 STUDIES = {
@@ -70,8 +71,9 @@ STUDIES = {
             "smoke": {"objects": Part(SMOKE)},
             "standard": {
                 "objects": Part(_probe("objects", 350)),
-                "odd": Part(_probe("odd", 300, 8000)),
-                "map": Part(_probe("map", 300, 8000)),
+                "photographs": Part(_probe("objects", 500, 16000, ("photographs",)), FEW),
+                "odd": Part(_probe("odd", 200, 8000), FEW),
+                "map": Part(_probe("map", 300, 8000), FEW),
             },
             "full": {
                 "objects": Part(_probe("objects", 1500, 48000, ALL)),
@@ -84,15 +86,15 @@ STUDIES = {
         "do the slow ones catch up: four times the steps",
         {
             "smoke": {"steps6": Part(SMOKE), "steps12": Part(replace(SMOKE, steps=12))},
-            "standard": {"objects": Part(_probe("objects", 1400, 32000))},
+            "standard": {"objects": Part(_probe("objects", 1400, 32000), LATE)},
             "full": {"objects": Part(_probe("objects", 6000, 96000, ALL))},
         },
     ),
     "data": Study(
-        "how many pictures it takes: training sets of 500 to 16,000, the same number of steps",
+        "how many pictures it takes: training sets of several sizes, the same number of steps",
         {
             "smoke": {"scenes32": Part(replace(SMOKE, scenes=32)), "scenes64": Part(SMOKE)},
-            "standard": {f"scenes{n}": Part(_probe("objects", 350, n), FEW, 5) for n in (500, 1000, 2000, 4000)},
+            "standard": {f"scenes{n}": Part(_probe("objects", 350, n), LATE) for n in (1000, 4000, 16000)},
             "full": {f"scenes{n}": Part(_probe("objects", 1500, n, ALL)) for n in (1000, 3000, 10000, 30000)},
         },
     ),
@@ -101,7 +103,7 @@ STUDIES = {
         {
             "smoke": {"objects": Part(replace(SMOKE, model="llava"))},
             "standard": {
-                "objects": Part(Recipe("llava", "objects", 500, 16000, 600, SHAPES, asked=2)),
+                "objects": Part(Recipe("llava", "objects", 400, 16000, 600, SHAPES, asked=2), LATE),
             },
             "full": {
                 "objects": Part(Recipe("llava", "objects", 2000, 48000, 1000, ALL, asked=2)),

@@ -13,8 +13,9 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,12 +24,21 @@ from torch.nn import functional as F
 
 from . import look
 from .encodings import ENCODINGS
-from .models import Batch, Probe, Size, TinyLlava, Tower
+from .models import Asked, Batch, Size, TinyLlava, Tower, probe
 from .scenes import DOMAINS, KINDS, NAMES, ROLES, Album
 from .tasks import TASKS, Dataset, Question, make_dataset
 
 SCALES = (0.75, 1.0, 1.5, 2.0)  # of the evaluated pictures, relative to training
-MODELS = {"probe": Probe, "llava": TinyLlava}
+MODELS: dict[str, Callable[[Tower], Asked]] = {"probe": probe, "llava": TinyLlava}
+
+
+class Schedule(Protocol):
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def cooldown(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,9 @@ class Recipe:
     cooldown: float = 0.3
     size: Size = field(default_factory=Size)
 
+    def run(self, encoding: str, seed: int) -> dict:
+        return train_and_ask(self, encoding, seed)
+
 
 def train_and_ask(recipe: Recipe, encoding: str, seed: int) -> dict:
     """Accuracies by scale, coordinates and task; by domain; of mirrored twins; while training; and what it attends to.
@@ -64,7 +77,8 @@ def train_and_ask(recipe: Recipe, encoding: str, seed: int) -> dict:
     began = time.perf_counter()
     train, test = _datasets(recipe.family, recipe.scenes, recipe.test_scenes, seed, recipe.domains)
     torch.manual_seed(seed)
-    model = MODELS[recipe.model](Tower(encoding, recipe.size))
+    tower = Tower(encoding, recipe.size)
+    model = MODELS[recipe.model](tower)
     losses, curve = _train(model, train, test, recipe, seed)
     model.eval()
     accuracy: dict[str, dict[str, dict]] = {}
@@ -72,16 +86,16 @@ def train_and_ask(recipe: Recipe, encoding: str, seed: int) -> dict:
         modes = _modes(encoding, scale)
         some = None if scale <= 1 else recipe.test_scenes // 2  # 4 to 16 times the cost
         asked = {mode: test.ask(model, scale, mode == "stretched", some) for mode in modes}
-        accuracy[str(scale)] = {mode: _by_task(hits) for mode, hits in asked.items()}
+        accuracy[str(scale)] = {mode: by_task(hits) for mode, hits in asked.items()}
         if scale == 1.0:
             exact = asked["index"]
     return {
         "accuracy": accuracy,
-        "domains": _by_domain(exact, test),
-        "twins": _twins(model, test, exact),
+        "domains": by_domain(exact, test),
+        "twins": twins(model, test, exact),
         "curve": curve,
         "loss": losses,
-        "attention": look.attention(model.tower, test.pictures(range(min(64, recipe.test_scenes)), 1.0)),
+        "attention": look.attention(tower, test.pictures(range(min(64, recipe.test_scenes)), 1.0)),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -112,6 +126,11 @@ class Exam:
         pixels = torch.from_numpy(self.album.draw(which, round(self.image * scale)))
         return (pixels.float() - 80.0) / 60.0
 
+    @staticmethod
+    def undo(pictures: Tensor) -> Tensor:
+        """What ``pictures`` gives, back in 0 .. 1."""
+        return (pictures * 60.0 + 80.0) / 255.0
+
     def batch(self, which: Sequence[int] | np.ndarray, most: int = 99, rng: np.random.Generator | None = None) -> Batch:
         """The questions about these scenes, at most so many of each, chosen at random."""
         questions: list[Question] = []
@@ -140,9 +159,9 @@ class Exam:
         return hits
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _datasets(family: str, scenes: int, test_scenes: int, seed: int, domains: tuple[str, ...]) -> tuple[Exam, Exam]:
-    """The runs of a worker come ordered by seed, so that most find their data made."""
+    """The runs of a worker come ordered by seed, so that most find their data made; a study has at most four."""
     return (
         Exam(make_dataset(scenes, family, "train", seed, domains)),
         Exam(make_dataset(test_scenes, family, "test", seed, domains)),
@@ -152,20 +171,20 @@ def _datasets(family: str, scenes: int, test_scenes: int, seed: int, domains: tu
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def _train(model: Probe | TinyLlava, train: Exam, test: Exam, recipe: Recipe, seed: int) -> tuple[list, list]:
+def _train(model: Asked, train: Exam, test: Exam, recipe: Recipe, seed: int) -> tuple[list, list]:
     roles = torch.from_numpy(train.album.roles(recipe.size.grid))
     namer = nn.Linear(recipe.size.width, 1 + ROLES + len(KINDS) - len(NAMES))
     parameters = [*model.parameters(), *namer.parameters()]
     optimizer = torch.optim.AdamW(parameters, recipe.rate, (0.9, 0.98), weight_decay=recipe.decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
     rng = np.random.default_rng([seed, 1])
-    order = _order(rng, train.asked, recipe.steps * recipe.batch)
+    sequence = order(rng, train.asked, recipe.steps * recipe.batch)
     losses, curve = [], []
     for step in range(recipe.steps):
-        which = order[step * recipe.batch : (step + 1) * recipe.batch]
+        which = sequence[step * recipe.batch : (step + 1) * recipe.batch]
         batch = train.batch(which, recipe.asked, rng)
         features = model.tower(train.pictures(which, 1.0))
-        loss = _loss(model.answer(features, batch), batch)
+        loss = task_loss(model.answer(features, batch), batch)
         named = F.cross_entropy(namer(features).flatten(0, 1), roles[which].flatten())
         optimizer.zero_grad()
         (loss + named).backward()
@@ -176,24 +195,24 @@ def _train(model: Probe | TinyLlava, train: Exam, test: Exam, recipe: Recipe, se
             losses.append(round(loss.item(), 4))
         if (step + 1) % max(1, recipe.steps // 5) == 0:
             model.eval()
-            curve.append([step + 1, _by_task(test.ask(model, 1.0, False, scenes=200))])
+            curve.append([step + 1, by_task(test.ask(model, 1.0, False, scenes=200))])
             model.train()
     return losses, curve
 
 
-def _rate(step: int, recipe: Recipe) -> float:
+def rate(step: int, recipe: Schedule) -> float:
     """Of the learning rate: up in the warm-up, constant, down to 0 in the last part."""
     left = (recipe.steps - step) / (recipe.cooldown * recipe.steps)
     return min(1.0, (step + 1) / recipe.warmup, left)
 
 
-def _order(rng: np.random.Generator, scenes: np.ndarray, count: int) -> np.ndarray:
+def order(rng: np.random.Generator, scenes: np.ndarray, count: int) -> np.ndarray:
     """Epochs of shuffled scenes, until there are enough."""
     epochs = math.ceil(count / len(scenes))
     return np.concatenate([rng.permutation(scenes) for _ in range(epochs)])[:count]
 
 
-def _loss(logits: Tensor, batch: Batch) -> Tensor:
+def task_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy among the answers of each question's task, each task with the same weight."""
     each = F.cross_entropy(logits, batch.answer, reduction="none")
     return torch.stack([each[batch.task == task].mean() for task in batch.task.unique()]).mean()
@@ -202,23 +221,23 @@ def _loss(logits: Tensor, batch: Batch) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ accuracies
 
 
-def _by_task(hits: Sequence[tuple[Question, bool]]) -> dict[str, float]:
+def by_task(hits: Sequence[tuple[Question, bool]]) -> dict[str, float]:
     right: dict[str, list[bool]] = defaultdict(list)
     for question, hit in hits:
         right[question.task].append(hit)
     return {task: round(float(np.mean(right[task])), 4) for task in TASKS if task in right}
 
 
-def _by_domain(hits: Sequence[tuple[Question, bool]], test: Exam) -> dict[str, dict[str, float]]:
+def by_domain(hits: Sequence[tuple[Question, bool]], test: Exam) -> dict[str, dict[str, float]]:
     scenes = test.dataset.scenes
     parts: dict[str, list] = defaultdict(list)
     for question, hit in hits:
         name = scenes[question.scene].sprites[0].name
         parts[next((domain for domain, names in DOMAINS.items() if name in names), "any")].append((question, hit))
-    return {domain: _by_task(parts[domain]) for domain in (*DOMAINS, "any") if domain in parts}
+    return {domain: by_task(parts[domain]) for domain in (*DOMAINS, "any") if domain in parts}
 
 
-def _twins(model: nn.Module, test: Exam, hits: Sequence[tuple[Question, bool]]) -> float | None:
+def twins(model: nn.Module, test: Exam, hits: Sequence[tuple[Question, bool]]) -> float | None:
     """MMVP's pair rule: a question counts if it is answered right about the picture and about its mirror image."""
     mirrored = Exam(test.dataset.mirrored(), test.image)
     if not mirrored.dataset.questions:
