@@ -52,11 +52,13 @@ def test_patch_a_qwen_vl(tmp_path, capsys, calls):
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
     with torch.no_grad():
         before = model(**batch).logits
+        exact = model.float()(**batch).logits
     names = {"batch": batch}
     with torch.no_grad():
         exec(story("patch").replace("Qwen/Qwen2.5-VL-3B-Instruct", str(tmp_path)), names)
     assert "Qwen2_5_VLVisionAttention" in capsys.readouterr().out and len(calls) >= 2
-    assert (names["logits"] - before).norm() < 2e-2 * before.norm()
+    assert (names["logits"] - exact).norm() < 2 * (before - exact).norm()  # both round to bfloat16, elsewhere
+    assert (names["logits"] - exact).norm() < 5e-2 * exact.norm()
     spatial_pe.unpatch(names["model"])
     with torch.no_grad():
         assert torch.equal(names["model"](**batch).logits, before)
