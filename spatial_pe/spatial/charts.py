@@ -12,6 +12,8 @@ from ..page import INK
 from . import findings
 from .encodings import ENCODINGS
 from .findings import Row
+from .pretrained import VARIANTS
+from .study import LABELS
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ COLOURS = (
     "#5b8c3e",
 )
 MARKS = "o^<vDsPX*dh"
-LOOKS = {name: (COLOURS[i], MARKS[i]) for i, name in enumerate(ENCODINGS)}
+LOOKS = {name: (COLOURS[i], MARKS[i]) for names in (ENCODINGS, VARIANTS) for i, name in enumerate(names)}
 
 
 def by_task(study: dict, part: str) -> Figure:
@@ -48,7 +50,7 @@ def by_task(study: dict, part: str) -> Figure:
             ax.errorbar(100 * cell.value, y, xerr=half, color=colour, marker=mark, capsize=2, markersize=5)
         ax.axvline(100 * _chance(task), color=INK, linestyle=":", linewidth=1)
         ax.set(title=task, xlim=(0, 103), yticks=range(len(rows)))
-        ax.set_yticklabels([ENCODINGS[row.encoding].label for row in reversed(rows)])
+        ax.set_yticklabels([LABELS[row.encoding] for row in reversed(rows)])
     figure.supxlabel("accuracy, %", fontsize=9, color=INK)
     return figure
 
@@ -87,11 +89,31 @@ def by_scenes(study: dict, parts: Sequence[str]) -> Figure:
     figure, (ax,) = _figure(7, 3.6, 1, 1)
     sizes = [study["recipes"][part]["scenes"] for part in parts]
     tables = [{row.encoding: row.cells["skill"] for row in findings.by_task(study, part)} for part in parts]
-    for name in ENCODINGS:
+    for name in LABELS:
         if all(name in table for table in tables):
             _line(ax, Row(name, {}), sizes, [table[name] for table in tables])
     ax.set(xlabel="pictures in the training set", ylabel="skill (0 guessing, 1 perfect)", xscale="log")
     _legend(figure, [ax])
+    return figure
+
+
+def layers(study: dict, part: str) -> Figure:
+    """What each layer of a pretrained tower keeps of space, see ``pretrained.layers``."""
+    titles = {
+        "coherence": "neighbours alike, distant patches not",
+        "hflip": "left and right exchanged",
+        "vflip": "upside down",
+        "rot90": "turned by 90°",
+    }
+    figure, axes = _figure(11, 3.2, 1, len(titles))
+    for ax, (what, title) in zip(axes, titles.items(), strict=True):
+        for name, means in findings.by_layer(study, part, what).items():
+            _line(ax, Row(name, {}), range(len(means)), means)
+        ax.set_title(title, fontsize=8)
+        ax.set(xlabel="layer")
+    axes[0].set_ylabel("difference of cosines")
+    axes[1].set_ylabel("cosine with the plain picture")
+    _legend(figure, axes)
     return figure
 
 
@@ -169,7 +191,7 @@ def _line(ax: Axes, row: Row, x: Sequence[float], means: Sequence[findings.Mean]
     colour, mark = LOOKS[row.encoding]
     y = np.array([m.value for m in means])
     half = np.nan_to_num([m.half for m in means])
-    ax.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=1.3, label=ENCODINGS[row.encoding].label)
+    ax.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=1.3, label=LABELS[row.encoding])
     ax.fill_between(x, y - half, y + half, color=colour, alpha=0.13, linewidth=0)
 
 

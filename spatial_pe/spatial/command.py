@@ -10,7 +10,6 @@ from pathlib import Path
 
 from .. import environment
 from . import study, zero_shot
-from .encodings import ENCODINGS
 from .study import BUDGETS, STUDIES, StudyError
 
 HELP = "the accuracy study of position encodings, and published spatial benchmarks"
@@ -33,8 +32,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        help="train small models that differ in their position encoding only",
-        description="Trains small models that differ in their position encoding only, and asks them where things are. "
+        help="train models that differ in their position encoding only",
+        description="Trains models that differ in their position encoding only, and asks them where things are. "
         "The file is written after each run: the same command goes on where it was stopped.",
         epilog="studies: " + "; ".join(f"{name}: {row.about}" for name, row in STUDIES.items()),
     )
@@ -43,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", choices=BUDGETS, default="standard", help="smoke: seconds, and no result; standard (default); full"
     )
     run.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each kind (default: 5)")
-    run.add_argument("--encodings", default=",".join(ENCODINGS), metavar="A,B,...", help="default: all")
+    run.add_argument("--encodings", metavar="A,B,...", help="default: all of the study")
+    run.add_argument("--model", metavar="M", help="pretrained: a folder or hub id (default: DINOv2-small)")
     run.add_argument("--jobs", type=int, metavar="N", help="processes, of one thread each (default: one per core)")
     run.add_argument("--out", type=Path, metavar="FILE", help="default: spatial-STUDY-BUDGET.json")
     run.set_defaults(run=run_study)
@@ -64,10 +64,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_study(options: argparse.Namespace) -> int:
-    names = options.encodings.split(",")
-    unknown = [name for name in names if name not in ENCODINGS]
+    known = study.encodings_of(options.study, options.budget)
+    names = options.encodings.split(",") if options.encodings is not None else known
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise StudyError(f"--encodings: {unknown[0]!r} is not one of {', '.join(ENCODINGS)}")
+        raise StudyError(f"--encodings: {unknown[0]!r} is not one of {', '.join(known)}")
     for name in ("seeds", "jobs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise StudyError(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -81,6 +82,7 @@ def run_study(options: argparse.Namespace) -> int:
             path,
             encodings=names,
             seeds=options.seeds,
+            model=options.model,
             jobs=jobs,
             command=options.command,
             progress=_progress(),

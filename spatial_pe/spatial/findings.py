@@ -10,15 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .encodings import ENCODINGS
+from .pretrained import VARIANTS
 from .statistics import Comparison, Mean, compare, mean
+from .study import LABELS
 from .tasks import TASKS
 
 Run = dict
 Value = Callable[[Run], float]
-# (encoding, reference): what each comparison of a study is about
-USUAL = "learned-1d"  # what CLIP, SigLIP, DINOv2 and ViT have
-PAIRS = [(name, USUAL) for name in ENCODINGS if name != USUAL] + [("mismatched", "axial-10000")]
+LARGEST = "2.0"  # of the sizes
+# What is asked, (encoding, reference); few, because all comparisons of a part are corrected together
+PAIRS = (
+    ("learned-large", "learned-1d"),  # does the scale of the initial table matter?
+    ("axial", "learned-1d"),
+    ("axial", "learned-large"),  # rotary against the better learned table
+    ("axial", "sincos-2d"),  # rotary against a fixed table
+    ("mixed", "axial"),
+    ("axial", "axial-10000"),  # does the base matter?
+    ("axial+learned", "axial"),  # does a table help rotary?
+    ("mismatched", "axial"),
+    ("mismatched", "axial-10000"),  # the same base: what not being a rotation costs
+    ("alibi-2d", "none"),
+    *((name, "as-is") for name in VARIANTS if name != "as-is"),
+    ("authors", "full"),
+)
 
 
 def skill(accuracies: dict[str, float]) -> float:
@@ -41,7 +55,7 @@ def parts(study: dict) -> list[str]:
 
 def encodings(study: dict, part: str) -> list[str]:
     found = {run["encoding"] for run in study["runs"] if run["part"] == part}
-    return [name for name in ENCODINGS if name in found]
+    return [name for name in LABELS if name in found]
 
 
 def by_task(study: dict, part: str) -> list[Row]:
@@ -51,18 +65,11 @@ def by_task(study: dict, part: str) -> list[Row]:
 
 def by_scale(study: dict, part: str) -> list[Row]:
     """Skill at each size; columns "0.75 index", "0.75 stretched", "1.0 index", ..."""
-    keys = [
-        (s, m)
-        for s in _first(study, part)["accuracy"]
-        for m in ("index", "stretched")
-        if (s, m) != ("1.0", "stretched")
-    ]
     rows = []
     for name in encodings(study, part):
         runs = list(_runs(study, part, name))
-        cells = {
-            f"{s} {m}": mean([skill(r["accuracy"][s][m]) for r in runs]) for s, m in keys if m in runs[0]["accuracy"][s]
-        }
+        keys = [(scale, mode) for scale, modes in runs[0]["accuracy"].items() for mode in modes]
+        cells = {f"{s} {m}": mean([skill(run["accuracy"][s][m]) for run in runs]) for s, m in keys}
         rows.append(Row(name, cells))
     return rows
 
@@ -71,6 +78,22 @@ def by_domain(study: dict, part: str) -> list[Row]:
     """Skill at the training size for each of the domains."""
     domains = list(_first(study, part)["domains"])
     return _rows(study, part, {domain: _of_domain(domain) for domain in domains})
+
+
+def by_counterfactual(study: dict, part: str) -> list[Row]:
+    """Skill with the positions as they are, shuffled, and all the same."""
+    moved: dict[str, Value] = {"normal": lambda run: skill(run["accuracy"]["1.0"]["index"])}
+    return _rows(study, part, moved | {name: _of_moved(name) for name in _first(study, part)["counterfactual"]})
+
+
+def by_layer(study: dict, part: str, what: str) -> dict[str, list[Mean]]:
+    """A row of "layers", {encoding: [a mean for each layer]}; without the encodings whose tower tells none."""
+    found = {}
+    for name in encodings(study, part):
+        runs = [run["layers"][what] for run in _runs(study, part, name) if run["layers"]]
+        if runs:
+            found[name] = [mean(values) for values in zip(*runs, strict=True)]
+    return found
 
 
 def curves(study: dict, part: str) -> dict[str, list[tuple[int, Mean]]]:
@@ -92,7 +115,7 @@ class Compared:
 
 
 def comparisons(study: dict, part: str) -> list[Compared]:
-    """Each of PAIRS, on each task and on skill at every size: all corrected together, as one family."""
+    """Each of PAIRS, on each task and on skill, at training and at the largest size: corrected as one family."""
     values = {(name, column): value for name, column, value in _compared(study, part)}
     pairs, keys = {}, {}
     for encoding, reference in PAIRS:
@@ -109,16 +132,15 @@ def comparisons(study: dict, part: str) -> list[Compared]:
 
 
 def _compared(study: dict, part: str) -> Iterator[tuple[str, str, dict[int, float]]]:
-    """(encoding, column, {seed: value}); at other sizes the better of both kinds of coordinates."""
+    """(encoding, column, {seed: value}); at twice the size the better of both kinds of coordinates."""
     for name in encodings(study, part):
         runs = list(_runs(study, part, name))
         for column, value in _columns(study, part):
             yield name, column, {run["seed"]: value(run) for run in runs}
-        for scale in runs[0]["accuracy"]:
-            if scale != "1.0":
-                modes = list(runs[0]["accuracy"][scale])
-                best = max(modes, key=lambda m: sum(skill(run["accuracy"][scale][m]) for run in runs))
-                yield name, f"skill at {scale}x", {run["seed"]: skill(run["accuracy"][scale][best]) for run in runs}
+        if LARGEST in runs[0]["accuracy"]:
+            modes = list(runs[0]["accuracy"][LARGEST])
+            best = max(modes, key=lambda m: sum(skill(run["accuracy"][LARGEST][m]) for run in runs))
+            yield name, f"skill at {LARGEST}x", {run["seed"]: skill(run["accuracy"][LARGEST][best]) for run in runs}
 
 
 def _columns(study: dict, part: str) -> Iterator[tuple[str, Value]]:
@@ -127,11 +149,16 @@ def _columns(study: dict, part: str) -> Iterator[tuple[str, Value]]:
         yield task, _of_task(task)
     if first["twins"] is not None:
         yield "twins", lambda run: run["twins"]
-    yield "skill", lambda run: skill(run["accuracy"]["1.0"]["index"])
+    if len(first["accuracy"]["1.0"]["index"]) > 1:  # else it is the task's own column, on another scale
+        yield "skill", lambda run: skill(run["accuracy"]["1.0"]["index"])
 
 
 def _of_task(task: str) -> Value:
     return lambda run: run["accuracy"]["1.0"]["index"][task]
+
+
+def _of_moved(name: str) -> Value:
+    return lambda run: skill(run["counterfactual"][name])
 
 
 def _of_domain(domain: str) -> Value:

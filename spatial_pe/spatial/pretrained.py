@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,19 @@ class PatchFeatures(nn.Module):
         return self._tower.patch_grid(self._tower.call(images), pixels.shape[-1]).flatten(1, 2)
 
 
+def check(name: str | None) -> None:
+    """Before any work.
+
+    Raises:
+        ValueError, RuntimeError: the checkpoint cannot be had, or its tower does not take the study's pictures.
+    """
+    tower = _loaded(name)
+    side = GRID * tower.patch_size * tower.merge
+    refused = tower.accepts(side)
+    if refused is not None:
+        raise ValueError(f"{tower.name} does not take pictures of {side} px, {GRID} patches along a side: {refused}")
+
+
 def _tower(name: str | None, variant: str) -> PatchFeatures:
     tower = PatchFeatures(_loaded(name).copy(torch.float32))
     how = VARIANTS[variant].how
@@ -166,7 +179,7 @@ def _exams(recipe: PretrainedRecipe, seed: int) -> tuple[Exam, Exam]:
 
 def _fit(model: Probe, train: Exam, recipe: PretrainedRecipe, variant: str, seed: int) -> list[float]:
     """Trains the head on features that are computed once."""
-    features = _features(recipe, variant, seed)
+    features = _features(replace(recipe, **ANY_HEAD), variant, seed)
     place = {int(scene): index for index, scene in enumerate(train.asked)}
     optimizer = torch.optim.AdamW(model.head.parameters(), recipe.rate, weight_decay=recipe.decay)
 
@@ -176,16 +189,14 @@ def _fit(model: Probe, train: Exam, recipe: PretrainedRecipe, variant: str, seed
     return _descend(optimizer, logits, train, recipe, seed)
 
 
+ANY_HEAD: dict[str, Any] = {"head": "any", "steps": 0, "batch": 0}  # so that what does not depend on these is shared
+
+
 @functools.lru_cache(maxsize=1)
 def _features(recipe: PretrainedRecipe, variant: str, seed: int) -> Tensor:
     """Of all training scenes, (n, N, C); the runs of a worker come so that both probes find them made."""
-    return _features_of(recipe.checkpoint, recipe, variant, seed)
-
-
-def _features_of(name: str | None, recipe: PretrainedRecipe, variant: str, seed: int) -> Tensor:
     train, _ = _exams(recipe, seed)
-    torch.manual_seed(seed)
-    tower = _tower(name, variant)
+    tower = _tower(recipe.checkpoint, variant)
     with torch.no_grad():
         return torch.cat(
             [tower(train.pictures(part, 1.0)) for part in np.array_split(train.asked, len(train.asked) // 32 + 1)]

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from .. import page
 from ..page import Chart, Section, Table
 from . import charts, findings
-from .encodings import ENCODINGS
-from .findings import USUAL, Compared, Row
-from .statistics import Mean
+from .findings import Compared, Row
+from .statistics import VERDICTS, Mean
+from .study import LABELS
 from .tasks import TASKS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LEAD = (
-    "Small vision transformers that differ in nothing but their position encoding: same initial weights, pictures, "
-    "order and steps. Pictures are rendered shapes and real pixels (handwriting, photographs) with exact ground truth; "
+    "Vision transformers that differ in nothing but their position encoding: same initial weights, pictures, order and "
+    "steps. Pictures are rendered shapes and real pixels (handwriting, photographs) with exact ground truth; "
     "the answers are balanced, so that neither the question nor what is in a picture tells them. ± is the 95 % "
     "interval of the mean over seeds."
 )
@@ -48,13 +52,13 @@ def sentences(study: dict, part: str) -> list[str]:
     lines = []
     for encoding, reference in dict.fromkeys((c.encoding, c.reference) for c in found):
         some = [c for c in found if (c.encoding, c.reference) == (encoding, reference)]
-        lines.append(f"{ENCODINGS[encoding].label} against {ENCODINGS[reference].label}: {_verdicts(some)}.")
+        lines.append(f"{LABELS[encoding]} against {LABELS[reference]}: {_verdicts(some)}.")
     return lines
 
 
 def _verdicts(some: Sequence[Compared]) -> str:
     said = []
-    for verdict in ("better", "worse", "no difference shown"):
+    for verdict in VERDICTS:
         its = [c for c in some if c.result.verdict == verdict]
         if its:
             listed = ", ".join(
@@ -85,31 +89,68 @@ def _sections(study: dict) -> list[Section]:
 
 def _section(study: dict, part: str) -> Section:
     recipe = study["recipes"][part]
-    seeds = len({run["seed"] for run in study["runs"] if run["part"] == part})
-    size = recipe["size"]
-    about = (
-        f"{recipe['model']}, {recipe['steps']} steps of {recipe['batch']} pictures from {recipe['scenes']} "
-        f"({', '.join(recipe['domains'])}), tested on {recipe['test_scenes']} others; {seeds} seeds. "
-        f"Tower: {size['depth']} layers, width {size['width']}, "
-        f"{size['heads']} heads, {size['image']} px in patches of {size['patch']}."
+    runs = [run for run in study["runs"] if run["part"] == part]
+    trained = (
+        f"{recipe['steps']} steps of {recipe['batch']} pictures from {recipe['scenes']} "
+        f"({', '.join(recipe['domains'])}), tested on {recipe['test_scenes']} others; "
+        f"{len({run['seed'] for run in runs})} seeds."
     )
     items: list[Table | Chart] = [*_tables(study, part)]
-    items += [Chart(draw(study, part), label) for draw, label in CHARTS.items()]
-    if any(run["attention"]["similarity"] for run in study["runs"] if run["part"] == part):
+    items += [Chart(draw(study, part), label) for draw, needs, label in CHARTS if needs(runs[0])]
+    if any(run.get("attention", {}).get("similarity") for run in runs):
         items.append(Chart(charts.similarity(study, part), SIMILARITY))
-    return Section(f"{study['study']}, {part}: {study['about']}", (about, *sentences(study, part)), tuple(items))
+    paragraphs = (f"{_model(recipe)} {trained}", *sentences(study, part))
+    return Section(f"{study['study']}, {part}: {study['about']}", paragraphs, tuple(items))
 
 
-CHARTS = {
-    charts.by_task: "Accuracy of each encoding on each task with its 95 % interval over the seeds; dotted: chance. The "
-    "numbers are in the table above.",
-    charts.by_scale: "Skill at 0.75, 1, 1.5 and 2 times the size of training, left with patches numbered on, right "
-    "with stretched coordinates. The numbers are in the table above.",
-    charts.curves: "Skill on a part of the test set against the number of pictures seen in training.",
-    charts.attention: "What the middle patch attends to in a picture without content, by layer and encoding, mean over "
-    "heads and seeds: bright is four times the even weight or more.",
-    charts.distance: "How far the heads of each layer look, in patches; layers from left to right within an encoding.",
-}
+def _model(recipe: dict) -> str:
+    if "size" in recipe:
+        size = recipe["size"]
+        return (
+            f"Tower: {size['depth']} layers, width {size['width']}, {size['heads']} heads, {size['image']} px in "
+            f"patches of {size['patch']}; asked by a {recipe['model']}."
+        )
+    trained = "trained with an" if recipe["tuned"] else "frozen, asked by a probe,"
+    return f"Tower: {recipe['checkpoint'] or 'DINOv2-small'}, {trained} {recipe['head']} head."
+
+
+# (draws it, whether a run has what it shows, what it shows)
+CHARTS: tuple[tuple[Callable[[dict, str], Figure], Callable[[dict], bool], str], ...] = (
+    (
+        charts.by_task,
+        lambda run: True,
+        "Accuracy of each encoding on each task with its 95 % interval over the seeds; dotted: chance. The numbers are "
+        "in the table above.",
+    ),
+    (
+        charts.by_scale,
+        lambda run: len(run["accuracy"]) > 1,
+        "Skill at 0.75, 1, 1.5 and 2 times the size of training, left with patches numbered on, right with stretched "
+        "coordinates. The numbers are in the table above.",
+    ),
+    (
+        charts.curves,
+        lambda run: "curve" in run,
+        "Skill on a part of the test set against the number of pictures seen in training.",
+    ),
+    (
+        charts.attention,
+        lambda run: "attention" in run,
+        "What the middle patch attends to in a picture without content, by layer and encoding, mean over heads and "
+        "seeds: bright is four times the even weight or more.",
+    ),
+    (
+        charts.distance,
+        lambda run: "attention" in run,
+        "How far the heads of each layer look, in patches; layers from left to right within an encoding.",
+    ),
+    (
+        charts.layers,
+        lambda run: bool(run.get("layers")),
+        "By layer: mean cosine of a patch with its neighbours less that with distant patches; mean cosine of its "
+        "features with those of the same patch in the picture flipped or turned: 1 where turning changes nothing.",
+    ),
+)
 SIMILARITY = "Cosine of the position table at the middle patch with that of all others: red 1, blue -1."
 BY_TASK = (
     "Accuracy by task at the training size, % (chance in brackets); twins: right on a picture and on its mirror image; "
@@ -117,13 +158,17 @@ BY_TASK = (
 )
 BY_SCALE = "Skill by size, %: patches numbered on (index), or coordinates and tables stretched to the training grid."
 
+MOVED = "Skill when the positions are moved, %: normal; each patch at another's position; all at one position."
+
 
 def _tables(study: dict, part: str) -> list[Table]:
     chances = {task: f"{100 * TASKS[task].chance:.0f}" for task in TASKS}
-    tables = [
-        _table(BY_TASK, findings.by_task(study, part), lambda c: f"{c} ({chances[c]})" if c in chances else c),
-        _table(BY_SCALE, findings.by_scale(study, part), lambda c: c.replace(" ", "x ")),
-    ]
+    first = next(run for run in study["runs"] if run["part"] == part)
+    tables = [_table(BY_TASK, findings.by_task(study, part), lambda c: f"{c} ({chances[c]})" if c in chances else c)]
+    if len(first["accuracy"]) > 1:
+        tables.append(_table(BY_SCALE, findings.by_scale(study, part), lambda c: c.replace(" ", "x ")))
+    if "counterfactual" in first:
+        tables.append(_table(MOVED, findings.by_counterfactual(study, part), str))
     domains = findings.by_domain(study, part)
     if len(domains[0].cells) > 1:
         tables.append(_table("Skill by what the pictures are made of, %.", domains, str))
@@ -136,7 +181,7 @@ def _table(caption: str, rows: Sequence[Row], title: Callable[[str], str]) -> Ta
     for index, column in enumerate(columns):
         values = {line: row.cells[column].value for line, row in enumerate(rows) if column in row.cells}
         best.add((max(values, key=lambda line: values[line]), index + 1))
-    body = [[ENCODINGS[row.encoding].label, *(_cell(row.cells.get(column)) for column in columns)] for row in rows]
+    body = [[LABELS[row.encoding], *(_cell(row.cells.get(column)) for column in columns)] for row in rows]
     return Table(caption, ["encoding", *map(title, columns)], body, frozenset(best))
 
 
@@ -166,6 +211,6 @@ def _footer(studies: Sequence[dict]) -> str:
         for e in study["environments"]
     )
     return (
-        f"Made by: {'; '.join(commands)}. On: {'; '.join(machines)}. Reference of the comparisons: "
-        f"{ENCODINGS[USUAL].label}; paired t tests over seeds, corrected by Holm within each section."
+        f"Made by: {'; '.join(commands)}. On: {'; '.join(machines)}. Comparisons: paired t tests over seeds, corrected "
+        "by Holm within each section; better or worse: p below 0.05 after that; perhaps: only before."
     )

@@ -45,6 +45,9 @@ def mean(values: Sequence[float], level: float = 0.95) -> Mean:
     return Mean(float(x.mean()), float(half), len(x))
 
 
+VERDICTS = ("better", "worse", "perhaps better", "perhaps worse", "no difference shown")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Of two encodings on shared seeds: the mean difference, its raw p (two-sided paired t test), and p corrected for
@@ -56,10 +59,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the corrected p is below 0.05, else "no difference shown"."""
-        if not self.corrected < 0.05:
+        """ "better" or "worse" where the corrected p is below 0.05; where only the raw one is, "perhaps better" or
+        "perhaps worse": too many comparisons to tell; else "no difference shown"."""
+        if not self.p < 0.05:
             return "no difference shown"
-        return "better" if self.difference.value > 0 else "worse"
+        way = "better" if self.difference.value > 0 else "worse"
+        return way if self.corrected < 0.05 else f"perhaps {way}"
 
 
 def compare(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, Comparison]:

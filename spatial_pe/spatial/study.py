@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from pathlib import Path
 import torch
 
 from .. import environment
+from . import pretrained
 from .encodings import ENCODINGS
+from .pretrained import VARIANTS, PretrainedRecipe
 from .scenes import DOMAINS
-from .train import Recipe, train_and_ask
+from .train import Recipe
 
 SCHEMA = 1  # of the file; counts up when a field changes its meaning
 SHAPES = ("shapes",)
@@ -29,11 +32,10 @@ ALL = tuple(DOMAINS)
 
 @dataclass(frozen=True)
 class Part:
-    """Runs that share a recipe. ``encodings``: which of ENCODINGS; ``seeds``: at most so many."""
+    """Runs that share a recipe. ``encodings``: which of ENCODINGS or VARIANTS."""
 
-    recipe: Recipe
+    recipe: Recipe | PretrainedRecipe
     encodings: tuple[str, ...] = tuple(ENCODINGS)
-    seeds: int = 99
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class StudyError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
+
+
+LABELS = {name: row.label for name, row in (ENCODINGS | VARIANTS).items()}  # in the order of tables
 
 
 def _probe(family: str, steps: int, scenes: int = 16000, domains: tuple[str, ...] = SHAPES, **how: object) -> Recipe:
@@ -111,18 +116,54 @@ STUDIES = {
             },
         },
     ),
+    "pretrained": Study(
+        "a pretrained tower before and after 2D RoPE is added, frozen and fine-tuned, on real pixels",
+        {
+            "smoke": {
+                "frozen, attentive": Part(PretrainedRecipe("attentive", False, 3, 40, 40, 4), tuple(VARIANTS)),
+                "fine-tuned": Part(PretrainedRecipe("attentive", True, 2, 40, 40, 4), tuple(VARIANTS)),
+            },
+            "standard": {
+                "frozen, linear": Part(PretrainedRecipe("linear", False, 600, 2400, 300, 64), tuple(VARIANTS)),
+                "frozen, attentive": Part(PretrainedRecipe("attentive", False, 400, 2400, 300, 32), tuple(VARIANTS)),
+                "fine-tuned": Part(PretrainedRecipe("attentive", True, 150, 2400, 300, 16), tuple(VARIANTS)),
+            },
+            "full": {
+                "frozen, linear": Part(PretrainedRecipe("linear", False, 4000, 16000, 1000, 64), tuple(VARIANTS)),
+                "frozen, attentive": Part(PretrainedRecipe("attentive", False, 4000, 16000, 1000, 64), tuple(VARIANTS)),
+                "fine-tuned": Part(PretrainedRecipe("attentive", True, 3000, 16000, 1000, 32), tuple(VARIANTS)),
+            },
+        },
+    ),
 }  # fmt: skip
 BUDGETS = ("smoke", "standard", "full")
 
 
-def runs_of(study: str, budget: str, encodings: Sequence[str], seeds: int) -> list[Run]:
+def encodings_of(study: str, budget: str) -> list[str]:
+    found = {name for part in STUDIES[study].parts[budget].values() for name in part.encodings}
+    return [name for name in LABELS if name in found]
+
+
+def _parts(study: str, budget: str, model: str | None) -> dict[str, Part]:
+    parts = STUDIES[study].parts[budget]
+    if model is None:
+        return parts
+    named = {}
+    for name, part in parts.items():
+        if not isinstance(part.recipe, PretrainedRecipe):
+            raise StudyError(f'--model: the study "{study}" trains its own models; --study pretrained takes one')
+        named[name] = replace(part, recipe=replace(part.recipe, checkpoint=model))
+    return named
+
+
+def runs_of(study: str, budget: str, encodings: Sequence[str] | None, seeds: int) -> list[Run]:
     """All runs of a study, ordered by seed and part, so that the runs of a worker share their data."""
     return sorted(
         Run(seed, name, encoding)
         for name, part in STUDIES[study].parts[budget].items()
         for encoding in part.encodings
-        if encoding in encodings
-        for seed in range(min(seeds, part.seeds))
+        if encodings is None or encoding in encodings
+        for seed in range(seeds)
     )
 
 
@@ -134,8 +175,9 @@ def run(
     budget: str,
     path: Path,
     *,
-    encodings: Sequence[str] = tuple(ENCODINGS),
+    encodings: Sequence[str] | None = None,
     seeds: int = 5,
+    model: str | None = None,
     jobs: int | None = None,
     command: str = "",
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
@@ -145,14 +187,15 @@ def run(
     Args:
         study, budget: a row of STUDIES and a budget of it.
         path: the JSON file; a new one, or that of the same study and budget.
-        encodings, seeds: which, and how many from 0 on. A file may be extended by more of both.
+        encodings, seeds: which (default: all of the study), and how many from 0 on. A file may be extended by more.
+        model: a folder or hub id for the study "pretrained" (default: DINOv2-small).
         jobs: processes of one thread each (default: one per usable core).
         progress: called with the runs done, all of them, and the last one's name.
 
     Raises:
         StudyError: the file is not one of this study and budget, or was made by another version of it.
     """
-    parts = STUDIES[study].parts[budget]
+    parts = _parts(study, budget, model)
     recipes = {name: json.loads(json.dumps(asdict(part.recipe))) for name, part in parts.items()}
     result = load(path) if path.exists() else None
     if result is None:
@@ -171,34 +214,51 @@ def run(
     done = {Run(r["seed"], r["part"], r["encoding"]) for r in result["runs"]}
     wanted = runs_of(study, budget, encodings, seeds)
     todo = [it for it in wanted if it not in done]
+    if study == "pretrained" and todo:
+        try:
+            pretrained.check(model)
+        except (ValueError, RuntimeError) as error:
+            raise StudyError(str(error)) from error
     count = len(wanted) - len(todo)
     progress(count, len(wanted), "")
     for it, outcome in _work([(it, parts[it.part].recipe) for it in todo], jobs or environment.usable_cores()):
         result["runs"].append({"part": it.part, "encoding": it.encoding, "seed": it.seed, **outcome})
-        result["runs"].sort(key=lambda r: (r["part"], list(ENCODINGS).index(r["encoding"]), r["seed"]))
+        result["runs"].sort(key=lambda r: (r["part"], list(LABELS).index(r["encoding"]), r["seed"]))
         save(path, result)
         count += 1
         progress(count, len(wanted), f"{it.part}, {it.encoding}, seed {it.seed}: {outcome['seconds']:.0f} s")
     return result
 
 
-def _work(todo: list[tuple[Run, Recipe]], jobs: int) -> Iterator[tuple[Run, dict]]:
+Task = tuple[Run, Recipe | PretrainedRecipe]
+
+
+def _work(todo: Sequence[Task], jobs: int) -> Iterator[tuple[Run, dict]]:
+    groups: dict[object, list[Task]] = defaultdict(list)  # those of a group share what takes long: one worker has them
+    for it, recipe in todo:
+        frozen = isinstance(recipe, PretrainedRecipe) and not recipe.tuned
+        groups[(it.seed, it.encoding) if frozen else it].append((it, recipe))
     if jobs == 1:
-        yield from map(_one, todo)
+        yield from (_one(task) for group in groups.values() for task in group)
         return
     # processes, not threads: a step is a hundred small operations, which gain nothing from a second thread
-    with multiprocessing.get_context("spawn").Pool(min(jobs, max(1, len(todo))), _worker) as pool:
-        yield from pool.imap_unordered(_one, todo)
+    with multiprocessing.get_context("spawn").Pool(min(jobs, max(1, len(groups))), _worker) as pool:
+        for outcomes in pool.imap_unordered(_group, groups.values()):
+            yield from outcomes
 
 
 def _worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
 
 
-def _one(task: tuple[Run, Recipe]) -> tuple[Run, dict]:
+def _group(tasks: Sequence[Task]) -> list[tuple[Run, dict]]:
+    return [_one(task) for task in tasks]
+
+
+def _one(task: Task) -> tuple[Run, dict]:
     it, recipe = task
     torch.set_num_threads(1)
-    return it, train_and_ask(recipe, it.encoding, it.seed)
+    return it, recipe.run(it.encoding, it.seed)
 
 
 # ------------------------------------------------------------------------------------------------------------ the file
