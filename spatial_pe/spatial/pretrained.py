@@ -54,20 +54,24 @@ USUAL = "as-is"
 
 @dataclass(frozen=True)
 class PretrainedRecipe:
-    """``head``: "linear" or "attentive"; ``tuned``: train the tower too, at ``tower_rate``; ``scenes`` and
-    ``test_scenes``: how many; ``checkpoint``: a folder or hub id, None for DINOv2-small."""
+    """``head``: "linear" or "attentive", trained for ``steps`` of ``batch`` scenes on features of the frozen tower; then
+    the tower and the head together for ``tuned_steps`` of ``tuned_batch``: a random head would first undo what the tower
+    knows (arXiv 2202.10054). ``scenes``, ``test_scenes``: how many; ``checkpoint``: a folder or hub id, None for
+    DINOv2-small."""
 
     head: str
-    tuned: bool
     steps: int
     scenes: int
     test_scenes: int
-    batch: int
+    tuned_steps: int = 0
     checkpoint: str | None = None
     domains: tuple[str, ...] = ("digits", "photographs")
     family: str = "objects"
+    batch: int = 32
     rate: float = 1e-3
-    tower_rate: float = 1e-4
+    tuned_batch: int = 16
+    tuned_rate: float = 1e-4
+    tower_rate: float = 3e-5
     decay: float = 0.05
     warmup: int = 20
     cooldown: float = 0.3
@@ -89,7 +93,9 @@ def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int) -> dict:
     width = tower(test.pictures([0], 1.0)).shape[-1]
     head = Linear(width) if recipe.head == "linear" else Attentive(width, max(1, width // 64))
     model = Probe(tower, head)
-    losses = (_tune if recipe.tuned else _fit)(model, train, recipe, variant, seed)
+    losses = _fit(model, train, recipe, variant, seed)
+    if recipe.tuned_steps:
+        losses += _tune(model, train, recipe, seed)
     model.eval()
     hits = test.ask(model, 1.0, False)
     counterfactual = {}
@@ -189,7 +195,12 @@ def _fit(model: Probe, train: Exam, recipe: PretrainedRecipe, variant: str, seed
     return _descend(optimizer, logits, train, recipe, seed)
 
 
-ANY_HEAD: dict[str, Any] = {"head": "any", "steps": 0, "batch": 0}  # so that what does not depend on these is shared
+ANY_HEAD: dict[str, Any] = {
+    "head": "any",
+    "steps": 0,
+    "batch": 0,
+    "tuned_steps": 0,
+}  # so that what does not depend on these is shared
 
 
 @functools.lru_cache(maxsize=1)
@@ -203,13 +214,13 @@ def _features(recipe: PretrainedRecipe, variant: str, seed: int) -> Tensor:
         )
 
 
-def _tune(model: Probe, train: Exam, recipe: PretrainedRecipe, variant: str, seed: int) -> list[float]:
-    del variant
+def _tune(model: Probe, train: Exam, recipe: PretrainedRecipe, seed: int) -> list[float]:
     groups = [
         {"params": [p for p in model.tower.parameters() if p.requires_grad], "lr": recipe.tower_rate},
-        {"params": list(model.head.parameters()), "lr": recipe.rate},
+        {"params": list(model.head.parameters()), "lr": recipe.tuned_rate},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.decay)
+    recipe = replace(recipe, steps=recipe.tuned_steps, batch=recipe.tuned_batch)
     return _descend(optimizer, lambda which, batch: model(train.pictures(which, 1.0), batch), train, recipe, seed)
 
 

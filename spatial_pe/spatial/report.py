@@ -110,8 +110,8 @@ def _model(recipe: dict) -> str:
             f"Tower: {size['depth']} layers, width {size['width']}, {size['heads']} heads, {size['image']} px in "
             f"patches of {size['patch']}; asked by a {recipe['model']}."
         )
-    trained = "trained with an" if recipe["tuned"] else "frozen, asked by a probe,"
-    return f"Tower: {recipe['checkpoint'] or 'DINOv2-small'}, {trained} {recipe['head']} head."
+    tuned = f", then {recipe['tuned_steps']} of {recipe['tuned_batch']} with the tower" if recipe["tuned_steps"] else ""
+    return f"Tower: {recipe['checkpoint'] or 'DINOv2-small'}. A probe ({recipe['head']}) on its frozen features{tuned}:"
 
 
 # (draws it, whether a run has what it shows, what it shows)

@@ -119,19 +119,16 @@ STUDIES = {
     "pretrained": Study(
         "a pretrained tower before and after 2D RoPE is added, frozen and fine-tuned, on real pixels",
         {
-            "smoke": {
-                "frozen, attentive": Part(PretrainedRecipe("attentive", False, 3, 40, 40, 4), tuple(VARIANTS)),
-                "fine-tuned": Part(PretrainedRecipe("attentive", True, 2, 40, 40, 4), tuple(VARIANTS)),
-            },
+            "smoke": {"fine-tuned": Part(PretrainedRecipe("attentive", 3, 40, 40, 2), tuple(VARIANTS))},
             "standard": {
-                "frozen, linear": Part(PretrainedRecipe("linear", False, 600, 2400, 300, 64), tuple(VARIANTS)),
-                "frozen, attentive": Part(PretrainedRecipe("attentive", False, 400, 2400, 300, 32), tuple(VARIANTS)),
-                "fine-tuned": Part(PretrainedRecipe("attentive", True, 150, 2400, 300, 16), tuple(VARIANTS)),
+                "frozen, linear": Part(PretrainedRecipe("linear", 600, 2400, 300), tuple(VARIANTS)),
+                "frozen, attentive": Part(PretrainedRecipe("attentive", 600, 2400, 300), tuple(VARIANTS)),
+                "fine-tuned": Part(PretrainedRecipe("attentive", 600, 2400, 300, 150), tuple(VARIANTS)),
             },
             "full": {
-                "frozen, linear": Part(PretrainedRecipe("linear", False, 4000, 16000, 1000, 64), tuple(VARIANTS)),
-                "frozen, attentive": Part(PretrainedRecipe("attentive", False, 4000, 16000, 1000, 64), tuple(VARIANTS)),
-                "fine-tuned": Part(PretrainedRecipe("attentive", True, 3000, 16000, 1000, 32), tuple(VARIANTS)),
+                "frozen, linear": Part(PretrainedRecipe("linear", 4000, 16000, 1000), tuple(VARIANTS)),
+                "frozen, attentive": Part(PretrainedRecipe("attentive", 4000, 16000, 1000), tuple(VARIANTS)),
+                "fine-tuned": Part(PretrainedRecipe("attentive", 4000, 16000, 1000, 3000), tuple(VARIANTS)),
             },
         },
     ),
@@ -236,8 +233,7 @@ Task = tuple[Run, Recipe | PretrainedRecipe]
 def _work(todo: Sequence[Task], jobs: int) -> Iterator[tuple[Run, dict]]:
     groups: dict[object, list[Task]] = defaultdict(list)  # those of a group share what takes long: one worker has them
     for it, recipe in todo:
-        frozen = isinstance(recipe, PretrainedRecipe) and not recipe.tuned
-        groups[(it.seed, it.encoding) if frozen else it].append((it, recipe))
+        groups[(it.seed, it.encoding) if isinstance(recipe, PretrainedRecipe) else it].append((it, recipe))
     if jobs == 1:
         yield from (_one(task) for group in groups.values() for task in group)
         return
