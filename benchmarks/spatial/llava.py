@@ -19,7 +19,7 @@ import argparse
 import json
 import sys
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def main() -> int:
     except (RecipeError, DataError) as error:
         print(f"llava.py: {error}", file=sys.stderr)
         return 2
-    except Unverified as error:
+    except UnverifiedError as error:
         print(f"llava.py: the saved model is not what was trained: {error}", file=sys.stderr)
         return 1
     return 0
@@ -354,7 +354,7 @@ def _freeze_unused(tower: nn.Module, encoder: Encoder) -> None:
 # ------------------------------------------------------------------------------------------------------- verification
 
 
-class Unverified(Exception):
+class UnverifiedError(Exception):
     """The saved model differs from the trained one; the message says how."""
 
 
@@ -364,19 +364,21 @@ def _verify(options: argparse.Namespace, probe: dict[str, Tensor], before: Tenso
         try:
             model = spatial_pe.from_pretrained(LlavaForConditionalGeneration, options.output, dtype=torch.float32)
         except ValueError as error:
-            raise Unverified(str(error)) from error
+            raise UnverifiedError(str(error)) from error
     noted = model.model.vision_tower.config.spatial_pe
     attention = [m for m in model.model.vision_tower.modules() if isinstance(m, FusedAttention)]
     asked = _asked(options)
     differing = {key: noted.get(key) for key, value in asked.items() if noted.get(key) != value}
     if differing or not attention:
-        raise Unverified(f"asked for {asked}, config.json says {differing}, {len(attention)} attention modules patched")
+        raise UnverifiedError(
+            f"asked for {asked}, config.json says {differing}, {len(attention)} attention modules patched"
+        )
     model.to(trainer.args.device)
     after = _logits(model, probe, trainer)
     error = ((after - before).norm() / before.norm()).item()
     allowed = 2e-2 if trainer.args.bf16 or trainer.args.fp16 else 1e-5
     if not error <= allowed:
-        raise Unverified(f"its logits differ by {error:.1e} of their norm, allowed are {allowed:.0e}")
+        raise UnverifiedError(f"its logits differ by {error:.1e} of their norm, allowed are {allowed:.0e}")
     return {"patched": noted, "attention_modules": len(attention), "logits_error": error, "allowed": allowed}
 
 

@@ -54,9 +54,9 @@ USUAL = "as-is"
 
 @dataclass(frozen=True)
 class PretrainedRecipe:
-    """``head``: "linear" or "attentive", trained for ``steps`` of ``batch`` scenes on features of the frozen tower; then
-    the tower and the head together for ``tuned_steps`` of ``tuned_batch``: a random head would first undo what the tower
-    knows (arXiv 2202.10054). ``scenes``, ``test_scenes``: how many; ``checkpoint``: a folder or hub id, None for
+    """``head``: "linear" or "attentive", trained for ``steps`` of ``batch`` scenes on the frozen features; then
+    tower and head together for ``tuned_steps`` of ``tuned_batch``: a random head would first undo what the tower knows
+    (arXiv 2202.10054). ``scenes``, ``test_scenes``: how many; ``checkpoint``: a folder or hub id, None for
     DINOv2-small."""
 
     head: str
