@@ -62,6 +62,7 @@ def svg(figure: Figure, name: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", text)  # a hash of the pixels: equal maps would share it
     ids = set(re.findall(r'id="([^"]+)"', text))
     for reference in (r'(id=")([^"]+)(")', r"(url\(#)([^)]+)(\))", r'(href="#)([^"]+)(")'):
         text = re.sub(reference, lambda m: f"{m[1]}{name}-{m[2]}{m[3]}" if m[2] in ids else m[0], text)
