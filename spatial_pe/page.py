@@ -66,7 +66,9 @@ def svg(figure: Figure, name: str) -> str:
     ids = set(re.findall(r'id="([^"]+)"', text))
     for reference in (r'(id=")([^"]+)(")', r"(url\(#)([^)]+)(\))", r'(href="#)([^"]+)(")'):
         text = re.sub(reference, lambda m: f"{m[1]}{name}-{m[2]}{m[3]}" if m[2] in ids else m[0], text)
-    return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1).replace(INK, "currentColor")
+    widest = f"{1.2 * figure.get_figwidth():.1f}in"  # a small figure is not blown up to the page
+    shown = f'<svg aria-hidden="true" focusable="false" style="max-width:{widest};min-width:min(34rem,{widest})"'
+    return text.replace("<svg", shown, 1).replace(INK, "currentColor")
 
 
 def style() -> Any:
@@ -96,14 +98,14 @@ PAGE = """<!doctype html>
 :root { --ink: #1b1f24; --paper: #fdfdfc; --faint: #6b7280; --line: #d9dce1; --band: #f2f4f6 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --paper: #14171b; --faint: #9aa3af; --line: #333941; --band: #1d2127 } }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, sans-serif }
-h1 { font-size: 1.6rem; line-height: 1.25 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
+p, figcaption { max-width: 56rem } h1 { font-size: 1.6rem; line-height: 1.25 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
 .lead, footer, caption { color: var(--faint) } footer { margin-top: 3rem; font-size: .85rem; overflow-wrap: anywhere }
-.wide { overflow-x: auto } figure { margin: 1.2rem 0 } figure svg { width: 100%; min-width: 34rem; height: auto }
+.wide { overflow-x: auto } figure { margin: 1.2rem 0 } figure svg { width: 100%; height: auto }
 figcaption { color: var(--faint); font-size: .9rem }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; width: 100% }
-caption { text-align: left; padding-bottom: .4rem; font-size: .9rem }
+caption { text-align: left; white-space: normal; padding-bottom: .4rem; font-size: .9rem }
 th, td { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child { text-align: left } thead th { background: var(--band) }
 a { color: inherit } .wide:focus { outline: 2px solid var(--faint) }

@@ -149,7 +149,8 @@ def similarity(study: dict, part: str) -> Figure:
     figure, axes = _figure(1.6 * max(1, len(tables)), 1.9, 1, max(1, len(tables)))
     for ax, (name, table) in zip(axes, tables.items(), strict=False):
         ax.imshow(table, vmin=-1, vmax=1, cmap="RdBu_r")
-        ax.set(xticks=[], yticks=[], title=name)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name, fontsize=8)
         ax.grid(False)
     return figure
 

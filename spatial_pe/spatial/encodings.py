@@ -165,16 +165,16 @@ def _mismatched(shape: Shape) -> nn.Module:
 
 ENCODINGS = {
     "none": Encoding("none"),
-    "learned-1d": Encoding("learned, one vector a patch", LearnedTable),
+    "learned-1d": Encoding("learned", LearnedTable),
     # as large as the patch embeddings from the start, like the sines and cosines: is it the table, or its size?
-    "learned-large": Encoding("learned, one vector a patch, std 0.7", lambda shape: LearnedTable(shape, 0.7)),
+    "learned-large": Encoding("learned, std 0.7", lambda shape: LearnedTable(shape, 0.7)),
     "learned-2d": Encoding("learned, rows and columns", LearnedAxes),
     "sincos-2d": Encoding("2D sin-cos", SinCos),
     "axial": Encoding("axial RoPE, base 100", None, _axial(100.0)),  # rope-vit's base
     "axial-10000": Encoding("axial RoPE, base 10,000", None, _axial(10000.0)),  # Qwen-VL's and Pixtral's
     "mixed": Encoding("mixed RoPE", None, _mixed),
     "axial+learned": Encoding("axial RoPE and learned", LearnedTable, _axial(100.0)),
-    "mismatched": Encoding("2601.09954's public code", None, _mismatched),
+    "mismatched": Encoding("2601.09954's code", None, _mismatched),
     "alibi-2d": Encoding("ALiBi-2D", None, Alibi2D),
 }
 

@@ -50,7 +50,8 @@ class Row:
 
 
 def parts(study: dict) -> list[str]:
-    return list(dict.fromkeys(run["part"] for run in study["runs"]))
+    found = {run["part"] for run in study["runs"]}
+    return [name for name in study["recipes"] if name in found]
 
 
 def encodings(study: dict, part: str) -> list[str]:

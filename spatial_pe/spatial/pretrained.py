@@ -47,7 +47,7 @@ VARIANTS = {
     "identity": Variant("axial RoPE added, identity start", {"rope": "axial"}),
     "full": Variant("axial RoPE added, full start", {"rope": "axial", "start": "full"}),
     "replaced": Variant("embedding replaced by axial RoPE", {"rope": "axial", "start": "full", "keep_absolute": False}),
-    "authors": Variant("2601.09954's public code", {"legacy": "2601.09954"}),
+    "authors": Variant("2601.09954's code", {"legacy": "2601.09954"}),
 }
 USUAL = "as-is"
 

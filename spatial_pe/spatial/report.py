@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from .. import page
 from ..page import Chart, Section, Table
 from . import charts, findings
-from .findings import Compared, Row
-from .statistics import VERDICTS, Mean
+from .findings import Row
+from .statistics import Comparison, Mean
 from .study import LABELS
 from .tasks import TASKS
 
@@ -40,33 +40,8 @@ def text(study: dict) -> str:
     for part in findings.parts(study):
         lines += ["", f"{study['study']}, {part}: {study['about']}"]
         lines += [_plain(table) for table in _tables(study, part)]
-        lines += [f"- {sentence}" for sentence in sentences(study, part)]
+        lines += [] if _seeds(study, part) > 1 else [ONE_SEED]
     return "\n".join(lines)
-
-
-def sentences(study: dict, part: str) -> list[str]:
-    """What was shown against the reference of each comparison, and where no difference was shown, in words."""
-    found = findings.comparisons(study, part)
-    if not found:
-        return ["One seed: nothing is compared. Differences need two seeds or more."]
-    lines = []
-    for encoding, reference in dict.fromkeys((c.encoding, c.reference) for c in found):
-        some = [c for c in found if (c.encoding, c.reference) == (encoding, reference)]
-        lines.append(f"{LABELS[encoding]} against {LABELS[reference]}: {_verdicts(some)}.")
-    return lines
-
-
-def _verdicts(some: Sequence[Compared]) -> str:
-    said = []
-    for verdict in VERDICTS:
-        its = [c for c in some if c.result.verdict == verdict]
-        if its:
-            listed = ", ".join(
-                f"{c.column} ({100 * c.result.difference.value:+.1f} ± {100 * c.result.difference.half:.1f})"
-                for c in its
-            )
-            said.append(f"{verdict} in {listed}")
-    return "; ".join(said)
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -93,14 +68,18 @@ def _section(study: dict, part: str) -> Section:
     trained = (
         f"{recipe['steps']} steps of {recipe['batch']} pictures from {recipe['scenes']} "
         f"({', '.join(recipe['domains'])}), tested on {recipe['test_scenes']} others; "
-        f"{len({run['seed'] for run in runs})} seeds."
+        f"{_seeds(study, part)} seeds."
     )
     items: list[Table | Chart] = [*_tables(study, part)]
     items += [Chart(draw(study, part), label) for draw, needs, label in CHARTS if needs(runs[0])]
     if any(run.get("attention", {}).get("similarity") for run in runs):
         items.append(Chart(charts.similarity(study, part), SIMILARITY))
-    paragraphs = (f"{_model(recipe)} {trained}", *sentences(study, part))
+    paragraphs = (f"{_model(recipe)} {trained}", *(() if _seeds(study, part) > 1 else (ONE_SEED,)))
     return Section(f"{study['study']}, {part}: {study['about']}", paragraphs, tuple(items))
+
+
+def _seeds(study: dict, part: str) -> int:
+    return len({run["seed"] for run in study["runs"] if run["part"] == part})
 
 
 def _model(recipe: dict) -> str:
@@ -158,6 +137,12 @@ BY_TASK = (
 )
 BY_SCALE = "Skill by size, %: patches numbered on (index), or coordinates and tables stretched to the training grid."
 
+MARKS = {"better": "▲", "worse": "▼", "perhaps better": "△", "perhaps worse": "▽", "no difference shown": ""}
+COMPARED = (
+    "Differences in percentage points, paired by seed. ▲ better, ▼ worse: p < 0.05 after correction for all of this "
+    "table; △ ▽: only before it. No mark: no difference shown."
+)
+ONE_SEED = "One seed: nothing is compared. Differences need two seeds or more."
 MOVED = "Skill when the positions are moved, %: normal; each patch at another's position; all at one position."
 
 
@@ -169,10 +154,29 @@ def _tables(study: dict, part: str) -> list[Table]:
         tables.append(_table(BY_SCALE, findings.by_scale(study, part), lambda c: c.replace(" ", "x ")))
     if "counterfactual" in first:
         tables.append(_table(MOVED, findings.by_counterfactual(study, part), str))
+    if _seeds(study, part) > 1:
+        tables.insert(1, _compared(study, part))
     domains = findings.by_domain(study, part)
     if len(domains[0].cells) > 1:
         tables.append(_table("Skill by what the pictures are made of, %.", domains, str))
     return tables
+
+
+def _compared(study: dict, part: str) -> Table:
+    found = {(c.encoding, c.reference, c.column): c.result for c in findings.comparisons(study, part)}
+    columns = list(dict.fromkeys(column for _, _, column in found))
+    rows = []
+    for pair in dict.fromkeys(key[:2] for key in found):
+        results = (found.get((*pair, column)) for column in columns)
+        rows.append(
+            [" − ".join(LABELS[name] for name in pair), *("–" if r is None else _difference(r) for r in results)]
+        )
+    return Table(COMPARED, ["difference of", *columns], rows)
+
+
+def _difference(result: Comparison) -> str:
+    value = result.difference
+    return f"{100 * value.value:+.1f} ± {100 * value.half:.1f} {MARKS[result.verdict]}".rstrip()
 
 
 def _table(caption: str, rows: Sequence[Row], title: Callable[[str], str]) -> Table:

@@ -45,9 +45,6 @@ def mean(values: Sequence[float], level: float = 0.95) -> Mean:
     return Mean(float(x.mean()), float(half), len(x))
 
 
-VERDICTS = ("better", "worse", "perhaps better", "perhaps worse", "no difference shown")
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Of two encodings on shared seeds: the mean difference, its raw p (two-sided paired t test), and p corrected for
