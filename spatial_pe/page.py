@@ -100,7 +100,8 @@ PAGE = """<!doctype html>
   :root { --ink: #e6e8eb; --paper: #14171b; --faint: #9aa3af; --line: #333941; --band: #1d2127 } }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, sans-serif }
-p, figcaption { max-width: 56rem } h1 { font-size: 1.6rem; line-height: 1.25 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
+h1 { font-size: 1.6rem; line-height: 1.25 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
+p, figcaption { max-width: 56rem }
 .lead, footer, caption { color: var(--faint) } footer { margin-top: 3rem; font-size: .85rem; overflow-wrap: anywhere }
 .wide { overflow-x: auto } figure { margin: 1.2rem 0 } figure svg { width: 100%; height: auto }
 figcaption { color: var(--faint); font-size: .9rem }

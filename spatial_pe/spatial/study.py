@@ -119,7 +119,7 @@ STUDIES = {
     "pretrained": Study(
         "a pretrained tower before and after 2D RoPE is added, frozen and fine-tuned, on real pixels",
         {
-            "smoke": {"fine-tuned": Part(PretrainedRecipe("attentive", 3, 40, 40, 2), tuple(VARIANTS))},
+            "smoke": {"fine-tuned": Part(PretrainedRecipe("attentive", 3, 40, 100, 2), tuple(VARIANTS))},
             "standard": {
                 "frozen, linear": Part(PretrainedRecipe("linear", 600, 2400, 300), tuple(VARIANTS)),
                 "frozen, attentive": Part(PretrainedRecipe("attentive", 600, 2400, 300), tuple(VARIANTS)),
