@@ -8,7 +8,7 @@ TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
-.PHONY: demo test test-all lint sanitize bench-cpu gpu triton-budget cuda-budget support-table wheel clean
+.PHONY: demo test test-all lint sanitize bench-cpu spatial gpu triton-budget cuda-budget support-table wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
@@ -48,6 +48,18 @@ bench-cpu: $(VENV)/bench
 	$(BIN)/python -m benchmarks.throughput.peers_cpu --rounds 7 --out benchmarks/results/cpu/peers.json
 	$(BIN)/python -m benchmarks.throughput.towers_cpu --rounds 9 --out benchmarks/results/cpu/towers.json
 	$(BIN)/spatial-pe demo --out docs/demo.png --json benchmarks/results/cpu/demo.json
+	$(BIN)/python -m benchmarks.readme
+
+# The accuracy studies, goes on where it was stopped. Half a day on two cores; `spatial-pe spatial run --budget full` is for
+# larger machines.
+SPATIAL := benchmarks/results/cpu/spatial
+spatial: $(VENV)/installed
+	$(BIN)/spatial-pe spatial run --study encodings --seeds 5 --out $(SPATIAL)/encodings.json
+	$(BIN)/spatial-pe spatial run --study convergence --seeds 5 --out $(SPATIAL)/convergence.json
+	$(BIN)/spatial-pe spatial run --study llava --seeds 5 --out $(SPATIAL)/llava.json
+	$(BIN)/spatial-pe spatial run --study data --seeds 5 --out $(SPATIAL)/data.json
+	$(BIN)/spatial-pe spatial run --study pretrained --seeds 3 --out $(SPATIAL)/pretrained.json
+	$(BIN)/spatial-pe spatial report $(SPATIAL)/*.json --out $(SPATIAL)/report.html
 	$(BIN)/python -m benchmarks.readme
 
 # On a machine with a GPU, with its own Python packages and no network: build, test, tune and measure into OUT, in at

@@ -9,10 +9,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
 from pathlib import Path
+
+from spatial_pe.spatial import findings, report, study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -95,6 +98,66 @@ def towers() -> str:
     return intro + table(header, rows) + f"\n\n`{result['command']}`; {machine(result)}."
 
 
+# (file, part, heading): the columns of the table of encodings
+STUDIED = (
+    ("encodings", "objects", "shapes"),
+    ("encodings", "photographs", "photographs"),
+    ("encodings", "odd", "odd one out"),
+    ("encodings", "map", "way on a map"),
+    ("data", "scenes1000", "shapes, 1,000 pictures"),
+    ("convergence", "objects", "shapes, 4x steps"),
+    ("llava", "objects", "tiny LLaVA"),
+)
+TOWER = tuple(("pretrained", part, part) for part in ("frozen, linear", "frozen, attentive", "fine-tuned"))
+
+
+def accuracy() -> str:
+    intro = (
+        "Skill in %: accuracy without chance, mean over the tasks; ± 95 % interval over the seeds. Best of a column in "
+        "bold.\n\n"
+    )
+    added = "DINOv2-small before and after 2D RoPE is added, on handwriting and photographs; skill in %.\n\n"
+    return "\n\n".join([intro + skills(STUDIED), differences(STUDIED), added + skills(TOWER), differences(TOWER)])
+
+
+def skills(columns: tuple[tuple[str, str, str], ...]) -> str:
+    found = [{row.encoding: row.cells["1.0 index"] for row in findings.by_scale(spatial(f), p)} for f, p, _ in columns]
+    best = [max(cells, key=lambda name: cells[name].value) for cells in found]
+    rows = []
+    for name in study.LABELS:
+        cells = [cells.get(name) for cells in found]
+        if any(cells):
+            texts = ["" if m is None else f"{100 * m.value:.0f} ± {100 * m.half:.0f}" for m in cells]
+            marked = [f"**{text}**" if top == name else text for text, top in zip(texts, best, strict=True)]
+            rows.append([study.LABELS[name], *marked])
+    return table(["", *(heading for *_, heading in columns)], rows)
+
+
+def differences(columns: tuple[tuple[str, str, str], ...]) -> str:
+    found = [
+        {(c.encoding, c.reference): c.result for c in findings.comparisons(spatial(f), p) if c.column in KEY}
+        for f, p, _ in columns
+    ]
+    rows = []
+    for pair in findings.PAIRS:
+        results = [comparisons.get(pair) for comparisons in found]
+        if any(results):
+            names = " − ".join(study.LABELS[name] for name in pair)
+            rows.append([names, *("" if r is None else report.difference(r) for r in results)])
+    files = dict.fromkeys(file for file, *_ in columns)
+    commands = "; ".join(f"`{command}`" for file in files for command in spatial(file)["commands"])
+    note = f"\n\n{report.MARKED} {commands}; {machine(spatial(next(iter(files)))['environments'][0])}."
+    return table(["difference of skill, points", *(heading for *_, heading in columns)], rows) + note
+
+
+KEY = ("skill", "odd", "path")  # the last two where they are the only task: their accuracy
+
+
+@functools.cache
+def spatial(name: str) -> dict:
+    return study.load(RESULTS / "spatial" / f"{name}.json")
+
+
 def machine(result: dict) -> str:
     versions = result["versions"]
     names = ("torch", "transformers", "openvino", "onnxruntime")
@@ -108,7 +171,7 @@ def main() -> None:
     check = parser.parse_args().check
     path = ROOT / "README.md"
     text = path.read_text()
-    for name, make in (("demo", demo), ("results", results)):
+    for name, make in (("demo", demo), ("results", results), ("accuracy", accuracy)):
         block = f"<!-- {name}: written by `python -m benchmarks.readme` -->\n{make()}\n<!-- end of {name} -->"
         stale = re.compile(rf"<!-- {name}: .*?<!-- end of {name} -->", re.DOTALL)
         text, count = stale.subn(lambda _, block=block: block, text)

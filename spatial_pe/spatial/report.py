@@ -138,10 +138,11 @@ BY_TASK = (
 BY_SCALE = "Skill by size, %: patches numbered on (index), or coordinates and tables stretched to the training grid."
 
 MARKS = {"better": "▲", "worse": "▼", "perhaps better": "△", "perhaps worse": "▽", "no difference shown": ""}
-COMPARED = (
-    "Differences in percentage points, paired by seed. ▲ better, ▼ worse: p < 0.05 after correction for all of this "
-    "table; △ ▽: only before it. No mark: no difference shown."
+MARKED = (
+    "▲ better, ▼ worse: p < 0.05 after correction for all comparisons of a part of the study; △ ▽: only before. No mark: "
+    "no difference shown."
 )
+COMPARED = f"Differences in percentage points, paired by seed. {MARKED}"
 ONE_SEED = "One seed: nothing is compared. Differences need two seeds or more."
 MOVED = "Skill when the positions are moved, %: normal; each patch at another's position; all at one position."
 
@@ -169,12 +170,13 @@ def _compared(study: dict, part: str) -> Table:
     for pair in dict.fromkeys(key[:2] for key in found):
         results = (found.get((*pair, column)) for column in columns)
         rows.append(
-            [" − ".join(LABELS[name] for name in pair), *("–" if r is None else _difference(r) for r in results)]
+            [" − ".join(LABELS[name] for name in pair), *("–" if r is None else difference(r) for r in results)]
         )
     return Table(COMPARED, ["difference of", *columns], rows)
 
 
-def _difference(result: Comparison) -> str:
+def difference(result: Comparison) -> str:
+    """Mean, interval and mark, in percentage points."""
     value = result.difference
     return f"{100 * value.value:+.1f} ± {100 * value.half:.1f} {MARKS[result.verdict]}".rstrip()
 
