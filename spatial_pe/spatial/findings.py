@@ -87,6 +87,11 @@ def by_counterfactual(study: dict, part: str) -> list[Row]:
     return _rows(study, part, moved | {name: _of_moved(name) for name in _first(study, part)["counterfactual"]})
 
 
+def by_turn(study: dict, part: str) -> list[Row]:
+    """Relations that are answered right about a picture and about the same flipped or turned."""
+    return _rows(study, part, {turn: _of_turn(turn) for turn in _first(study, part)["consistency"]})
+
+
 def by_layer(study: dict, part: str, what: str) -> dict[str, list[Mean]]:
     """A row of "layers", {encoding: [a mean for each layer]}; without the encodings whose tower tells none."""
     found = {}
@@ -156,6 +161,10 @@ def _columns(study: dict, part: str) -> Iterator[tuple[str, Value]]:
 
 def _of_task(task: str) -> Value:
     return lambda run: run["accuracy"]["1.0"]["index"][task]
+
+
+def _of_turn(turn: str) -> Value:
+    return lambda run: run["consistency"][turn]
 
 
 def _of_moved(name: str) -> Value:

@@ -29,7 +29,7 @@ from ..towers.adapters import FusedAttention
 from ..towers.patch import ABSOLUTE
 from .models import Attentive, Batch, Linear, Probe
 from .tasks import make_dataset
-from .train import Exam, by_domain, by_task, order, rate, task_loss, twins
+from .train import Exam, by_domain, by_task, consistency, order, rate, task_loss, twins
 
 GRID = 8  # patches along a side, as in the controlled study
 
@@ -83,6 +83,7 @@ class PretrainedRecipe:
 def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int) -> dict:
     """As ``train.train_and_ask``, at scale 1, and besides:
 
+    "consistency": {"hflip" | "vflip" | "rot90": share}, see ``train.consistency``;
     "counterfactual": {"shuffled" | "constant": {task: accuracy}}, the same answers when the positions are moved;
     "layers": {"coherence" | "hflip" | "vflip" | "rot90": [one a layer]}, of the tower after training, see ``layers``.
     """
@@ -107,6 +108,7 @@ def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int) -> dict:
         "accuracy": {"1.0": {"index": by_task(hits)}},
         "domains": by_domain(hits, test),
         "twins": twins(model, test, hits),
+        "consistency": consistency(model, test, hits),
         "loss": losses,
         "counterfactual": counterfactual,
         "layers": layers(tower, test.pictures(range(min(32, recipe.test_scenes)), 1.0)),

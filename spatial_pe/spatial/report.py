@@ -139,11 +139,12 @@ BY_SCALE = "Skill by size, %: patches numbered on (index), or coordinates and ta
 
 MARKS = {"better": "▲", "worse": "▼", "perhaps better": "△", "perhaps worse": "▽", "no difference shown": ""}
 MARKED = (
-    "▲ better, ▼ worse: p < 0.05 after correction for all comparisons of a part of the study; △ ▽: only before. No mark: "
-    "no difference shown."
+    "▲ better, ▼ worse: p < 0.05 after correction for all comparisons of a part of the study; △ ▽: only before. No "
+    "mark: no difference shown."
 )
 COMPARED = f"Differences in percentage points, paired by seed. {MARKED}"
 ONE_SEED = "One seed: nothing is compared. Differences need two seeds or more."
+TURNED = "Relations answered right both about a picture and about the same picture flipped or turned, %; chance 6."
 MOVED = "Skill when the positions are moved, %: normal; each patch at another's position; all at one position."
 
 
@@ -155,6 +156,7 @@ def _tables(study: dict, part: str) -> list[Table]:
         tables.append(_table(BY_SCALE, findings.by_scale(study, part), lambda c: c.replace(" ", "x ")))
     if "counterfactual" in first:
         tables.append(_table(MOVED, findings.by_counterfactual(study, part), str))
+        tables.append(_table(TURNED, findings.by_turn(study, part), str))
     if _seeds(study, part) > 1:
         tables.insert(1, _compared(study, part))
     domains = findings.by_domain(study, part)

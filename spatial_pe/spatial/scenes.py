@@ -63,9 +63,19 @@ class Scene:
     ground: int
     split: str
 
-    def mirrored(self) -> Scene:
-        """Left and right exchanged; the sprites themselves stay upright, so that none becomes unfamiliar."""
-        return replace(self, sprites=tuple(replace(sprite, x=1.0 - sprite.x) for sprite in self.sprites))
+    def turned(self, turn: str) -> Scene:
+        """By a row of TURNS; the sprites themselves stay upright, so that none becomes unfamiliar."""
+        places = [TURNS[turn](sprite.x, sprite.y) for sprite in self.sprites]
+        return replace(
+            self, sprites=tuple(replace(sprite, x=x, y=y) for sprite, (x, y) in zip(self.sprites, places, strict=True))
+        )
+
+
+TURNS: dict[str, Callable[[float, float], tuple[float, float]]] = {
+    "hflip": lambda x, y: (1.0 - x, y),
+    "vflip": lambda x, y: (x, 1.0 - y),
+    "rot90": lambda x, y: (y, 1.0 - x),  # to the left, as numpy's and torch's rot90
+}
 
 
 class Album:

@@ -59,7 +59,14 @@ class Dataset:
         swap = {"left": "right", "right": "left"}
         asked = [q for q in self.questions if q.task == "relation" and q.answer in swap]
         questions = tuple(Question(q.scene, q.task, q.names, swap[q.answer]) for q in asked)
-        return Dataset(tuple(scene.mirrored() for scene in self.scenes), questions)
+        return Dataset(tuple(scene.turned("hflip") for scene in self.scenes), questions)
+
+    def turned(self, turn: str) -> Dataset:
+        """All scenes turned, see ``scenes.TURNS``, with the questions where two things are from each other."""
+        scenes = tuple(scene.turned(turn) for scene in self.scenes)
+        asked = {q.scene: TASKS[q.task].ask(scenes[q.scene]) for q in self.questions if q.task == "relation"}
+        questions = tuple(Question(index, "relation", *its) for index, its in asked.items() if its is not None)
+        return Dataset(scenes, questions)
 
 
 def make_dataset(count: int, family: str, split: str, seed: int, domains: Sequence[str] = tuple(DOMAINS)) -> Dataset:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from . import look
 from .encodings import ENCODINGS
 from .models import Asked, Batch, Size, TinyLlava, Tower, probe
-from .scenes import DOMAINS, KINDS, NAMES, ROLES, Album
+from .scenes import DOMAINS, KINDS, NAMES, ROLES, TURNS, Album
 from .tasks import TASKS, Dataset, Question, make_dataset
 
 SCALES = (0.75, 1.0, 1.5, 2.0)  # of the evaluated pictures, relative to training
@@ -235,6 +235,18 @@ def by_domain(hits: Sequence[tuple[Question, bool]], test: Exam) -> dict[str, di
         name = scenes[question.scene].sprites[0].name
         parts[next((domain for domain, names in DOMAINS.items() if name in names), "any")].append((question, hit))
     return {domain: by_task(parts[domain]) for domain in (*DOMAINS, "any") if domain in parts}
+
+
+def consistency(model: nn.Module, test: Exam, hits: Sequence[tuple[Question, bool]]) -> dict[str, float]:
+    """Of the questions where two things are from each other, the share that is answered right about the picture and
+    about the same picture flipped or turned, for each of ``scenes.TURNS``."""
+    first = {question.scene: hit for question, hit in hits if question.task == "relation"}
+    found = {}
+    for turn in TURNS:
+        turned = Exam(test.dataset.turned(turn), test.image)
+        both = [hit and first[question.scene] for question, hit in turned.ask(model, 1.0, False)]
+        found[turn] = round(float(np.mean(both)), 4)
+    return found
 
 
 def twins(model: nn.Module, test: Exam, hits: Sequence[tuple[Question, bool]]) -> float | None:

@@ -125,6 +125,7 @@ def test_a_run(folder, tuned):
     found = recipe.run("identity", 0)
     assert set(found["counterfactual"]) == {"shuffled", "constant"}
     assert len(found["loss"]) == (2 if tuned else 1)
+    assert set(found["consistency"]) == {"hflip", "vflip", "rot90"}
     assert {*found["domains"]} == {"digits", "photographs"}
     again = recipe.run("identity", 0)
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
