@@ -356,7 +356,7 @@ def run_tune(options: argparse.Namespace) -> int:
 
 
 def run_spatial(options: argparse.Namespace) -> int:
-    for package in ("sklearn", "skimage", "transformers", "matplotlib"):
+    for package in ("sklearn", "skimage", "scipy", "jinja2", "transformers", "matplotlib"):
         _need(package, extra="spatial")
     from .spatial import command
 

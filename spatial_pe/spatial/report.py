@@ -184,7 +184,8 @@ def difference(result: Comparison) -> str:
 
 
 def _table(caption: str, rows: Sequence[Row], title: Callable[[str], str]) -> Table:
-    columns = list(dict.fromkeys(column for row in rows for column in row.cells))
+    fullest = sorted(rows, key=lambda row: -len(row.cells))  # some encodings have no coordinates to number on
+    columns = list(dict.fromkeys(column for row in fullest for column in row.cells))
     best = set()
     for index, column in enumerate(columns):
         values = {line: row.cells[column].value for line, row in enumerate(rows) if column in row.cells}

@@ -2,9 +2,8 @@
 """One run of the study: train one model with one encoding and one seed, and ask it everything at every size.
 
 All encodings of a seed share initial weights (all but the encoding's own), data and order. Beside the answers, each
-patch is asked what lies in it (``roles``), a loss without which a model of this size spends most of its steps on
-finding the things before it can learn where they are: with it, axial RoPE reaches 99 % on relations after 400 steps of
-32 images, without it 54 % after 300 of 64.
+patch is asked what lies in it (``roles``): without that loss a model of this size spends most of its steps on finding
+the things, before it can learn where they are.
 """
 
 from __future__ import annotations
