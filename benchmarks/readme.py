@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites the README's tables from benchmarks/results/cpu/*.json.
+"""Rewrites the README's tables, and the pictures of the accuracy study, from benchmarks/results/cpu.
 
     python -m benchmarks.readme [--check]
 
@@ -120,6 +120,21 @@ def accuracy() -> str:
     return "\n\n".join([intro + skills(STUDIED), differences(STUDIED), added + skills(TOWER), differences(TOWER)])
 
 
+def figures() -> None:
+    """The README's pictures of the accuracy study."""
+    from matplotlib import rc_context
+
+    from spatial_pe import page
+    from spatial_pe.spatial import charts
+
+    with rc_context(page.style()):
+        for name, figure in (
+            ("tasks", charts.by_task(spatial("encodings"), "objects")),
+            ("curves", charts.curves(spatial("convergence"), "objects")),
+        ):
+            figure.savefig(ROOT / "docs" / f"spatial_{name}.png", dpi=110, facecolor="white", bbox_inches="tight")
+
+
 def skills(columns: tuple[tuple[str, str, str], ...]) -> str:
     found = [{row.encoding: row.cells["1.0 index"] for row in findings.by_scale(spatial(f), p)} for f, p, _ in columns]
     best = [max(cells, key=lambda name: cells[name].value) for cells in found]
@@ -181,6 +196,7 @@ def main() -> None:
         sys.exit("README.md is stale: run python -m benchmarks.readme")
     if not check:
         path.write_text(text)
+        figures()
 
 
 if __name__ == "__main__":
