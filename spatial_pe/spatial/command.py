@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .. import environment
+import torch
+
 from . import study, zero_shot
 from .study import BUDGETS, STUDIES, StudyError
 
@@ -44,7 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each kind (default: 5)")
     run.add_argument("--encodings", metavar="A,B,...", help="default: all of the study")
     run.add_argument("--model", metavar="M", help="pretrained: a folder or hub id (default: DINOv2-small)")
-    run.add_argument("--jobs", type=int, metavar="N", help="processes, of one thread each (default: one per core)")
+    run.add_argument(
+        "--jobs", type=int, metavar="N", help="processes, of one thread each (default: one per core; GPU: 1)"
+    )
+    run.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     run.add_argument("--out", type=Path, metavar="FILE", help="default: spatial-STUDY-BUDGET.json")
     run.set_defaults(run=run_study)
 
@@ -74,7 +78,7 @@ def run_study(options: argparse.Namespace) -> int:
             raise StudyError(f"--{name} must be at least 1, got {getattr(options, name)}")
     path = options.out or Path(f"spatial-{options.study}-{options.budget}.json")
     _writable(path)
-    jobs = options.jobs or environment.usable_cores()
+    _usable(options.device)
     try:
         result = study.run(
             options.study,
@@ -83,7 +87,8 @@ def run_study(options: argparse.Namespace) -> int:
             encodings=names,
             seeds=options.seeds,
             model=options.model,
-            jobs=jobs,
+            jobs=options.jobs,
+            device=options.device,
             command=options.command,
             progress=_progress(),
         )
@@ -108,6 +113,13 @@ def run_report(options: argparse.Namespace) -> int:
     options.out.write_text(report.html(studies), encoding="utf-8")
     print(f"Wrote {options.out}")
     return 0
+
+
+def _usable(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(f"--device {device}: {str(error).strip().splitlines()[0]}") from None
 
 
 def _writable(path: Path) -> None:

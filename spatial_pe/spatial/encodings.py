@@ -33,13 +33,14 @@ class Where:
     width: int
     trained: int
     stretch: bool = False
+    device: torch.device | None = None
 
     def coordinates(self) -> Tensor:
         """(N, 2) row and column, float32. Stretched, patch centres keep their place in the picture."""
-        at = PatchGrid(self.height, self.width).coordinates()
+        at = PatchGrid(self.height, self.width).coordinates().to(self.device)
         if not self.stretch:
             return at
-        size = torch.tensor([self.height, self.width])
+        size = torch.tensor([self.height, self.width], device=self.device)
         return (at + 0.5) * self.trained / size - 0.5
 
 
@@ -96,7 +97,8 @@ class SinCos(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         quarter = shape.width // 4
-        self.frequencies = 10000.0 ** (-torch.arange(quarter) / quarter)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", 10000.0 ** (-torch.arange(quarter) / quarter), persistent=False)
 
     def forward(self, where: Where) -> Tensor:
         angles = where.coordinates()[..., None] * self.frequencies  # (N, 2, C/4)
@@ -111,7 +113,9 @@ class Alibi2D(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.slopes = 2.0 ** (-8.0 * torch.arange(1, shape.heads + 1) / shape.heads)
+        self.slopes: Tensor
+        slopes = 2.0 ** (-8.0 * torch.arange(1, shape.heads + 1) / shape.heads)
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(self, at: Tensor) -> Bias:
         return Bias(-self.slopes[:, None, None] * torch.cdist(at, at))

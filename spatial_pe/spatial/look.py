@@ -29,13 +29,13 @@ def attention(tower: Tower, pixels: Tensor) -> dict:
         without a table.
     """
     side = pixels.shape[-1] // tower.size.patch
-    at = PatchGrid(side, side).coordinates()
+    at = PatchGrid(side, side).coordinates().to(pixels.device)
     away = torch.cdist(at, at)
     distance = [(weights * away).sum(-1).mean((0, 2)).tolist() for weights in _weights(tower, pixels)]
     middle = (side // 2) * side + side // 2
     blank = torch.zeros_like(pixels[:1])
     position = [w[0, :, middle].mean(0).reshape(side, side) * side * side for w in _weights(tower, blank)]
-    table = tower.position.table(Where(side, side, tower.size.grid))
+    table = tower.position.table(Where(side, side, tower.size.grid, device=pixels.device))
     similarity = None
     if table is not None:
         similarity = torch.cosine_similarity(table[middle][None], table, dim=-1).reshape(side, side)

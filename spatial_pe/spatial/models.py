@@ -56,7 +56,7 @@ class Tower(nn.Module):
     def embedded(self, pixels: Tensor, stretch: bool = False) -> tuple[Tensor, list[object]]:
         """What enters the first block (B, N, C), and what each block's ``attend`` takes."""
         x = self.embed(pixels)
-        where = Where(x.shape[-2], x.shape[-1], self.size.grid, stretch)
+        where = Where(x.shape[-2], x.shape[-1], self.size.grid, stretch, x.device)
         x = x.flatten(2).transpose(1, 2)
         table = self.position.table(where)
         return x if table is None else x + table, self.position.layers(where, self.size.depth)
@@ -103,9 +103,12 @@ class Batch:
             torch.tensor([ANSWERS.index(q.answer) for q in questions]),
         )
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in (self.image, self.task, self.names, self.answer)))
+
     def choices(self) -> Tensor:
         """(Q, answers) bool: the answers that the task of each question has."""
-        return CHOICES[self.task]
+        return CHOICES.to(self.task.device)[self.task]
 
 
 TASK_NAMES = tuple(TASKS)
@@ -164,7 +167,8 @@ class Linear(nn.Module):
         self.out = nn.Linear(width, len(TASKS) * len(ANSWERS))
 
     def forward(self, features: Tensor, image: Tensor, task: Tensor) -> Tensor:
-        return self.out(features.mean(1))[image].unflatten(-1, (len(TASKS), -1))[torch.arange(len(task)), task]
+        each = torch.arange(len(task), device=task.device)
+        return self.out(features.mean(1))[image].unflatten(-1, (len(TASKS), -1))[each, task]
 
 
 def probe(tower: Tower) -> Probe:
@@ -199,10 +203,11 @@ class TinyLlava(Asked):
         words = question_words(batch)
         seen = self.projector(features)[batch.image]
         x = torch.cat([seen, self.language.get_input_embeddings()(words)], dim=1)
-        patches = torch.ones(seen.shape[:2], dtype=torch.long)
+        patches = torch.ones(seen.shape[:2], dtype=torch.long, device=x.device)
         out = self.language(inputs_embeds=x, attention_mask=torch.cat([patches, (words > 0).long()], dim=1))
         last = seen.shape[1] + (words > 0).sum(1) - 1
-        return out.logits[torch.arange(len(words)), last][:, ANSWER_WORDS]
+        each = torch.arange(len(words), device=words.device)
+        return out.logits[each, last][:, ANSWER_WORDS.to(words.device)]
 
 
 WORDS = ("<pad>", *dict.fromkeys((*" ".join(t.question for t in TASKS.values()).split(), *NAMES, *ANSWERS, "?")))
@@ -216,4 +221,4 @@ def question_words(batch: Batch) -> Tensor:
         text = TASKS[TASK_NAMES[task]].question.format(*(NAMES[name - 1] for name in names if name))
         rows.append([WORDS.index(word) for word in (*text.split(), "?")])
     longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=batch.task.device)

@@ -76,11 +76,11 @@ class PretrainedRecipe:
     warmup: int = 20
     cooldown: float = 0.3
 
-    def run(self, variant: str, seed: int) -> dict:
-        return train_and_ask(self, variant, seed)
+    def run(self, variant: str, seed: int, device: str = "cpu") -> dict:
+        return train_and_ask(self, variant, seed, torch.device(device))
 
 
-def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int) -> dict:
+def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int, device: torch.device) -> dict:
     """As ``train.train_and_ask``, at scale 1, and besides:
 
     "consistency": {"hflip" | "vflip" | "rot90": share}, see ``train.consistency``;
@@ -90,10 +90,10 @@ def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int) -> dict:
     began = time.perf_counter()
     train, test = _exams(recipe, seed)
     torch.manual_seed(seed)
-    tower = _tower(recipe.checkpoint, variant)
-    width = tower(test.pictures([0], 1.0)).shape[-1]
+    tower = _tower(recipe.checkpoint, variant, device)
+    width = tower(test.pictures([0], 1.0).to(device)).shape[-1]
     head = Linear(width) if recipe.head == "linear" else Attentive(width, max(1, width // 64))
-    model = Probe(tower, head)
+    model = Probe(tower, head.to(device))
     losses = _fit(model, train, recipe, variant, seed)
     if recipe.tuned_steps:
         losses += _tune(model, train, recipe, seed)
@@ -111,7 +111,7 @@ def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int) -> dict:
         "consistency": consistency(model, test, hits),
         "loss": losses,
         "counterfactual": counterfactual,
-        "layers": layers(tower, test.pictures(range(min(32, recipe.test_scenes)), 1.0)),
+        "layers": layers(tower, test.pictures(range(min(32, recipe.test_scenes)), 1.0).to(device)),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -153,8 +153,9 @@ def check(name: str | None) -> None:
         raise ValueError(f"{tower.name} does not take pictures of {side} px, {GRID} patches along a side: {refused}")
 
 
-def _tower(name: str | None, variant: str) -> PatchFeatures:
+def _tower(name: str | None, variant: str, device: torch.device) -> PatchFeatures:
     tower = PatchFeatures(_loaded(name).copy(torch.float32))
+    tower.to(device)
     how = VARIANTS[variant].how
     if how is not None:
         with warnings.catch_warnings():
@@ -187,7 +188,8 @@ def _exams(recipe: PretrainedRecipe, seed: int) -> tuple[Exam, Exam]:
 
 def _fit(model: Probe, train: Exam, recipe: PretrainedRecipe, variant: str, seed: int) -> list[float]:
     """Trains the head on features that are computed once."""
-    features = _features(replace(recipe, **ANY_HEAD), variant, seed)
+    device = next(model.parameters()).device
+    features = _features(replace(recipe, **ANY_HEAD), variant, seed, device)
     place = {int(scene): index for index, scene in enumerate(train.asked)}
     optimizer = torch.optim.AdamW(model.head.parameters(), recipe.rate, weight_decay=recipe.decay)
 
@@ -206,13 +208,16 @@ ANY_HEAD: dict[str, Any] = {
 
 
 @functools.lru_cache(maxsize=1)
-def _features(recipe: PretrainedRecipe, variant: str, seed: int) -> Tensor:
+def _features(recipe: PretrainedRecipe, variant: str, seed: int, device: torch.device) -> Tensor:
     """Of all training scenes, (n, N, C); the runs of a worker come so that both probes find them made."""
     train, _ = _exams(recipe, seed)
-    tower = _tower(recipe.checkpoint, variant)
+    tower = _tower(recipe.checkpoint, variant, device)
     with torch.no_grad():
         return torch.cat(
-            [tower(train.pictures(part, 1.0)) for part in np.array_split(train.asked, len(train.asked) // 32 + 1)]
+            [
+                tower(train.pictures(part, 1.0).to(device))
+                for part in np.array_split(train.asked, len(train.asked) // 32 + 1)
+            ]
         )
 
 
@@ -223,7 +228,12 @@ def _tune(model: Probe, train: Exam, recipe: PretrainedRecipe, seed: int) -> lis
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.decay)
     recipe = replace(recipe, steps=recipe.tuned_steps, batch=recipe.tuned_batch)
-    return _descend(optimizer, lambda which, batch: model(train.pictures(which, 1.0), batch), train, recipe, seed)
+    device = next(model.parameters()).device
+
+    def logits(which: np.ndarray, batch: Batch) -> Tensor:
+        return model(train.pictures(which, 1.0).to(device), batch)
+
+    return _descend(optimizer, logits, train, recipe, seed)
 
 
 def _descend(
@@ -235,7 +245,7 @@ def _descend(
     losses = []
     for step in range(recipe.steps):
         which = sequence[step * recipe.batch : (step + 1) * recipe.batch]
-        batch = train.batch(which)
+        batch = train.batch(which).to(parameters[0].device)
         loss = task_loss(logits(which, batch), batch)
         optimizer.zero_grad()
         loss.backward()
@@ -316,7 +326,7 @@ def layers(tower: PatchFeatures, pixels: Tensor) -> dict[str, list[float]] | Non
     plain = _hidden(tower, pixels)
     if plain is None:
         return None
-    at = PatchGrid(GRID, GRID).coordinates()
+    at = PatchGrid(GRID, GRID).coordinates().to(pixels.device)
     away = (at[:, None] - at[None]).abs().amax(-1)
     near, far = away == 1, away >= 5
     found: dict[str, list[float]] = {"coherence": []}

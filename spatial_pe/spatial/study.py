@@ -176,6 +176,7 @@ def run(
     seeds: int = 5,
     model: str | None = None,
     jobs: int | None = None,
+    device: str = "cpu",
     command: str = "",
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> dict:
@@ -186,7 +187,8 @@ def run(
         path: the JSON file; a new one, or that of the same study and budget.
         encodings, seeds: which (default: all of the study), and how many from 0 on. A file may be extended by more.
         model: a folder or hub id for the study "pretrained" (default: DINOv2-small).
-        jobs: processes of one thread each (default: one per usable core).
+        jobs: processes of one thread each (default: one per usable core on the CPU, else one).
+        device: where the models are.
         progress: called with the runs done, all of them, and the last one's name.
 
     Raises:
@@ -218,7 +220,7 @@ def run(
             raise StudyError(str(error)) from error
     count = len(wanted) - len(todo)
     progress(count, len(wanted), "")
-    for it, outcome in _work([(it, parts[it.part].recipe) for it in todo], jobs or environment.usable_cores()):
+    for it, outcome in _work([(it, parts[it.part].recipe, device) for it in todo], jobs or default_jobs(device)):
         result["runs"].append({"part": it.part, "encoding": it.encoding, "seed": it.seed, **outcome})
         result["runs"].sort(key=lambda r: (r["part"], list(LABELS).index(r["encoding"]), r["seed"]))
         save(path, result)
@@ -227,13 +229,18 @@ def run(
     return result
 
 
-Task = tuple[Run, Recipe | PretrainedRecipe]
+Task = tuple[Run, Recipe | PretrainedRecipe, str]
+
+
+def default_jobs(device: str) -> int:
+    return environment.usable_cores() if device == "cpu" else 1
 
 
 def _work(todo: Sequence[Task], jobs: int) -> Iterator[tuple[Run, dict]]:
     groups: dict[object, list[Task]] = defaultdict(list)  # those of a group share what takes long: one worker has them
-    for it, recipe in todo:
-        groups[(it.seed, it.encoding) if isinstance(recipe, PretrainedRecipe) else it].append((it, recipe))
+    for task in todo:
+        it, recipe, _ = task
+        groups[(it.seed, it.encoding) if isinstance(recipe, PretrainedRecipe) else it].append(task)
     if jobs == 1:
         yield from (_one(task) for group in groups.values() for task in group)
         return
@@ -252,9 +259,9 @@ def _group(tasks: Sequence[Task]) -> list[tuple[Run, dict]]:
 
 
 def _one(task: Task) -> tuple[Run, dict]:
-    it, recipe = task
+    it, recipe, device = task
     torch.set_num_threads(1)
-    return it, recipe.run(it.encoding, it.seed)
+    return it, recipe.run(it.encoding, it.seed, device)
 
 
 # ------------------------------------------------------------------------------------------------------------ the file

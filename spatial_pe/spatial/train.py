@@ -59,11 +59,11 @@ class Recipe:
     cooldown: float = 0.3
     size: Size = field(default_factory=Size)
 
-    def run(self, encoding: str, seed: int) -> dict:
-        return train_and_ask(self, encoding, seed)
+    def run(self, encoding: str, seed: int, device: str = "cpu") -> dict:
+        return train_and_ask(self, encoding, seed, torch.device(device))
 
 
-def train_and_ask(recipe: Recipe, encoding: str, seed: int) -> dict:
+def train_and_ask(recipe: Recipe, encoding: str, seed: int, device: torch.device) -> dict:
     """Accuracies by scale, coordinates and task; by domain; of mirrored twins; while training; and what it attends to.
 
     Returns:
@@ -77,7 +77,7 @@ def train_and_ask(recipe: Recipe, encoding: str, seed: int) -> dict:
     train, test = _datasets(recipe.family, recipe.scenes, recipe.test_scenes, seed, recipe.domains)
     torch.manual_seed(seed)
     tower = Tower(encoding, recipe.size)
-    model = MODELS[recipe.model](tower)
+    model = MODELS[recipe.model](tower).to(device)
     losses, curve = _train(model, train, test, recipe, seed)
     model.eval()
     accuracy: dict[str, dict[str, dict]] = {}
@@ -94,7 +94,7 @@ def train_and_ask(recipe: Recipe, encoding: str, seed: int) -> dict:
         "twins": twins(model, test, exact),
         "curve": curve,
         "loss": losses,
-        "attention": look.attention(tower, test.pictures(range(min(64, recipe.test_scenes)), 1.0)),
+        "attention": look.attention(tower, test.pictures(range(min(64, recipe.test_scenes)), 1.0).to(device)),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -148,11 +148,12 @@ class Exam:
     ) -> list[tuple[Question, bool]]:
         """Every question, and whether the model answers it right."""
         hits = []
+        device = next(model.parameters()).device
         chosen = self.asked[:scenes]
         for start in range(0, len(chosen), 64):
             which = chosen[start : start + 64]
-            batch = self.batch(which)
-            right = model(self.pictures(which, scale), batch, stretch=stretch).argmax(-1) == batch.answer
+            batch = self.batch(which).to(device)
+            right = model(self.pictures(which, scale).to(device), batch, stretch=stretch).argmax(-1) == batch.answer
             questions = [question for scene in which for question in self.by_scene[int(scene)]]
             hits += list(zip(questions, right.tolist(), strict=True))
         return hits
@@ -171,8 +172,9 @@ def _datasets(family: str, scenes: int, test_scenes: int, seed: int, domains: tu
 
 
 def _train(model: Asked, train: Exam, test: Exam, recipe: Recipe, seed: int) -> tuple[list, list]:
-    roles = torch.from_numpy(train.album.roles(recipe.size.grid))
-    namer = nn.Linear(recipe.size.width, 1 + ROLES + len(KINDS) - len(NAMES))
+    device = next(model.parameters()).device
+    roles = torch.from_numpy(train.album.roles(recipe.size.grid)).to(device)
+    namer = nn.Linear(recipe.size.width, 1 + ROLES + len(KINDS) - len(NAMES)).to(device)
     parameters = [*model.parameters(), *namer.parameters()]
     optimizer = torch.optim.AdamW(parameters, recipe.rate, (0.9, 0.98), weight_decay=recipe.decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
@@ -181,8 +183,8 @@ def _train(model: Asked, train: Exam, test: Exam, recipe: Recipe, seed: int) -> 
     losses, curve = [], []
     for step in range(recipe.steps):
         which = sequence[step * recipe.batch : (step + 1) * recipe.batch]
-        batch = train.batch(which, recipe.asked, rng)
-        features = model.tower(train.pictures(which, 1.0))
+        batch = train.batch(which, recipe.asked, rng).to(device)
+        features = model.tower(train.pictures(which, 1.0).to(device))
         loss = task_loss(model.answer(features, batch), batch)
         named = F.cross_entropy(namer(features).flatten(0, 1), roles[which].flatten())
         optimizer.zero_grad()

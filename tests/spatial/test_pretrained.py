@@ -14,6 +14,7 @@ from spatial_pe.spatial.pretrained import GRID, VARIANTS, PretrainedRecipe
 from spatial_pe.towers.adapters import FusedAttention
 
 transformers = pytest.importorskip("transformers")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def pictures():
 
 def features(folder, variant, pictures):
     with torch.no_grad():
-        return pretrained._tower(folder, variant)(pictures)
+        return pretrained._tower(folder, variant, CPU)(pictures)
 
 
 def test_what_each_variant_changes_before_training(folder, pictures):
@@ -60,7 +61,7 @@ def test_what_each_variant_changes_before_training(folder, pictures):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_at_one_position_a_tower_is_blind_to_order_and_then_is_as_before(folder, pictures, variant):
-    tower = pretrained._tower(folder, variant)
+    tower = pretrained._tower(folder, variant, CPU)
     for module in tower.modules():  # an encoding that starts as the identity must rotate, to be seen
         strength = getattr(getattr(module, "rope", None), "strength", None)
         if isinstance(module, FusedAttention) and strength is not None:
@@ -81,7 +82,7 @@ def test_shuffled_patches_are_elsewhere(folder, pictures):
     order = torch.randperm(GRID * GRID)
     patches = lambda x: x.unfold(2, 14, 14).unfold(3, 14, 14).flatten(2, 3).transpose(1, 2)  # noqa: E731
     assert torch.equal(patches(pretrained.moved(pictures, order)), patches(pictures)[:, order])
-    tower = pretrained._tower(folder, "as-is")
+    tower = pretrained._tower(folder, "as-is", CPU)
     with torch.no_grad():
         plain = tower(pictures)
         with pretrained.shuffled(tower, 0):
@@ -91,7 +92,7 @@ def test_shuffled_patches_are_elsewhere(folder, pictures):
 
 def test_layers_tell_positions(folder, pictures):
     """Turning the picture changes nothing where a tower has no positions; and has, where it has some."""
-    tower = pretrained._tower(folder, "as-is")
+    tower = pretrained._tower(folder, "as-is", CPU)
     found = pretrained.layers(tower, pictures)
     assert {len(row) for row in found.values()} == {4}
     assert all(max(found[turn]) < 0.999 for turn in pretrained.TURNS)
@@ -109,7 +110,7 @@ def test_neighbours_alike_are_coherent(folder):
     ramp = torch.linspace(-1, 3, GRID)
     smooth = torch.stack([ramp[:, None].expand(GRID, GRID), ramp[None].expand(GRID, GRID), 0 * ramp.outer(ramp)])
     noisy = smooth.flatten(1)[:, torch.randperm(GRID * GRID, generator=torch.Generator().manual_seed(2))]
-    tower = pretrained._tower(folder, "as-is")
+    tower = pretrained._tower(folder, "as-is", CPU)
     with pretrained.constant(tower):
         rows = [
             pretrained.layers(tower, x.reshape(1, 3, GRID, GRID).repeat_interleave(14, -1).repeat_interleave(14, -2))

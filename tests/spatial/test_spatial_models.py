@@ -113,6 +113,18 @@ def test_a_batch_is_answered_like_its_pictures_alone():
         assert torch.equal(finite, exam.batch(which).choices())
 
 
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_everything_is_made_on_the_device_of_the_model(name):
+    """The meta device stands in for a GPU: it refuses to be mixed with the CPU."""
+    exam = Exam(make_dataset(3, "objects", "test", 0))
+    model, device = probe(tower(name)).to("meta"), torch.device("meta")
+    pixels, batch = exam.pictures(exam.asked, 1.5).to(device), exam.batch(exam.asked)
+    for stretch in (False, True):
+        assert model(pixels, batch.to(device), stretch).device == device
+    with pytest.raises(RuntimeError):
+        model(pixels, batch)
+
+
 def test_questions_in_words_say_what_is_asked():
     exam = Exam(make_dataset(4, "objects", "test", 0))
     batch = exam.batch(exam.asked)

@@ -24,7 +24,7 @@ def quick(monkeypatch):
     """Runs that take no time: what is kept of them is only who they are. Counts them."""
     made = []
 
-    def run(self, encoding, seed):
+    def run(self, encoding, seed, device):
         made.append((encoding, seed))
         return {"seconds": 0.0, "accuracy": {"1.0": {"index": {"relation": 0.5}}}}
 
@@ -146,6 +146,7 @@ def spatial(capsys, *arguments: object) -> tuple[int, str]:
         (["--study", "pretrained", "--encodings", "axial"], "'axial' is not one of as-is, identity"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--jobs", "-1"], "--jobs must be at least 1"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
         (["--model", "somewhere"], "--study pretrained takes one"),
         (["--study", "pretrained", "--model", "./nowhere"], "no folder './nowhere'"),
     ],
