@@ -95,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", type=Path, metavar="FILE", help="write what was measured here as well")
     tune.set_defaults(run=run_tune)
 
+    bench = commands.add_parser(
+        "bench", help="how fast attention and vision towers are on this machine, against what would be used instead"
+    )
+    bench.add_argument("--quick", action="store_true", help="two minutes on two cores, in place of an hour")
+    bench.add_argument("--model", metavar="M", help="the tower of a checkpoint folder or hub id, and nothing else")
+    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="default: bench.json")
+    bench.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    bench.set_defaults(run=run_bench)
+
     # its arguments are parsed by the package that it needs: scikit-learn and scikit-image are optional
     spatial = commands.add_parser(
         "spatial", add_help=False, help="the accuracy study of position encodings, and published spatial benchmarks"
@@ -361,6 +371,20 @@ def run_spatial(options: argparse.Namespace) -> int:
     from .spatial import command
 
     return command.main(options.arguments, options.command)
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    for package in ("transformers", "matplotlib", "jinja2"):
+        _need(package, extra="bench")
+    from .bench import command
+
+    try:
+        return command.run(options, options.command)
+    except command.BenchError as error:
+        raise UsageError(str(error)) from error
 
 
 # -------------------------------------------------------------------------------------------------------------- shared

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#010203"  # drawn as the text colour of the page, whichever it is
@@ -48,6 +49,37 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> s
     charts = [item for section in sections for item in section.items if isinstance(item, Chart)]
     drawn = {id(chart): svg(chart.figure, f"c{number}") for number, chart in enumerate(charts)}
     return template.render(title=title, lead=lead, sections=sections, footer=footer, drawn=drawn, id=id)
+
+
+def plain(table: Table) -> str:
+    """For a terminal."""
+    rows = [list(table.header), *map(list, table.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([table.caption, *lines, ""])
+
+
+def figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches, and its panels row by row; ``how``: see ``matplotlib.pyplot.subplots``."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    made, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **how)
+    plt.close(made)  # pyplot forgets it: whoever holds it draws it
+    return made, list(axes.ravel())
+
+
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One for all panels, each label once, at the right."""
+    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8)
 
 
 def svg(figure: Figure, name: str) -> str:

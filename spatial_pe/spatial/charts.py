@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import page
 from ..page import INK
 from . import findings
 from .encodings import ENCODINGS
@@ -41,7 +42,7 @@ def by_task(study: dict, part: str) -> Figure:
     """Accuracy of each encoding on each task, with 95 % intervals over the seeds, and chance."""
     rows = findings.by_task(study, part)
     tasks = [column for column in rows[0].cells if column != "skill"]
-    figure, axes = _figure(1.7 * len(tasks) + 2.0, 0.24 * len(rows) + 1.1, 1, len(tasks), sharey=True)
+    figure, axes = page.figure(1.7 * len(tasks) + 2.0, 0.24 * len(rows) + 1.1, 1, len(tasks), sharey=True)
     for ax, task in zip(axes, tasks, strict=True):
         for y, row in enumerate(reversed(rows)):
             colour, mark = LOOKS[row.encoding]
@@ -58,7 +59,7 @@ def by_task(study: dict, part: str) -> Figure:
 def by_scale(study: dict, part: str) -> Figure:
     """Skill against the size of the evaluated pictures: numbered on, and stretched to the training grid."""
     rows = findings.by_scale(study, part)
-    figure, axes = _figure(9, 3.6, 1, 2, sharey=True)
+    figure, axes = page.figure(9, 3.6, 1, 2, sharey=True)
     for ax, mode in zip(axes, ("index", "stretched"), strict=True):
         for row in rows:
             points = [
@@ -69,31 +70,31 @@ def by_scale(study: dict, part: str) -> Figure:
         title = {"index": "patches numbered on", "stretched": "coordinates or tables stretched"}[mode]
         ax.set(title=title, xlabel="size of the picture, 1 = training", ylim=(-0.08, 1.03))
     axes[0].set_ylabel("skill (0 guessing, 1 perfect)")
-    _legend(figure, axes)
+    page.legend(figure, axes)
     return figure
 
 
 def curves(study: dict, part: str) -> Figure:
     """Skill while training, against examples seen."""
     batch = study["recipes"][part]["batch"]
-    figure, (ax,) = _figure(7, 3.6, 1, 1)
+    figure, (ax,) = page.figure(7, 3.6, 1, 1)
     for name, points in findings.curves(study, part).items():
         _line(ax, Row(name, {}), [batch * step for step, _ in points], [m for _, m in points])
     ax.set(xlabel="pictures seen", ylabel="skill (0 guessing, 1 perfect)", ylim=(-0.08, 1.03))
-    _legend(figure, [ax])
+    page.legend(figure, [ax])
     return figure
 
 
 def by_scenes(study: dict, parts: Sequence[str]) -> Figure:
     """Skill against the number of scenes in the training set, one part each."""
-    figure, (ax,) = _figure(7, 3.6, 1, 1)
+    figure, (ax,) = page.figure(7, 3.6, 1, 1)
     sizes = [study["recipes"][part]["scenes"] for part in parts]
     tables = [{row.encoding: row.cells["skill"] for row in findings.by_task(study, part)} for part in parts]
     for name in LABELS:
         if all(name in table for table in tables):
             _line(ax, Row(name, {}), sizes, [table[name] for table in tables])
     ax.set(xlabel="pictures in the training set", ylabel="skill (0 guessing, 1 perfect)", xscale="log")
-    _legend(figure, [ax])
+    page.legend(figure, [ax])
     return figure
 
 
@@ -105,7 +106,7 @@ def layers(study: dict, part: str) -> Figure:
         "vflip": "upside down",
         "rot90": "turned by 90°",
     }
-    figure, axes = _figure(11, 3.2, 1, len(titles))
+    figure, axes = page.figure(11, 3.2, 1, len(titles))
     for ax, (what, title) in zip(axes, titles.items(), strict=True):
         for name, means in findings.by_layer(study, part, what).items():
             _line(ax, Row(name, {}), range(len(means)), means)
@@ -113,7 +114,7 @@ def layers(study: dict, part: str) -> Figure:
         ax.set(xlabel="layer")
     axes[0].set_ylabel("difference of cosines")
     axes[1].set_ylabel("cosine with the plain picture")
-    _legend(figure, axes)
+    page.legend(figure, axes)
     return figure
 
 
@@ -125,7 +126,7 @@ def attention(study: dict, part: str) -> Figure:
         for name in names
     }
     depth = len(runs[names[0]][0])
-    figure, axes = _figure(0.95 * len(names), 1.05 * depth + 0.5, depth, len(names))
+    figure, axes = page.figure(0.95 * len(names), 1.05 * depth + 0.5, depth, len(names))
     for column, name in enumerate(names):
         maps = np.mean(runs[name], axis=0)
         for layer in range(depth):
@@ -146,7 +147,7 @@ def similarity(study: dict, part: str) -> Figure:
     for run in study["runs"]:
         if run["part"] == part and run["attention"]["similarity"] is not None:
             tables.setdefault(run["encoding"], run["attention"]["similarity"])
-    figure, axes = _figure(1.6 * max(1, len(tables)), 1.9, 1, max(1, len(tables)))
+    figure, axes = page.figure(1.6 * max(1, len(tables)), 1.9, 1, max(1, len(tables)))
     for ax, (name, table) in zip(axes, tables.items(), strict=False):
         ax.imshow(table, vmin=-1, vmax=1, cmap="RdBu_r")
         ax.set(xticks=[], yticks=[])
@@ -158,7 +159,7 @@ def similarity(study: dict, part: str) -> Figure:
 def distance(study: dict, part: str) -> Figure:
     """How far each layer looks: attention-weighted distance in patches, a dot for each head and seed."""
     names = findings.encodings(study, part)
-    figure, (ax,) = _figure(9, 3.2, 1, 1)
+    figure, (ax,) = page.figure(9, 3.2, 1, 1)
     for x, name in enumerate(names):
         heads = np.array(
             [r["attention"]["distance"] for r in study["runs"] if (r["part"], r["encoding"]) == (part, name)]
@@ -177,28 +178,12 @@ def distance(study: dict, part: str) -> Figure:
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Figure, list[Axes]]:
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **how)
-    plt.close(figure)  # pyplot forgets it: whoever holds it draws it
-    return figure, list(axes.ravel())
-
-
 def _line(ax: Axes, row: Row, x: Sequence[float], means: Sequence[findings.Mean]) -> None:
     colour, mark = LOOKS[row.encoding]
     y = np.array([m.value for m in means])
     half = np.nan_to_num([m.half for m in means])
     ax.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=1.3, label=LABELS[row.encoding])
     ax.fill_between(x, y - half, y + half, color=colour, alpha=0.13, linewidth=0)
-
-
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8)
 
 
 def _chance(task: str) -> float:

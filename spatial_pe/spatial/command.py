@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from ..files import refusal
+from ..terminal import progress
 from . import study, zero_shot
 from .study import BUDGETS, STUDIES, StudyError
 
@@ -90,7 +92,7 @@ def run_study(options: argparse.Namespace) -> int:
             jobs=options.jobs,
             device=options.device,
             command=options.command,
-            progress=_progress(),
+            progress=progress(),
         )
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on from the runs in {path}.", file=sys.stderr)
@@ -123,30 +125,5 @@ def _usable(device: str) -> None:
 
 
 def _writable(path: Path) -> None:
-    """Said now, not after hours of work."""
-    if path.is_dir():
-        raise StudyError(f"--out {str(path)!r} is a folder: name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        path.open("a").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise StudyError(f"--out {str(path)!r} cannot be written: {error.strerror}") from error
-
-
-def _progress() -> Callable[[int, int, str], None]:
-    """A bar on a terminal, a line a run elsewhere."""
-    terminal = sys.stderr.isatty()
-
-    def show(done: int, total: int, label: str) -> None:
-        if terminal:
-            bar = "█" * (30 * done // max(1, total))
-            print(f"\r\033[K{bar:░<30} {done}/{total} {label}", end="", file=sys.stderr, flush=True)
-            if done == total:
-                print(file=sys.stderr)
-        else:
-            print(f"{done}/{total} {label}", file=sys.stderr, flush=True)
-
-    return show
+    if (why := refusal(path)) is not None:
+        raise StudyError(f"--out {str(path)!r} {why}")

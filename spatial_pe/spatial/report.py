@@ -39,7 +39,7 @@ def text(study: dict) -> str:
     lines = []
     for part in findings.parts(study):
         lines += ["", f"{study['study']}, {part}: {study['about']}"]
-        lines += [_plain(table) for table in _tables(study, part)]
+        lines += [page.plain(table) for table in _tables(study, part)]
         lines += [] if _seeds(study, part) > 1 else [ONE_SEED]
     return "\n".join(lines)
 
@@ -198,18 +198,6 @@ def _cell(value: Mean | None) -> str:
     if value is None:
         return "–"
     return f"{100 * value.value:.1f} ± {100 * value.half:.1f}" if value.count > 1 else f"{100 * value.value:.1f}"
-
-
-def _plain(table: Table) -> str:
-    rows = [list(table.header), *map(list, table.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([table.caption, *lines, ""])
 
 
 def _footer(studies: Sequence[dict]) -> str:

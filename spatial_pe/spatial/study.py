@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from .. import environment
+from ..files import write_whole
 from . import pretrained
 from .encodings import ENCODINGS
 from .pretrained import VARIANTS, PretrainedRecipe
@@ -287,14 +287,7 @@ def load(path: Path) -> dict:
 
 
 def save(path: Path, result: dict) -> None:
-    """Whole or not at all: a process that is killed while it writes leaves the file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps(result, separators=(",", ":")) + "\n")
 
 
 def _note(entries: list, entry: object) -> None:
