@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random calls and patched towers for as long as asked, checked one by one: no error, no growth of memory, no crash.
+
+    python tests/soak.py --minutes 3 [--seed N]
+
+A failure names the case and the seed that draws it again. Memory may grow while libraries load and the allocator finds
+its size, so it is compared between the end of the first third and the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import random
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "towers")]
+import oracles  # noqa: E402
+from families import FAMILIES, HERE  # noqa: E402
+from family import outputs  # noqa: E402
+from oracles import Case, exact, make, run  # noqa: E402
+from oracles.rule import check, check_bound  # noqa: E402
+
+import spatial_pe  # noqa: E402
+from spatial_pe.rotary import PAIRINGS  # noqa: E402
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "fused", "projection", "wide", "heads_first")
+# Tokens of one call: the float64 result of more takes seconds.
+MOST = 700
+GROWTH_MB = 48
+
+
+def draw(rng: random.Random) -> Case:
+    """A call that rope_attention must serve."""
+    dim = 8 * rng.randint(2, 32)
+    kv_heads = rng.choice((1, 2, 3))
+    heads = kv_heads * rng.choice((1, 1, 2, 4))
+    pairing = rng.choice(PAIRINGS)
+    rotary_dim = rng.choice((0, dim, dim, dim, 4 * rng.randint(1, dim // 4)))
+    table = rng.choice(("shared", "shared", "head", "sample", "both"))
+    if kv_heads != heads and table in ("head", "both"):
+        table = "shared"  # k has other heads
+    how: dict = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": rng.choice(DTYPES), "pairing": pairing}
+    how |= {"rotary_dim": rotary_dim, "table": table, "layout": rng.choice(LAYOUTS)}
+    if how["layout"] in ("fused", "projection") and kv_heads != heads:
+        how["layout"] = "wide"
+    kind = rng.choice(("dense", "dense", "packed", "padded"))
+    if kind == "packed":
+        lengths = [rng.choice((0, 1, 5, 64, rng.randint(1, 300))) for _ in range(rng.randint(1, 6))]
+        how |= {"lengths": tuple(lengths) if sum(lengths) else (7,), "table": table if table == "head" else "shared"}
+    else:
+        batch = rng.randint(1, 3)
+        tokens = rng.choice((1, 2, 7, 64, 196, 257, 577, rng.randint(1, MOST // batch)))
+        how |= {"batch": batch, "tokens": min(tokens, MOST // batch), "prefix": rng.choice((0, 0, 1))}
+        if kind == "padded":
+            how["seqlens"] = tuple(rng.randint(0, how["tokens"]) for _ in range(batch))
+    return Case(**how)
+
+
+def attention(case: Case) -> None:
+    inputs = make(case)
+    got, truth = run(inputs, "auto"), exact(inputs)
+    try:
+        check(got, run(inputs, "composed"), truth, inputs)
+    except AssertionError:
+        check_bound(got, truth, inputs)  # so few elements that two random errors differ by more than half
+
+
+def tower(name: str) -> None:
+    """Patched, unpatched, and as it was."""
+    family = FAMILIES[name]
+    model, inputs = family.make(), family.inputs()
+    with torch.no_grad():
+        before = outputs(model, inputs)
+        spatial_pe.patch(model)
+        patched = outputs(model, inputs)
+        spatial_pe.unpatch(model)
+        after = outputs(model, inputs)
+    for a, b, c in zip(before, patched, after, strict=True):
+        assert torch.equal(a, c), f"{name}: unpatched it is not what it was"
+        error = (a - b).norm() / a.norm()
+        assert error < 1e-4, f"{name}: patched it differs by {error:.1e}"
+
+
+def resident_mb() -> float:
+    """After garbage collection, and after malloc has given back what it can."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    begin, end = time.monotonic(), time.monotonic() + 60 * options.minutes
+    done: Counter[str] = Counter()
+    settled = None
+    while (now := time.monotonic()) < end:
+        if settled is None and now > begin + (end - begin) / 3:
+            settled = resident_mb()
+        torch.set_num_threads(rng.randint(1, 4))
+        case: Case | str = draw(rng) if rng.random() < 0.9 else rng.choice(HERE)
+        try:
+            (tower if isinstance(case, str) else attention)(case)  # type: ignore[operator]
+        except Exception as error:
+            print(f"--seed {options.seed}, SPATIAL_PE_SEED={oracles.SEED}: {case}: {error}", file=sys.stderr)
+            raise
+        done["towers" if isinstance(case, str) else "calls"] += 1
+    growth = resident_mb() - (settled or 0)
+    print(f"{done['calls']} calls, {done['towers']} towers, {growth:+.0f} MB, --seed {options.seed}")
+    if settled is not None and growth > GROWTH_MB:
+        print(f"memory has grown by {growth:.0f} MB, allowed are {GROWTH_MB}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
