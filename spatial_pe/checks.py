@@ -26,7 +26,7 @@ def check_call(
             raise TypeError(f"q, k and v must share a dtype, got q {q.dtype}, {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got q on {q.device}, {name} on {x.device}")
-        if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        if x.ndim and x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(
                 f"{name} must be contiguous in its last dimension (stride 1), got strides {x.stride()}: "
                 f"pass (batch, tokens, heads, head_dim), or call {name}.contiguous()"

@@ -77,6 +77,8 @@ class Rotary:
     @classmethod
     def from_angles(cls, angles: Tensor, pairing: Pairing = "half") -> Rotary:
         """From angles in radians, shape (N, R/2) or (B|1, N, H|1, R/2); differentiable."""
+        if not isinstance(angles, Tensor):
+            raise TypeError(f"angles must be a torch.Tensor, got {type(angles).__name__}")
         return cls(angles.cos(), angles.sin(), pairing)
 
     # ---------------------------------------------------------------- shapes
@@ -166,6 +168,8 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
     """Raise unless the tables fit x of shape (B, N, H, D)."""
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a spatial_pe.Rotary or None, got {type(rotary).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.ndim != 4:
         raise ValueError(f"{name} must be (B, N, H, D) or packed (T, H, D), got shape {tuple(x.shape)}")
     batch, tokens, heads, dim = x.shape

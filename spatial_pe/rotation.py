@@ -28,7 +28,7 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
-    if x.ndim == 3:
+    if isinstance(x, Tensor) and x.ndim == 3:
         return apply_rotary(x[None], rotary, inplace=inplace)[0]
     check_rotary_fits(x, rotary, "x")
     return _apply([x], rotary, inplace)[0]
@@ -46,7 +46,7 @@ def apply_rotary_qk(q: Tensor, k: Tensor, rotary: Rotary, *, inplace: bool = Fal
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
-    if q.ndim == 3 and k.ndim == 3:
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and q.ndim == k.ndim == 3:
         q, k = apply_rotary_qk(q[None], k[None], rotary, inplace=inplace)
         return q[0], k[0]
     for name, x in (("q", q), ("k", k)):

@@ -88,6 +88,7 @@ def unpatch(model: nn.Module) -> None:
 
     Weights trained in between stay. A model that is not patched is left as it is.
     """
+    _check_model(model)
     for module in list(model.modules()):
         if isinstance(module, FusedAttention):
             restore(module)
@@ -148,8 +149,14 @@ def apply(model: nn.Module, request: Request, backend: str, verify: bool) -> Pat
 # ------------------------------------------------------------------------------------------------------------ examine
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def _examine(model: nn.Module, request: Request, backend: str, verify: bool) -> tuple[list[Found], dict[str, Proof]]:
     """Discover, and prove one module of each kind. Raises where a class that must be right is not."""
+    _check_model(model)
     found: list[Found] = []
     proofs: dict[str, Proof] = {}
     by_kind: dict[tuple, Proof] = {}

@@ -57,8 +57,8 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls
     for i, triple in enumerate(zip(ours, theirs, exact, strict=True)):
         assert_error_rule(*triple, dtype, f"output {i}")
     assert our_grads.keys() == exact_grads.keys()
-    # the gradient of a key bias without RoPE is zero but for rounding: no parameter is asked for more than 3 % of all
-    floor = 0.03 * torch.stack([g.norm() for g in exact_grads.values()]).norm()
+    # the gradient of a key bias without RoPE is zero but for rounding: no parameter is asked for more than 5 % of all
+    floor = 0.05 * torch.stack([g.norm() for g in exact_grads.values()]).norm()
     for key, exact_grad in exact_grads.items():
         assert_error_rule(our_grads[key], their_grads[key], exact_grad, dtype, f"gradient of {key}", floor)
 
