@@ -183,6 +183,7 @@ struct Widths {
   int row;          // stride of row words: whole vectors, for the transposition. An odd number of them where V has rows
                     // of floats: 4 of 8 KB apart would share few sets of L1 (2 % of head_dim 64)
   int vectors;      // of lanes
+  static constexpr int kLongestRow = 256 / Dot::kPerWord + L;  // of the largest head_dim
   explicit Widths(int head_dim)
       : D(head_dim), words(head_dim / Dot::kPerWord), row(((words + L - 1) / L | (kRegisters == 16)) * L),
         vectors((head_dim + L - 1) / L) {}
