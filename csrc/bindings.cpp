@@ -29,10 +29,14 @@ T lookup(const std::map<std::string, T>& table, const std::string& key, const ch
   return it->second;
 }
 
+spe::DType dtype(const std::string& name) {
+  return lookup<spe::DType>({{"float32", spe::DType::float32}, {"bfloat16", spe::DType::bfloat16},
+                             {"float16", spe::DType::float16}}, name, "dtype");
+}
+
 spe::Problem problem(const py::dict& d) {
   spe::Problem p;
-  p.dtype = lookup<spe::DType>({{"float32", spe::DType::float32}, {"bfloat16", spe::DType::bfloat16},
-                                {"float16", spe::DType::float16}}, d["dtype"].cast<std::string>(), "dtype");
+  p.dtype = dtype(d["dtype"].cast<std::string>());
   p.batch = d["batch"].cast<int64_t>();
   p.tokens = d["tokens"].cast<int64_t>();
   p.heads = d["heads"].cast<int>();
@@ -69,6 +73,11 @@ void backward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTupl
   spe::backward(p, t);
 }
 
+double peak_flops(const std::string& name) {
+  const py::gil_scoped_release release;
+  return spe::peak_flops(dtype(name));
+}
+
 py::dict cpu_features() {
   py::dict out;
   out["isa"] = spe::current_isa();
@@ -92,5 +101,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("backward", &backward, "problem"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dq"_a,
         "dk"_a, "dv"_a);
   m.def("cpu_features", &cpu_features, "The instruction set in use, those usable, CPU flags and how this was compiled.");
+  m.def("peak_flops", &peak_flops, "dtype"_a, "FLOP per second of a dtype's multiply-adds on registers, on one core.");
   m.def("use_isa", &spe::use_isa, "isa"_a, "Use the kernels of a lower instruction set (for tests).");
 }

@@ -18,7 +18,14 @@ TOWERS = [case for case in CASES if isinstance(case, Tower)]
 
 
 def name(case: Attention | Tower) -> str:
-    parts = [getattr(case, "axis", ""), case.name, case.dtype, getattr(case, "direction", ""), f"{case.threads}t"]
+    parts = [
+        getattr(case, "suite", "tower"),
+        getattr(case, "axis", ""),
+        case.name,
+        case.dtype,
+        getattr(case, "direction", ""),
+        f"{case.threads}t",
+    ]
     return "-".join(part for part in parts if part)
 
 

@@ -121,7 +121,7 @@ class Backward {
   void prepare(const Item& item, int64_t from, const Operands& ops, char* memory) const {
     const Sequence& s = item.sequence;
     const int64_t n = s.length, to = from + kSlice < n ? from + kSlice : n;
-    alignas(64) word scratch[L * (256 / Dot::kPerWord)];
+    alignas(64) word scratch[L * Widths<Dot>::kLongestRow];
     pack(source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
          Packed{nullptr, ops.k_panels, ops.k_lanes}, scratch);
     pack(source<const T>(p_, t_.v, s, item.kv_head, 0, plain_), w_, from, to, Packed{nullptr, ops.v_panels, nullptr},

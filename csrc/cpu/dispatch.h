@@ -11,12 +11,14 @@ namespace spe {
 
 using ForwardKernel = void (*)(const Problem&, const ForwardTensors&);
 using BackwardKernel = void (*)(const Problem&, const BackwardTensors&);
+using PeakKernel = double (*)();
 
 // A build may lack a dtype (null): the next lower instruction set serves it.
 struct KernelTable {
   const char* isa;
   ForwardKernel forward[3];    // by DType
   BackwardKernel backward[3];
+  PeakKernel peak[3];
 };
 
 // Builds that this CPU can run, best first; the last one is "portable".
@@ -27,5 +29,7 @@ const std::vector<std::string>& cpu_flags();
 
 void forward(const Problem& problem, const ForwardTensors& tensors);
 void backward(const Problem& problem, const BackwardTensors& tensors);
+// FLOP per second of the multiply-add that the kernels for a dtype are made of, on the calling thread's core.
+double peak_flops(DType dtype);
 
 }  // namespace spe

@@ -34,8 +34,10 @@ SPE_INLINE vw pair_bf16(vf low, vf high) {
 #endif
 }
 
-#if defined(__AVX512F__)
 SPE_INLINE vf widen(const float* p, int n) { return load_some(p, n); }
+SPE_INLINE void narrow(float* p, vf x, int n) { store_some(p, x, n); }
+
+#if defined(__AVX512F__)
 SPE_INLINE vf widen(const bf16* p, int n) {
   const __m256i x = n == L ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first(n), p);
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
@@ -44,7 +46,6 @@ SPE_INLINE vf widen(const f16* p, int n) {
   const __m256i x = n == L ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first(n), p);
   return (vf)_mm512_cvtph_ps(x);
 }
-SPE_INLINE void narrow(float* p, vf x, int n) { store_some(p, x, n); }
 SPE_INLINE void narrow(bf16* p, vf x, int n) {
 #if defined(__AVX512BF16__)
   const __m256i y = (__m256i)_mm512_cvtneps_pbh((__m512)x);
@@ -60,8 +61,48 @@ SPE_INLINE void narrow(f16* p, vf x, int n) {
 SPE_INLINE vf rounded(vf x, const f16*) {
   return (vf)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#else
 
+#elif defined(__AVX2__)
+// n of 8 halves, in registers: a vector that is loaded from pieces just stored waits for them.
+SPE_INLINE __m128i load_halves(const void* p, int n) {
+  if (n == L) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  const char* from = static_cast<const char*>(p);
+  const auto some = [](const char* at, int count) {  // of 4
+    uint64_t whole = 0;
+    uint32_t two = 0;
+    uint16_t one = 0;
+    if (count == 4) return std::memcpy(&whole, at, 8), whole;
+    if (count & 2) std::memcpy(&two, at, 4), whole = two;
+    if (count & 1) std::memcpy(&one, at + 2 * (count & 2), 2), whole |= static_cast<uint64_t>(one) << (16 * (count & 2));
+    return whole;
+  };
+  const uint64_t low = some(from, n < 4 ? n : 4), high = n > 4 ? some(from + 8, n - 4) : 0;
+  return _mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low));
+}
+SPE_INLINE void store_halves(void* p, __m128i x, int n) {
+  if (n == L) return _mm_storeu_si128(static_cast<__m128i*>(p), x);
+  char* to = static_cast<char*>(p);
+  int64_t rest = _mm_cvtsi128_si64(x);
+  if (n & 4) std::memcpy(to, &rest, 8), to += 8, rest = _mm_extract_epi64(x, 1);
+  if (n & 2) std::memcpy(to, &rest, 4), to += 4, rest >>= 32;
+  if (n & 1) std::memcpy(to, &rest, 2);
+}
+SPE_INLINE vf widen(const bf16* p, int n) {
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(p, n)), 16);
+}
+SPE_INLINE void narrow(bf16* p, vf x, int n) {
+  const __m256i r = (__m256i)(round_bf16(x) >> 16);
+  store_halves(p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)), n);
+}
+SPE_INLINE vf widen(const f16* p, int n) { return (vf)_mm256_cvtph_ps(load_halves(p, n)); }
+SPE_INLINE void narrow(f16* p, vf x, int n) {
+  store_halves(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
+}
+SPE_INLINE vf rounded(vf x, const f16*) {
+  return (vf)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else
 // float16 by hand where the target has no conversion: exact, round to nearest even.
 SPE_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
@@ -97,29 +138,16 @@ SPE_INLINE uint16_t float_to_half(float x) {
   bits += 0xfffu + ((bits >> 13) & 1u);
   return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
-SPE_INLINE vf widen(const float* p, int n) { return load_some(p, n); }
 SPE_INLINE vf widen(const bf16* p, int n) {
   typedef uint16_t half_words __attribute__((vector_size(2 * L)));
   half_words x{};
   std::memcpy(&x, p, 2 * static_cast<size_t>(n));
   return (vf)(__builtin_convertvector(x, vw) << 16);
 }
-SPE_INLINE void narrow(float* p, vf x, int n) { store_some(p, x, n); }
 SPE_INLINE void narrow(bf16* p, vf x, int n) {
   const vw r = round_bf16(x) >> 16;
   for (int i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(r[i]);
 }
-#if defined(__F16C__)
-SPE_INLINE vf widen(const f16* p, int n) {
-  __m128i x = _mm_setzero_si128();
-  std::memcpy(&x, p, 2 * static_cast<size_t>(n));
-  return (vf)_mm256_cvtph_ps(x);
-}
-SPE_INLINE void narrow(f16* p, vf x, int n) {
-  const __m128i y = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(p, &y, 2 * static_cast<size_t>(n));
-}
-#else
 SPE_INLINE vf widen(const f16* p, int n) {
   vf x{};
   for (int i = 0; i < n; ++i) x[i] = half_to_float(p[i].bits);
@@ -128,7 +156,6 @@ SPE_INLINE vf widen(const f16* p, int n) {
 SPE_INLINE void narrow(f16* p, vf x, int n) {
   for (int i = 0; i < n; ++i) p[i].bits = float_to_half(x[i]);
 }
-#endif
 SPE_INLINE vf rounded(vf x, const f16*) {
   f16 t[L];
   narrow(t, x, L);

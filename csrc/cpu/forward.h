@@ -139,14 +139,17 @@ class Forward {
     if (start == Purpose::next) std::memset(thread.sum, 0, sizeof(thread.sum));
     for (int64_t b = 0; b < key_blocks(n); ++b) {
       const Keys keys = keys_of(n, b);
-      for (int r = 0; r < rows; r += kScoreRows)
-        each_score_tile(keys.panels, [&](auto width, int panel) {
-          const word* at = panels + (keys.from + panel * L) * w_.words;
-          if (start == Purpose::first && keys.from + panel == 0)
+      // a tile's panels stay in L1 (4 KB) while the rows go by (1.5 KB each)
+      each_score_tile(keys.panels, [&](auto width, int panel) {
+        const word* at = panels + (keys.from + panel * L) * w_.words;
+        const bool very_first = start == Purpose::first && keys.from + panel == 0;
+        for (int r = 0; r < rows; r += kScoreRows) {
+          if (very_first)
             tile<width(), start>(q + r * w_.row, at, r, panel, keys.count - panel * L, thread);
           else
             tile<width(), later>(q + r * w_.row, at, r, panel, keys.count - panel * L, thread);
-        });
+        }
+      });
       if (start == Purpose::maximum) continue;
       multiply_add<Dot>({o, w_.lanes(), b > 0}, {thread.weights[0], kPanels * L / Dot::kPerWord, 1},
                         {lanes + keys.from / Dot::kPerWord * w_.lanes(), L, w_.lanes()}, rows, w_.vectors,

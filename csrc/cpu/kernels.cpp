@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "backward.h"
 #include "forward.h"
+#include "peak.h"
 
 namespace spe::SPE_ISA {
 
@@ -28,11 +29,13 @@ extern const KernelTable kTable;
 // only bfloat16 gains from the bfloat16 dot product: the plain AVX-512 build serves the rest
 const KernelTable kTable = {SPE_STRING(SPE_ISA),
                             {nullptr, &forward<Bf16Dot, bf16>, nullptr},
-                            {nullptr, &backward<Bf16Dot, bf16>, nullptr}};
+                            {nullptr, &backward<Bf16Dot, bf16>, nullptr},
+                            {nullptr, &peak<Bf16Dot>, nullptr}};
 #else
 const KernelTable kTable = {SPE_STRING(SPE_ISA),
                             {&forward<FloatDot, float>, &forward<FloatDot, bf16>, &forward<FloatDot, f16>},
-                            {&backward<FloatDot, float>, &backward<FloatDot, bf16>, &backward<FloatDot, f16>}};
+                            {&backward<FloatDot, float>, &backward<FloatDot, bf16>, &backward<FloatDot, f16>},
+                            {&peak<FloatDot>, &peak<FloatDot>, &peak<FloatDot>}};
 #endif
 
 }  // namespace spe::SPE_ISA

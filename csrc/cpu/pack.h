@@ -180,12 +180,14 @@ template <class Dot>
 struct Widths {
   int D;
   int words;        // of a row
-  int row;          // stride of row words: whole vectors, for the transposition
+  int row;          // stride of row words: whole vectors, for the transposition. An odd number of them where V has rows
+                    // of floats: 4 of 8 KB apart would share few sets of L1 (2 % of head_dim 64)
   int vectors;      // of lanes
+  static constexpr int kLongestRow = 256 / Dot::kPerWord + L;  // of the largest head_dim
   explicit Widths(int head_dim)
-      : D(head_dim), words(head_dim / Dot::kPerWord), row((words + L - 1) / L * L),
+      : D(head_dim), words(head_dim / Dot::kPerWord), row(((words + L - 1) / L | (kRegisters == 16)) * L),
         vectors((head_dim + L - 1) / L) {}
-  int lanes() const { return vectors * L; }
+  int lanes() const { return Dot::kPerWord == 1 ? row : vectors * L; }
   static int64_t whole(int64_t tokens) { return (tokens + L - 1) / L * L; }
   int64_t panel_words(int64_t tokens) const { return whole(tokens) * words; }
   int64_t lane_words(int64_t tokens) const { return whole(tokens) / Dot::kPerWord * lanes() + L; }
@@ -202,10 +204,10 @@ struct Packed {
 // Into L2: D elements that will soon be read (or written). Heads lie side by side, so the next item's rows follow this
 // one's; the hardware does not see that, because a row of a head ends after 2 or 3 cache lines. On 64-token windows the
 // prefetch of q, k and v gains 45 %, that of the output another 5 %.
-template <bool write = false, class T>
+template <bool write = false, int locality = 2, class T>
 SPE_INLINE void prefetch_row(const T* x, int D) {
   const char* p = reinterpret_cast<const char*>(x);
-  for (int64_t b = 0; b < D * static_cast<int64_t>(sizeof(T)) + 63; b += 64) __builtin_prefetch(p + b, write, 2);
+  for (int64_t b = 0; b < D * static_cast<int64_t>(sizeof(T)) + 63; b += 64) __builtin_prefetch(p + b, write, locality);
 }
 
 template <class Dot>
@@ -254,6 +256,7 @@ void pack(const Source<const T>& source, const Widths<Dot>& w, int64_t from, int
     else if (Dot::kPerWord == 1 && out.lanes) rows = out.lanes + t * w.row;
     const int n = static_cast<int>(to - t < L ? to - t : L);
     for (int i = 0; i < n; ++i) prefetch_row(source.row(t + i) + w.D, w.D);
+    for (int64_t next = t + L; next < t + 2 * L && next < to; ++next) prefetch_row<false, 3>(source.row(next), w.D);
     for (int i = 0; i < n; ++i)
       load_row(source.row(t + i), source.cos_row(t + i), source.sin_row(t + i), *source.pairs, w.D,
                reinterpret_cast<Operand<Dot>*>(rows + i * w.row));

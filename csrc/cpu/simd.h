@@ -55,6 +55,26 @@ SPE_INLINE vf broadcast(const word* p) {
 SPE_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 SPE_INLINE vf load_first(const void* p, int n) { return (vf)_mm512_maskz_loadu_ps(first(n), p); }
 SPE_INLINE void store_first(void* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)x); }
+#elif defined(__AVX2__)
+SPE_INLINE vf load_first(const void* p, int n) {
+  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return (vf)_mm256_maskload_ps(static_cast<const float*>(p), mask);
+}
+SPE_INLINE void store_first(void* p, vf x, int n) {  // in pieces: a masked store is 40 micro-operations on AMD
+  float* to = static_cast<float*>(p);
+  __m128 rest = _mm256_castps256_ps128((__m256)x);
+  if (n & 4) {
+    _mm_storeu_ps(to, rest);
+    to += 4;
+    rest = _mm256_extractf128_ps((__m256)x, 1);
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), rest);
+    to += 2;
+    rest = _mm_movehl_ps(rest, rest);
+  }
+  if (n & 1) _mm_store_ss(to, rest);
+}
 #else
 SPE_INLINE vf load_first(const void* p, int n) {
   vf x{};
@@ -81,11 +101,23 @@ SPE_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// b if one of them is NaN.
 SPE_INLINE vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
+#endif
+}
+SPE_INLINE vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -153,17 +185,16 @@ SPE_INLINE vf exp2(vf x) {
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);
   return (vf)_mm512_scalef_ps((__m512)exp2_polynomial<Degree>(f), (__m512)x);
 #else
-  const vf low = splat(-126.0f), high = splat(128.0f);
-  const vf y = x < low ? low : (x > high ? high : x);  // NaN stays
-  vi n = __builtin_convertvector(y, vi);                // towards 0
-  vf whole = __builtin_convertvector(n, vf);
-  const vi down = whole > y;  // -1 where truncation went up
-  n += down;
-  whole = whole + __builtin_convertvector(down, vf);
-  // 2^n in two factors: n may be 128, or garbage for NaN, whose p is NaN whatever it is multiplied by
-  const vi a = n >> 1, b = n - a;
-  const vf p = exp2_polynomial<Degree>(y - whole) * (vf)((a + 127) << 23) * (vf)((b + 127) << 23);
-  return x < low ? splat(0.0f) : p;
+  // 2^-127 comes out as 0 and 2^128 as infinity, as their exponent fields are; NaN stays, whatever it is multiplied by
+  const vf y = min(splat(128.0f), max(splat(-127.0f), x));
+#if defined(__AVX2__)
+  const vf whole = (vf)_mm256_floor_ps((__m256)y);
+#else
+  const vf cut = __builtin_convertvector(__builtin_convertvector(y, vi), vf);  // towards 0
+  const vf whole = cut > y ? cut - 1.0f : cut;
+#endif
+  const vi n = __builtin_convertvector(whole, vi);
+  return exp2_polynomial<Degree>(y - whole) * (vf)((n + 127) << 23);
 #endif
 }
 
@@ -231,13 +262,16 @@ SPE_INLINE void exchange(vf& a, vf& b) {
   a = (vf)_mm512_permutex2var_ps(x, _mm512_load_si512(index.lo), y);
   b = (vf)_mm512_permutex2var_ps(x, _mm512_load_si512(index.hi), y);
 #else
-  const vi bit = (lane_index() & Distance) != 0;
-  vf up, down;
-  for (int i = 0; i < L; ++i) up[i] = b[i >= Distance ? i - Distance : 0];
-  for (int i = 0; i < L; ++i) down[i] = a[i + Distance < L ? i + Distance : i];
-  const vf x = bit ? up : a;
-  b = bit ? b : down;
-  a = x;
+  constexpr auto lo = [](int i) { return (i & Distance) ? L + i - Distance : i; };
+  constexpr auto hi = [](int i) { return (i & Distance) ? L + i : i + Distance; };
+  const vf x = a;
+#if defined(__AVX2__)
+  a = __builtin_shufflevector(x, b, lo(0), lo(1), lo(2), lo(3), lo(4), lo(5), lo(6), lo(7));
+  b = __builtin_shufflevector(x, b, hi(0), hi(1), hi(2), hi(3), hi(4), hi(5), hi(6), hi(7));
+#else
+  a = __builtin_shufflevector(x, b, lo(0), lo(1), lo(2), lo(3));
+  b = __builtin_shufflevector(x, b, hi(0), hi(1), hi(2), hi(3));
+#endif
 #endif
 }
 

@@ -45,10 +45,13 @@ struct Lanes {
   int64_t vector, step;  // vector w of B[k] at vector * w + step * k
 };
 
+// depth > 0, which the compiler must know: GCC takes C through memory if the loop may not run at all, which cost 80 cycles
+// a tile of 6 x 2, a sixth of its time at 64 words.
 template <class Dot, int R, int W>
 SPE_INLINE void multiply(vf (&c)[R][W], Rows a, Lanes b, int64_t depth) {
   const word* pa = a.data;
   const word* pb = b.data;
+  if (depth <= 0) __builtin_unreachable();
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k, pa += a.step, pb += b.step) {
     vf vb[W];

@@ -56,15 +56,17 @@ def growth(result: dict) -> Figure:
     return figure
 
 
-def roofline(result: dict) -> Figure:
-    """What was reached of what the machine can do: arithmetic, or copying."""
+def roofline(result: dict) -> Figure | None:
+    """What was reached of what the machine can do: arithmetic, or copying. None where that was not measured."""
+    if result["peaks"] is None:
+        return None
     rows = [row for row in results.rows(result, "attention") if row["direction"] == "forward"]
-    peaks = result["peaks"]
+    peaks, cores = result["peaks"], result["device"] == "cpu"
     dtypes = [dtype for dtype in ("fp32", "bf16") if any(row["dtype"] == dtype for row in rows)]
     figure, axes = page.figure(4.2 * len(dtypes) + 1.5, 3.4, 1, len(dtypes), sharey=True)
     for ax, dtype in zip(axes, dtypes, strict=True):
         for threads in sorted({row["threads"] for row in rows}):
-            top, copy = peaks["gflops"][dtype] * threads, peaks["copy_gigabytes_per_second"]
+            top, copy = peaks["gflops"][dtype] * (threads if cores else 1), peaks["copy_gigabytes_per_second"]
             edges = [1, top / copy, 4096]
             ax.plot(edges, [min(top, copy * x) for x in edges], color=INK, linewidth=1)
         for row in rows:

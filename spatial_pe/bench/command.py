@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     else:
         cases = list(suites.PLANS["quick" if options.quick else "full"](options.device))
     found = {"schema": result.SCHEMA, "kind": "spatial-bench", "command": command, **environment.describe()}
-    found |= {"device": options.device, "peaks": machine.peaks(), "rows": []}
+    found |= {"device": options.device, "peaks": machine.peaks(options.device), "rows": []}
     show = progress()
     for index, case in enumerate(cases):
         show(index, len(cases), str(case))

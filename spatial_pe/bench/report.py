@@ -65,6 +65,15 @@ def attention_table(result: dict) -> Table:
     return Table("Attention. Eager: rotate-half, then torch's SDPA, as transformers' towers do.", header, rows)
 
 
+def layers_table(result: dict) -> Table:
+    rows = [
+        [charts.case(row), _times(row, "eager"), _times(row, "compiled"), _cost(row)]
+        for row in results.rows(result, "layers")
+    ]
+    header = ["", "against eager", "compiled", "rotation costs"]
+    return Table("RoPE2DAttention, with its projections, against the same around eager attention.", header, rows)
+
+
 def growth_table(result: dict) -> Table:
     rows = [
         [charts.AXES[row["axis"]], row["name"], _rate(row, "ours"), _times(row, "eager"), _cost(row)]
@@ -129,6 +138,7 @@ def _cost(row: Row) -> str:
 TABLES: dict[str, Callable[[dict], Sequence[Table]]] = {
     "towers": lambda result: [towers_table(result)],
     "attention": lambda result: [attention_table(result)],
+    "layers": lambda result: [layers_table(result)],
     "growth": lambda result: [growth_table(result)],
     "memory": lambda result: [memory_table(result)],
     "start": lambda result: [start_table(result)],
@@ -138,9 +148,13 @@ TABLES: dict[str, Callable[[dict], Sequence[Table]]] = {
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
-def _section(title: str, suite: str, *drawn: tuple[Callable[[dict], Figure], str]) -> Callable[[dict], Section]:
+def _section(title: str, suite: str, *drawn: tuple[Callable[[dict], Figure | None], str]) -> Callable[[dict], Section]:
     def make(result: dict) -> Section:
-        figures = [Chart(draw(result), f"{label} The numbers are in the table below.") for draw, label in drawn]
+        figures = [
+            Chart(figure, f"{label} The numbers are in the table below.")
+            for draw, label in drawn
+            if (figure := draw(result)) is not None
+        ]
         left_out = [table for table in (refused_table(result),) if table and suite == "attention"]
         return Section(title, (), (*figures, *TABLES[suite](result), *left_out))
 
@@ -155,6 +169,7 @@ SECTIONS = {
         (charts.attention, "How many times as fast each variant is as eager rotation and SDPA."),
         (charts.roofline, "Rates reached, under what the machine can do (line; filled: one thread)."),
     ),
+    "layers": _section("Layers", "layers"),
     "growth": _section(
         "How it grows", "growth", (charts.growth, "Rates against tokens, batch, heads, windows, threads.")
     ),

@@ -7,6 +7,7 @@ variants that did not take part, with the reason.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import environment
 from . import memory, timing, towers
-from .cases import DTYPES, SPEED, Inputs, Shape
+from .cases import DIRECTIONS, DTYPES, SPEED, Inputs, Shape
 from .variants import PEERS, VARIANTS, RefusedError, build
 
 Row = dict
@@ -41,9 +42,11 @@ class Attention:
     variants: tuple[str, ...]
     rounds: int
     axis: str = ""
+    level: str = "kernel"
 
     def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.direction}, {_threads(self.threads)}"
+        of = "layer, " if self.level == "layer" else ""
+        return f"{of}{self.shape}, {self.dtype}, {self.direction}, {_threads(self.threads)}"
 
     def run(self, device: str) -> Row:
         torch.set_num_threads(self.threads)
@@ -52,7 +55,7 @@ class Attention:
         reference: list[np.ndarray] | None = None
         for name in self.variants:
             try:
-                call = build(name, inputs, self.direction, self.threads)
+                call = build(name, inputs, self.direction, self.threads, self.level)
                 found = _plain(call())
             except RefusedError as error:
                 refused[name] = str(error)
@@ -146,6 +149,7 @@ Case = Attention | Memory | Tower | Start
 # -------------------------------------------------------------------------------------------------------------- tables
 
 DIRECT = ("eager", "ours", "off", "separate")
+LAYERS = ("196", "576", "729", "windows")
 GROWTH = {
     "tokens": [Shape(1, 8, tokens, 64) for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)],
     "batch": [Shape(batch, 12, 196, 64) for batch in (1, 2, 4, 8, 16, 32, 64)],
@@ -180,6 +184,10 @@ def full(device: str) -> Iterator[Case]:
                 forward = (*DIRECT, "compiled", *peers)
                 yield Attention("attention", name, shape, dtype, "forward", threads, forward, rounds)
                 yield Attention("attention", name, shape, dtype, "backward", threads, (*DIRECT, "compiled"), rounds)
+    for dtype in ("bf16", "fp32"):
+        for name, direction in itertools.product(LAYERS, DIRECTIONS):
+            variants = ("eager", "ours", "off", "compiled")
+            yield Attention("layers", name, SPEED[name], dtype, direction, cores, variants, 7, level="layer")
     for axis, shapes in GROWTH.items():
         for shape in shapes:
             rounds = 5 if shape.tokens < 8192 else 3

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import rope_attention
+from ..modules import RoPE2DAttention
 from ..rotation import apply_rotary_qk
 from . import peers
 from .cases import Inputs
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+LEVELS = ("kernel", "layer")
 Call = Callable[[], Any]
 
 
@@ -98,8 +100,9 @@ VARIANTS = {
 PEERS = tuple(name for name, variant in VARIANTS.items() if variant.call is not None)
 
 
-def build(name: str, inputs: Inputs, direction: str, threads: int) -> Call:
-    """What is timed: the forward without a graph, or the backward of one forward.
+def build(name: str, inputs: Inputs, direction: str, threads: int, level: str = "kernel") -> Call:
+    """What is timed: the forward without a graph, or the backward of one forward; of attention (``level`` "kernel"), or
+    of a layer: the projections of a ViT block around it.
 
     Raises:
         RefusedError: it does not serve this dtype, direction or device, or its package is missing.
@@ -110,24 +113,54 @@ def build(name: str, inputs: Inputs, direction: str, threads: int) -> Call:
     if variant.call is not None:
         if direction != "forward":
             raise RefusedError("has no backward")
+        if level != "kernel":
+            raise RefusedError("is measured on attention alone")
         try:
             return variant.call(inputs, threads)
         except (ImportError, peers.UnsupportedError) as error:
             raise RefusedError(str(error)) from error
     assert variant.make is not None
-    function = variant.make(inputs)
+    if level == "kernel":
+        function: Callable[..., Tensor] = variant.make(inputs)
+        arguments, leaves, grad = inputs.qkv, inputs.leaves, inputs.grad
+    else:
+        module, function = _layer(name, inputs)
+        x = inputs.qkv[0].flatten(-2)
+        arguments, leaves, grad = (x,), [x.detach().requires_grad_(), *module.parameters()], inputs.grad.flatten(-2)
     if direction == "forward":
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return function(*inputs.qkv)
+                return function(*arguments)
 
         return forward
-    out = function(*inputs.leaves)
-    return lambda: torch.autograd.grad(out, inputs.leaves, inputs.grad, retain_graph=True)
+    out = function(*leaves[: len(arguments)])
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _layer(name: str, inputs: Inputs) -> tuple[RoPE2DAttention, Callable[[Tensor], Tensor]]:
+    """Ours as users have it, RoPE2DAttention; others between the same projections."""
+    shape = inputs.shape
+    rope = None if name == "off" else "axial"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = RoPE2DAttention(shape.heads * shape.head_dim, shape.heads, rope).to(inputs.device, inputs.dtype)
+    if name in ("ours", "off"):
+        rotary = inputs.rotary if name == "ours" else None
+        packed = {"cu_seqlens": inputs.cu_seqlens, "max_seqlen": inputs.max_seqlen}
+        return module, lambda x: module(x, rotary, **packed)
+    make = VARIANTS["eager" if name == "compiled" else name].make
+    assert make is not None
+    attend = make(inputs)
+
+    def layer(x: Tensor) -> Tensor:
+        qkv = module.qkv(x).unflatten(-1, (3, shape.heads, shape.head_dim)).unbind(-3)
+        return module.proj(attend(*qkv).flatten(-2))
+
+    return module, torch.compile(layer, dynamic=False) if name == "compiled" else layer
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spatial-pe bench`: that it measures what it says, and refuses what does not compute the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+
+import pytest
+import torch
+
+from spatial_pe import cli
+from spatial_pe.backends import cpu
+from spatial_pe.bench import machine, memory, report, suites, timing, towers, variants
+from spatial_pe.bench import result as results
+from spatial_pe.bench.cases import SPEED, Inputs, Shape
+
+pytest.importorskip("transformers")
+DENSE, PACKED = Shape(1, 2, 24, 64), Shape(3, 2, 16, 64, packed=True)
+EVERYONE = ("eager", "ours", "off", "naive", "separate", "onnxruntime", "openvino")
+
+
+def case(shape: Shape = DENSE, dtype: str = "fp32", direction: str = "forward", **how) -> suites.Attention:
+    how = {"variants": EVERYONE, "rounds": 1} | how
+    return suites.Attention("attention", "tiny", shape, dtype, direction, 1, **how)
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_variants_take_turns():
+    order: list[str] = []
+    calls = {name: lambda name=name: (order.append(name), time.sleep(0.025)) for name in "ab"}
+    samples = timing.interleaved(calls, 4)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4}
+    assert order[4:] == list("abbaabba")  # after two calls of each that are not measured
+
+
+def test_a_sample_is_the_time_of_one_call():
+    samples = timing.interleaved({"long": lambda: time.sleep(0.03), "short": lambda: time.sleep(0.001)}, 5)
+    found = timing.medians(samples)
+    assert 0.03 <= found["long"] < 0.06 and 0.001 <= found["short"] < 0.004
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [DENSE, PACKED], ids=["dense", "packed"])
+@pytest.mark.parametrize("level", variants.LEVELS)
+def test_who_takes_part_computes_the_same(shape, dtype, direction, level):
+    row = case(shape, dtype, direction, level=level).run("cpu")
+    refused = {"naive"} if shape.packed else set()
+    refused |= {"onnxruntime"} if dtype == "bf16" else set()
+    if direction == "backward" or level == "layer":
+        refused |= set(variants.PEERS)
+    installed = {name for name in variants.PEERS if "No module" not in row["refused"].get(name, "")}
+    assert row["refused"].keys() & (installed | {"naive"}) == refused & (installed | {"naive"})
+    assert row["seconds"].keys() == set(EVERYONE) - row["refused"].keys()
+    bound = 1e-5 if dtype == "fp32" else 0.02
+    assert row["deviation"].keys() == row["seconds"].keys() - {"off", *variants.PEERS}
+    assert all(deviation < bound for deviation in row["deviation"].values())
+    assert row["flops"] == (1 if direction == "forward" else 2.5) * 4 * shape.elements() * shape.tokens
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [DENSE, PACKED], ids=["dense", "packed"])
+@pytest.mark.parametrize("peer", variants.PEERS)
+def test_peers_compute_the_same(peer, shape, dtype):
+    """Theirs is (B, N, H D), or (B, H, N, D), of windows as a batch."""
+    pytest.importorskip(peer)
+    inputs = Inputs(shape, suites.DTYPES[dtype])
+    try:
+        found = torch.from_numpy(variants.build(peer, inputs, "forward", 1)().copy()).float()
+    except variants.RefusedError:
+        pytest.skip("does not serve this dtype")
+    found = found.transpose(1, 2) if found.ndim == 4 else found.unflatten(-1, (shape.heads, -1))
+    ours = variants.build("ours", inputs, "forward", 1)().float().reshape(found.shape)
+    assert (found - ours).norm() / ours.norm() < (1e-5 if dtype == "fp32" else 0.02)
+
+
+def test_who_computes_something_else_is_left_out(monkeypatch):
+    wrong = dataclasses.replace(variants.VARIANTS["eager"], make=variants.off)
+    monkeypatch.setitem(variants.VARIANTS, "separate", wrong)
+    row = case(variants=("eager", "ours", "separate")).run("cpu")
+    assert set(row["seconds"]) == {"eager", "ours"}
+    assert re.fullmatch(r"differs from eager by 0\.\d+", row["refused"]["separate"])
+
+
+def test_a_missing_package_is_a_reason(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    assert "onnxruntime" in case(variants=("ours", "onnxruntime")).run("cpu")["refused"]["onnxruntime"]
+
+
+def test_peers_stay_on_the_cpu():
+    inputs = Inputs(DENSE, torch.float32)
+    inputs.device = "cuda"
+    with pytest.raises(variants.RefusedError, match="CPU only"):
+        variants.build("openvino", inputs, "forward", 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- others
+
+
+@pytest.mark.skipif(memory.unavailable("cpu") is not None, reason=str(memory.unavailable("cpu")))
+def test_memory_of_scores_is_quadratic_and_ours_linear():
+    few, many = Shape(1, 4, 512, 64), Shape(1, 4, 2048, 64)
+    naive = [memory.measure("naive", shape, "fp32") for shape in (few, many)]
+    ours = [memory.measure("ours", shape, "fp32") for shape in (few, many)]
+    scores = 4 * 4 * 2048**2
+    assert scores < naive[1] < 6 * scores
+    assert naive[1] > 10 * naive[0]
+    assert ours[1] < 8 * max(ours[0], 1 << 20) and ours[1] < scores / 8
+
+
+def test_memory_of_a_call_that_cannot_be_is_refused():
+    with pytest.raises(variants.RefusedError, match="no attention in this dtype"):
+        memory.measure("onnxruntime", DENSE, "bf16")
+
+
+@pytest.mark.skipif(isinstance(cpu.EXTENSION, str), reason="needs the compiled extension")
+def test_peaks_are_above_what_kernels_reach():
+    found = machine.peaks(rounds=2)
+    row = suites.Attention("attention", "576", SPEED["576"], "fp32", "forward", 1, ("ours",), 3).run("cpu")
+    assert 1.0 < found["gflops"]["fp32"] / results.gflops(row, "ours") < 20
+    assert found["gflops"]["bf16"] > 0.9 * found["gflops"]["fp32"]
+    assert found["copy_gigabytes_per_second"] > 1
+
+
+def test_no_extension_no_peaks(monkeypatch):
+    monkeypatch.setattr(cpu, "EXTENSION", "missing")
+    assert machine.peaks() is None
+
+
+def test_a_tower(monkeypatch):
+    def tiny() -> towers.Built:
+        """A tiny DINOv2."""
+        from transformers import Dinov2Config, Dinov2Model
+
+        config = Dinov2Config(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=56,
+            patch_size=14,
+        )
+        pixels = torch.randn(1, 3, 56, 56)
+        return Dinov2Model(config), lambda m, dtype: m(pixels.to(dtype)).last_hidden_state
+
+    monkeypatch.setitem(towers.TOWERS, "tiny", tiny)
+    row = suites.Tower("tiny", "fp32", 1, 2).run("cpu")
+    assert row["patched"] == 2 and row["what"] == "A tiny DINOv2."
+    assert set(row["seconds"]) == {"before", "after"} and 0 < row["sdpa_share"] < 1
+
+
+def test_what_a_process_pays_once():
+    seconds = suites.Start(1).run("cpu")["seconds"]
+    assert {"import torch", "import spatial_pe", "first call", "second call"} == set(seconds)
+    assert seconds["second call"][0] < seconds["import torch"][0]
+
+
+def test_plans_hold_what_the_report_shows():
+    full = list(suites.full("cpu"))
+    kinds = {suites.Tower: "towers", suites.Memory: "memory", suites.Start: "start"}
+    assert {kinds.get(type(c)) or c.suite for c in full} == set(report.TABLES)
+    tokens = [int(c.name) for c in full if getattr(c, "axis", "") == "tokens"]
+    assert tokens[0] == 64 and tokens[-1] == 16384
+    batches = [int(c.name) for c in full if getattr(c, "axis", "") == "batch"]
+    assert (batches[0], batches[-1]) == (1, 64)
+    assert len(list(suites.quick("cpu"))) < len(full) / 3
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A plan of seconds."""
+    cases = [
+        case(rounds=2),
+        suites.Attention("growth", "24", DENSE, "bf16", "forward", 1, ("eager", "ours"), 2, "tokens"),
+    ]
+    monkeypatch.setitem(suites.PLANS, "quick", lambda device: iter(cases))
+    monkeypatch.setattr(machine, "peaks", lambda device: None)
+    return cases
+
+
+def test_command(small, tmp_path, capsys):
+    json_file, page = tmp_path / "bench.json", tmp_path / "report.html"
+    assert cli.main(["bench", "--quick", "--json", str(json_file), "--out", str(page)]) == 0
+    out = capsys.readouterr().out
+    found = results.load(json_file)
+    row = next(results.rows(found, "attention"))
+    ratio = results.speedup(row, "eager")
+    assert f"{ratio:.2f}x" in out and f"{ratio:.2f}x" in page.read_text(encoding="utf-8")
+    assert found["versions"]["torch"] == torch.__version__ and found["cores"] >= 1
+    assert found["command"].startswith("spatial-pe bench --quick")
+    assert len(row["seconds"]["ours"]) == 2  # all samples are kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--json", "."], "--json"),
+        (["--out", "."], "--out"),
+        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--model", "/no/such/checkpoint"], "--model"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs(arguments, said, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--quick", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_file_of_something_else(tmp_path):
+    path = tmp_path / "x.json"
+    for text in ("no json", "[]", json.dumps({"kind": "spatial-bench", "schema": 0})):
+        path.write_text(text)
+        with pytest.raises(results.ResultError, match=r"x\.json"):
+            results.load(path)
