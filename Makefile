@@ -8,7 +8,7 @@ TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
-.PHONY: demo test test-all lint sanitize bench-cpu spatial gpu triton-budget cuda-budget support-table wheel clean
+.PHONY: demo test test-all lint sanitize races soak gate bench spatial gpu triton-budget cuda-budget support-table wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
@@ -38,16 +38,28 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_C*.so
 
-# Every number of the README. Half an hour and more.
-bench-cpu: $(VENV)/bench
-	mkdir -p build && $(CXX) -O3 -march=native -std=c++17 benchmarks/throughput/peak_cpu.cpp -o build/peak_cpu
-	build/peak_cpu
-	$(BIN)/python -m benchmarks.throughput.attention_cpu --rounds 9 --threads 1 2 --out benchmarks/results/cpu/attention.json
-	$(BIN)/python -m benchmarks.throughput.attention_cpu --threads 1 --rounds 31 --forward-only --shapes 196 729 1024 \
-	  --out benchmarks/results/cpu/rotation.json
-	$(BIN)/python -m benchmarks.throughput.peers_cpu --rounds 7 --out benchmarks/results/cpu/peers.json
-	$(BIN)/python -m benchmarks.throughput.towers_cpu --rounds 9 --out benchmarks/results/cpu/towers.json
-	$(BIN)/spatial-pe demo --out docs/demo.png --json benchmarks/results/cpu/demo.json
+# The same under ThreadSanitizer, which does not see what torch and other libraries do without it.
+races: $(VENV)/installed
+	$(TOOLS) cmake --fresh -S csrc -B build/races -G Ninja -DSPATIAL_PE_SANITIZE=thread -DSPATIAL_PE_CUDA=0 \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(TOOLS) cmake --build build/races
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+	  $(BIN)/python tests/sanitize.py build/races/_C*.so
+
+# Random calls and towers, each checked; memory must not grow.
+soak: $(VENV)/installed
+	$(BIN)/python tests/soak.py --minutes 3
+
+# Ratios of three shapes may not fall below what they were (benchmarks/throughput/gate.json). Alone on the machine.
+gate: $(VENV)/installed
+	PYTHONPATH=. $(BIN)/python -m benchmarks.throughput.gate
+
+# The README's numbers of speed, and the report; not the accuracy studies. An hour on two cores, with nothing beside it.
+BENCH := benchmarks/results/cpu
+bench: $(VENV)/bench
+	$(BIN)/spatial-pe bench --json $(BENCH)/bench.json --out $(BENCH)/report.html
+	$(BIN)/python -m benchmarks.throughput.instructions --out $(BENCH)/instructions.json
+	$(BIN)/spatial-pe demo --out docs/demo.png --json $(BENCH)/demo.json
 	$(BIN)/python -m benchmarks.readme
 
 # The accuracy studies, goes on where it was stopped. Half a day on two cores; `spatial-pe spatial run --budget full` is for

@@ -6,6 +6,8 @@
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" \\
         ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 python tests/sanitize.py build/sanitize/_C*.so
 
+    cmake -S csrc -B build/races -DSPATIAL_PE_SANITIZE=thread -DSPATIAL_PE_CUDA=0   # likewise, with libtsan
+
 A sanitizer ends the process at its first finding. Results are not compared here, but NaN in them is an error: inputs
 are views into NaN, so that a read outside of them that no sanitizer sees shows too.
 """
@@ -70,6 +72,8 @@ def cases():
         rotation = {"dim": 40, "rotary_dim": 38, "dtype": dtype}
         yield Case(lengths=(0, 1, 17, 0, 130, 2, 0), layout="fused", **rotation)
         yield Case(lengths=(64,) * 5, heads=3, **rotation)
+        # on 1, 2 and 3 threads: items that a thread does alone, then items that all share, in several slices
+        yield from [Case(lengths=(200,) * 5, heads=1, layout="wide", **rotation)] * 3
         yield Case(batch=3, tokens=130, seqlens=(0, 129, 1), layout="wide", **rotation)
         yield Case(batch=0, tokens=7, **rotation)
         yield Case(batch=2, tokens=0, **rotation)
