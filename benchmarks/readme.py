@@ -15,6 +15,9 @@ import re
 import sys
 from pathlib import Path
 
+from spatial_pe.bench import result as bench
+from spatial_pe.bench.cases import DIRECTIONS, SPEED
+from spatial_pe.bench.variants import PEERS, VARIANTS
 from spatial_pe.spatial import findings, report, study
 
 ROOT = Path(__file__).parents[1]
@@ -49,53 +52,99 @@ def demo() -> str:
 
 
 def results() -> str:
-    return "\n\n".join([attention(), peers(), towers()])
-
-
-def attention() -> str:
-    result = load("attention")
-    cases: dict[tuple, dict] = {}
-    for row in result["rows"]:
-        cases.setdefault((row["dtype"], row["shape"]), {"size": row["size"]})[row["direction"], row["threads"]] = row
-    rows = []
-    for (dtype, _), case in cases.items():
-        batch, heads, tokens, dim = case["size"]
-        windows = f"{batch} windows of {tokens}, {heads} heads, {dim}"
-        cells = [dtype, windows if case["forward", 1]["shape"] == "windows" else f"{batch}, {heads}, {tokens}, {dim}"]
-        for direction in ("forward", "backward"):
-            one, two = case[direction, 1], case[direction, 2]
-            cells += [f"{one['gflops']['ours']:.0f} / {two['gflops']['ours']:.0f}"]
-            cells += [f"**{one['speedup']:.2f}x** / {two['speedup']:.2f}x"]
-        cells += [f"{case['forward', 1]['rotation_cost']:+.1%}"]
-        rows.append(cells)
-    header = ["", "batch, heads, tokens, head_dim", "forward, GF/s", "against eager", "backward, GF/s", "against eager"]
-    intro = (
-        "The CPU kernel, one / two threads, against what Hugging Face's towers do (rotate-half in float32, then "
-        "torch's SDPA, a call for each window); last column: the forward's rotation on against off.\n\n"
+    """Of every machine that has been measured."""
+    found = [bench.load(path) for path in sorted(RESULTS.glob("bench*.json"))]
+    return "\n\n".join(
+        part for result in found for part in (peak(result), attention(result), peers(result), rest(result))
     )
-    return intro + table([*header, "rotation"], rows) + f"\n\n`{result['command']}`; {machine(result)}."
 
 
-def peers() -> str:
-    result = load("peers")
+def peak(result: dict) -> str:
+    """The machine, and how much of what it can do is reached."""
+    reached: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for row in bench.rows(result, "attention"):
+        if row["threads"] == 1 and row["direction"] == "forward" and not row["shape"]["packed"]:
+            reached[row["dtype"]].append((bench.gflops(row, "ours") or 0) / result["peaks"]["gflops"][row["dtype"]])
+    peaks = result["peaks"]["gflops"]
+    said = [
+        f"{peaks[dtype]:.0f} GF/s in {dtype}, of which the forward has {min(part):.0%} to {max(part):.0%}"
+        for dtype, part in reached.items()
+    ]
+    return (
+        f"**{result['cpu']}, {result['cores']} cores, {result['cpu_features']['isa']}.** A core multiplies and adds on "
+        f"registers at {'; at '.join(said)} (without windows). GF/s and ratios with one / two threads; eager is what "
+        "Hugging Face's towers do: rotate-half in float32, then torch's SDPA, a call for each window. Last column: the "
+        "forward's rotation on against off."
+    )
+
+
+def attention(result: dict) -> str:
     rows = []
-    for row in result["rows"]:
-        rates = row["gflops"]
-        cells = [row["dtype"], row["shape"], str(row["threads"]), f"{rates['ours']:.0f}", f"{rates['openvino']:.0f}"]
-        cells += [f"{rates['onnxruntime']:.0f}" if "onnxruntime" in rates else "–"]
-        cells += [f"**{row['against_best_peer']:.2f}x**"]
+    for (dtype, _), case in by_case(result).items():
+        cells = [dtype, size(case["forward", 1])]
+        for direction in DIRECTIONS:
+            one, two = case[direction, 1], case[direction, 2]
+            cells += [f"{bench.gflops(one, 'ours'):.0f} / {bench.gflops(two, 'ours'):.0f}"]
+            cells += [f"**{bench.speedup(one, 'eager'):.2f}x** / {bench.speedup(two, 'eager'):.2f}x"]
+        compiled = [bench.speedup(case["forward", threads], "compiled") for threads in (1, 2)]
+        cells += [" / ".join("–" if ratio is None else f"{ratio:.2f}x" for ratio in compiled)]
+        rows.append([*cells, f"{bench.rotation_cost(case['forward', 1]):+.1%}"])
+    header = ["", "batch, heads, tokens, head_dim", "forward", "against eager", "backward", "against eager"]
+    return table([*header, "forward against torch.compile", "rotation"], rows)
+
+
+def peers(result: dict) -> str:
+    rows = []
+    for (dtype, _), case in by_case(result).items():
+        cells = [dtype, size(case["forward", 1])]
+        for threads in (1, 2):
+            row = case["forward", threads]
+            cells += ["–" if (r := bench.speedup(row, name)) is None else f"{r:.2f}x" for name in PEERS]
+            cells += [f"**{bench.speedup(row, bench.best(row, PEERS) or ''):.2f}x**"]
         rows.append(cells)
-    intro = "Forward in GF/s against OpenVINO and ONNX Runtime. They do not rotate; we do.\n\n"
-    header = ["", "tokens", "threads", "spatial_pe", "OpenVINO", "ONNX Runtime", "against the best peer"]
-    return intro + table(header, rows) + f"\n\n`{result['command']}`; {machine(result)}."
+    labels = [VARIANTS[name].label for name in PEERS]
+    header = ["", "batch, heads, tokens, head_dim", *(f"{label}, 1 thread" for label in labels), "the better"]
+    intro = "The forward against the peers, which rotate in a kernel of their own before attention.\n\n"
+    return intro + table([*header, *(f"{label}, 2 threads" for label in labels), "the better"], rows)
 
 
-def towers() -> str:
-    result = load("towers")
-    rows = [[r["what"], r["dtype"], f"{r['sdpa_share']:.0%}", f"**{r['speedup']:.2f}x**"] for r in result["rows"]]
-    intro = "Whole towers, two threads, patched against unpatched.\n\n"
-    header = ["tower", "", "SDPA's share before", "speed-up"]
-    return intro + table(header, rows) + f"\n\n`{result['command']}`; {machine(result)}."
+def rest(result: dict) -> str:
+    """Towers, memory, and the first call."""
+    towers = [
+        [row["what"], row["dtype"], f"{row['sdpa_share']:.0%}", f"**{bench.speedup(row, 'before', of='after'):.2f}x**"]
+        for row in bench.rows(result, "towers")
+    ]
+    memory = [
+        [str(row["shape"]["tokens"]), *(f"{row['bytes'][name] / 2**20:.1f}" for name in ("ours", "eager", "naive"))]
+        for row in bench.rows(result, "memory")
+    ]
+    (start,) = bench.rows(result, "start")
+    took = ", ".join(f"{name} {bench.seconds(start, name):.2f} s" for name in start["seconds"])
+    parts = [
+        "Whole towers, all cores, patched against unpatched.",
+        table(["tower", "", "SDPA's share before", "speed-up"], towers),
+        "Peak memory of the forward in MiB beside inputs and output, 8 heads of 64, float32.",
+        table(["tokens", "spatial_pe", "eager rotation, SDPA", "eager attention"], memory),
+        f"What a process pays once: {took}; nothing is built or tuned at first use.",
+        f"`{result['command']}`; {machine(result)}. How it grows with tokens, batch, heads, windows and threads, "
+        "layers and the roofline are in the report beside it.",
+    ]
+    return "\n\n".join(parts)
+
+
+def by_case(result: dict) -> dict[tuple, dict]:
+    """(dtype, shape's name) -> (direction, threads) -> row."""
+    cases: dict[tuple, dict] = {}
+    for row in bench.rows(result, "attention"):
+        cases.setdefault((row["dtype"], row["name"]), {})[row["direction"], row["threads"]] = row
+    return dict(sorted(cases.items(), key=lambda case: list(SPEED).index(case[0][1])))
+
+
+def size(row: dict) -> str:
+    shape = row["shape"]
+    if shape["packed"]:
+        return f"{shape['batch']} windows of {shape['tokens']}, {shape['heads']} heads, {shape['head_dim']}"
+    return ", ".join(str(shape[name]) for name in ("batch", "heads", "tokens", "head_dim"))
 
 
 # (file, part, heading): the columns of the table of encodings
@@ -180,18 +229,26 @@ def machine(result: dict) -> str:
     return ", ".join([result["cpu"], *peers])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if the README is stale")
-    check = parser.parse_args().check
-    path = ROOT / "README.md"
-    text = path.read_text()
-    for name, make in (("demo", demo), ("results", results), ("accuracy", accuracy)):
+BLOCKS = {"demo": demo, "results": results, "accuracy": accuracy}
+
+
+def written(text: str) -> str:
+    """The README's text with its blocks as the results have them."""
+    for name, make in BLOCKS.items():
         block = f"<!-- {name}: written by `python -m benchmarks.readme` -->\n{make()}\n<!-- end of {name} -->"
         stale = re.compile(rf"<!-- {name}: .*?<!-- end of {name} -->", re.DOTALL)
         text, count = stale.subn(lambda _, block=block: block, text)
         if count != 1:
             sys.exit(f"README.md must hold one block of {name}, found {count}")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the README is stale")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    text = written(path.read_text())
     if check and text != path.read_text():
         sys.exit("README.md is stale: run python -m benchmarks.readme")
     if not check:

@@ -4,7 +4,7 @@
     python -m benchmarks.throughput.in_tower [--towers clip_large_336 ...] [--rounds 7]
 
 in the tower: its operands were just written by the projections. alone: the same call again and again. cold: the caches
-flushed by 256 MB in between. sdpa: the unpatched tower's, in it. Medians; the towers of ``towers_cpu``.
+flushed by 256 MB in between. sdpa: the unpatched tower's, in it. Medians; the towers of `spatial-pe bench`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from unittest import mock
 import torch
 
 import spatial_pe
-from benchmarks.throughput.towers_cpu import DTYPES, TOWERS, run
+from spatial_pe.bench.cases import DTYPES
+from spatial_pe.bench.towers import TOWERS, run
 from spatial_pe.towers.adapters import fused
 
 
@@ -76,8 +77,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     for tower in options.towers:
-        for name, dtype in DTYPES.items():
-            found = measure(tower, dtype, options.rounds)
+        for name in ("bf16", "fp32"):
+            found = measure(tower, DTYPES[name], options.rounds)
             print(f"{tower}, {name}: " + ", ".join(f"{where} {ms:.1f} ms" for where, ms in found.items()), flush=True)
 
 

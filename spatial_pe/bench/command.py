@@ -8,6 +8,7 @@ import argparse
 import torch
 
 from .. import environment
+from ..backends import cpu
 from ..demo.checkpoint import CheckpointError
 from ..files import refusal, write_whole
 from ..terminal import progress
@@ -35,7 +36,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     else:
         cases = list(suites.PLANS["quick" if options.quick else "full"](options.device))
     found = {"schema": result.SCHEMA, "kind": "spatial-bench", "command": command, **environment.describe()}
-    found |= {"device": options.device, "peaks": machine.peaks(options.device), "rows": []}
+    found |= {"cpu_features": cpu.FEATURES, "device": options.device, "peaks": machine.peaks(options.device)}
+    found["rows"] = []
     show = progress()
     for index, case in enumerate(cases):
         show(index, len(cases), str(case))

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spatial_pe
-from benchmarks.throughput.attention_cpu import eager_rotary
+from spatial_pe.bench.variants import rotate
 
 from .cases import Inputs, Shape
 
@@ -65,7 +65,7 @@ def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
     rotation, _, core = name.partition("-")
     if rotation == "eager":
         attend = _loop(inputs) if core == "loop" else sdpa(inputs, core)
-        return lambda q, k, v: attend(*eager_rotary(q, k, inputs.cos, inputs.sin), v)
+        return lambda q, k, v: attend(*rotate(q, k, inputs.cos, inputs.sin), v)
     if rotation == "compiled":
         return torch.compile(build(f"eager-{core or 'default'}", inputs), backend=compiler, dynamic=False)
     if rotation == "flex":
@@ -179,7 +179,7 @@ def rotations(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     target = torch.empty_like(source)
     return {
         "kernel": lambda: spatial_pe.apply_rotary_qk(q, k, inputs.rotary),
-        "eager": lambda: eager_rotary(q, k, inputs.cos, inputs.sin),
+        "eager": lambda: rotate(q, k, inputs.cos, inputs.sin),
         "copy": lambda: target.copy_(source),
     }
 
