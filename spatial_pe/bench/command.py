@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     except (RuntimeError, AssertionError) as error:
         raise BenchError(f"--device {options.device}: {str(error).strip().splitlines()[0]}") from None
     if options.model:
-        cases = list(suites.of_model(options.model))
+        cases = list(suites.of_model(options.model, options.device))
     else:
         cases = list(suites.PLANS["quick" if options.quick else "full"](options.device))
     found = {"schema": result.SCHEMA, "kind": "spatial-bench", "command": command, **environment.describe()}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import environment
+from ..backends import cpu
 from . import memory, timing, towers
 from .cases import DIRECTIONS, DTYPES, SPEED, Inputs, Shape
 from .variants import PEERS, VARIANTS, RefusedError, build
@@ -165,12 +166,12 @@ def quick(device: str) -> Iterator[Case]:
     peers = PEERS if device == "cpu" else ()
     for dtype in ("bf16", "fp32"):
         for name in ("196", "729", "1024", "windows"):
-            yield Attention("attention", name, SPEED[name], dtype, "forward", threads, (*DIRECT, *peers), 5)
-        yield Attention("attention", "196", SPEED["196"], dtype, "backward", threads, DIRECT, 5)
+            yield Attention("attention", name, SPEED[name], dtype, "forward", threads, (*DIRECT, *peers), 4)
+        yield Attention("attention", "196", SPEED["196"], dtype, "backward", threads, DIRECT, 4)
     for shape in GROWTH["tokens"][:7]:
         yield Attention("growth", str(shape.tokens), shape, "bf16", "forward", threads, DIRECT[:3], 3, "tokens")
-    yield from _memory(MEMORY[:4], device)
-    yield Tower("dinov2_small_518", "bf16", threads, 3)
+    yield from _memory(MEMORY[1::2], device)
+    yield Tower("dinov2_small_518", dense_dtypes(device)[0], threads, 3)
 
 
 def full(device: str) -> Iterator[Case]:
@@ -180,11 +181,13 @@ def full(device: str) -> Iterator[Case]:
     for threads in counts:
         for dtype in ("bf16", "fp32"):
             for name, shape in SPEED.items():
-                rounds = 9 if shape.tokens < 4096 else 5
+                long = shape.tokens >= 4096
                 forward = (*DIRECT, "compiled", *peers)
-                yield Attention("attention", name, shape, dtype, "forward", threads, forward, rounds)
-                yield Attention("attention", name, shape, dtype, "backward", threads, (*DIRECT, "compiled"), rounds)
-    for dtype in ("bf16", "fp32"):
+                yield Attention("attention", name, shape, dtype, "forward", threads, forward, 5 if long else 9)
+                # torch's bfloat16 backward of 4096 tokens takes half a minute on a core without bfloat16
+                backward = DIRECT[:3] if long else (*DIRECT, "compiled")
+                yield Attention("attention", name, shape, dtype, "backward", threads, backward, 3 if long else 5)
+    for dtype in dense_dtypes(device):
         for name, direction in itertools.product(LAYERS, DIRECTIONS):
             variants = ("eager", "ours", "off", "compiled")
             yield Attention("layers", name, SPEED[name], dtype, direction, cores, variants, 7, level="layer")
@@ -197,14 +200,21 @@ def full(device: str) -> Iterator[Case]:
         yield Attention("growth", str(threads), SPEED["1024"], "bf16", "forward", threads, DIRECT[:3], 5, "threads")
     yield from _memory(MEMORY, device)
     for name in towers.TOWERS:
-        for dtype in ("bf16", "fp32"):
+        for dtype in dense_dtypes(device):
             yield Tower(name, dtype, cores, 7)
     yield Start(5)
 
 
-def of_model(path: str) -> Iterator[Case]:
-    for dtype in ("bf16", "fp32"):
+def of_model(path: str, device: str) -> Iterator[Case]:
+    for dtype in dense_dtypes(device):
         yield Tower(path, dtype, environment.usable_cores(), 5)
+
+
+def dense_dtypes(device: str) -> tuple[str, ...]:
+    """What whole layers and towers are measured in. No bfloat16 on a CPU without its instructions: torch's products
+    are 15 times as slow as in float32 there, and nobody would run a tower so."""
+    native = device != "cpu" or cpu.FEATURES.get("isa") == "avx512_bf16"
+    return ("bf16", "fp32") if native else ("fp32",)
 
 
 def _memory(shapes: list[Shape], device: str) -> Iterator[Case]:
