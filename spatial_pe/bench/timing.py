@@ -23,7 +23,8 @@ def interleaved(
     """Seconds per call of each variant, one sample a round. Every second round runs in reverse order.
 
     Args:
-        variants: what to call; the first two calls of each are not measured (allocation, code paths, primitive caches).
+        variants: what to call; the first two calls of each are not measured (allocation, code paths, primitive caches),
+            or one that takes more than a second.
         rounds: samples of each.
         settle: seconds, and an untimed call, before each sample.
         device: on a GPU a sample ends when all of its calls have.
@@ -31,8 +32,10 @@ def interleaved(
     clock = Clock(device)
     repeats = {}
     for name, call in variants.items():
-        clock.sample(call, 1)
-        repeats[name] = max(1, round(SAMPLE_SECONDS / max(clock.sample(call, 1), 1e-7)))
+        took = clock.sample(call, 1)
+        if took < 1:
+            took = clock.sample(call, 1)
+        repeats[name] = max(1, round(SAMPLE_SECONDS / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds):
         for name in list(variants) if turn % 2 == 0 else reversed(list(variants)):

@@ -66,6 +66,16 @@ def test_who_takes_part_computes_the_same(shape, dtype, direction, level):
     assert row["flops"] == (1 if direction == "forward" else 2.5) * 4 * shape.elements() * shape.tokens
 
 
+def test_every_shape_is_compiled():
+    """Dynamo runs a line of code uncompiled after so many shapes, and only warns."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for tokens in (16, 24, 32):
+            row = case(Shape(1, 2, tokens, 16), variants=("eager", "compiled")).run("cpu")
+            assert row["refused"] == {} and row["deviation"]["compiled"] < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [DENSE, PACKED], ids=["dense", "packed"])
 @pytest.mark.parametrize("peer", variants.PEERS)
