@@ -3,9 +3,9 @@
 
     python -m benchmarks.throughput.gate [--update]
 
-Ratios, because seconds differ between machines and days; one thread. gate.json holds what was measured on a CPU (the lower of a gate and a whole run); on
-others the kernel may not be slower than eager attention. A ratio may be a tenth below; a case that is gets two more
-tries, because other load can hit one variant. ``--update`` writes this CPU's.
+Ratios, because seconds differ between machines and days; one thread. gate.json holds what was measured on a CPU (the
+lower of this and of a whole run); on others the kernel may not be slower than eager attention. A ratio may be a tenth
+below; a case that is gets two more tries, because other load can hit one variant. ``--update`` writes this CPU's.
 """
 
 from __future__ import annotations
