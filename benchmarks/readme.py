@@ -119,7 +119,7 @@ def rest(result: dict) -> str:
         for row in bench.rows(result, "memory")
     ]
     (start,) = bench.rows(result, "start")
-    took = ", ".join(f"{name} {bench.seconds(start, name):.2f} s" for name in start["seconds"])
+    took = ", ".join(f"{name} {bench.seconds(start, name):.2g} s" for name in start["seconds"])
     parts = [
         "Whole towers, all cores, patched against unpatched.",
         table(["tower", "", "SDPA's share before", "speed-up"], towers),

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who needs a torch op, and who only pays for it."""
+"""Who needs a torch op, and who only pays for it; what torch.compile takes as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable)
 
 
 def watched(tensors: Sequence[Tensor]) -> bool:
@@ -27,3 +30,10 @@ def watched(tensors: Sequence[Tensor]) -> bool:
 
 def wants_gradient(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def constant(function: F) -> F:
+    """torch.compiler.assume_constant_result without its import of dynamo, which takes as long as that of torch: 1.5 s,
+    also of those who never compile."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

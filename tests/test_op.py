@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends import cpu, triton
+from spatial_pe.watched import constant
 
 BACKENDS = [
     "reference",
@@ -278,3 +281,16 @@ def test_max_seqlen_is_a_hint_only():
         got = rope_attention(inputs.q, inputs.k, inputs.v, inputs.rotary(), cu_seqlens=inputs.cu_seqlens,
                              max_seqlen=12, backend=backend)  # fmt: skip
         assert torch.equal(got, inputs.call(backend))
+
+
+def test_import_leaves_dynamo_to_those_who_compile():
+    """It takes as long as torch itself."""
+    code = "import sys, spatial_pe; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_constants_are_what_torch_takes_for_constants():
+    def ours(): ...
+    def theirs(): ...
+
+    assert constant(ours).__dict__ == torch.compiler.assume_constant_result(theirs).__dict__ != {}

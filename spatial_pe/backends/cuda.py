@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..rotary import Rotary
+from ..watched import constant
 from . import reference, triton
 from .call import Call, allocator, view
 
@@ -54,7 +55,7 @@ def unavailable() -> str | None:
     return _runtime_error()
 
 
-@torch.compiler.assume_constant_result
+@constant
 @functools.cache
 def _runtime_error() -> str | None:
     """Their CUDA runtime is linked in: it may need a newer driver than torch's."""

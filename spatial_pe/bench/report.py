@@ -102,7 +102,7 @@ def towers_table(result: dict) -> Table:
 
 def start_table(result: dict) -> Table:
     (row,) = results.rows(result, "start")
-    rows = [[name, f"{results.seconds(row, name):.3f}"] for name in row["seconds"]]
+    rows = [[name, f"{results.seconds(row, name):.2g}"] for name in row["seconds"]]
     return Table("What a process pays once, seconds.", ["", "s"], rows)
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...watched import constant
+
 if TYPE_CHECKING:
     from .configs import Choice
 
@@ -74,12 +76,12 @@ class Tuned:
 # Asked while a call is traced, too; torch.compile takes their answers as they are.
 
 
-@torch.compiler.assume_constant_result
+@constant
 def any_rows(device: torch.device) -> bool:
     return bool(load(device).rows)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def faster(device: torch.device, dtype: torch.dtype, dim: int, longest: int, training: bool) -> str | None:
     return load(device).faster(dtype, dim, longest, training)
 
