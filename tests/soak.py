@@ -24,7 +24,6 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "towers")]
 import oracles  # noqa: E402
 from families import FAMILIES, HERE  # noqa: E402
-from family import outputs  # noqa: E402
 from oracles import Case, exact, make, run  # noqa: E402
 from oracles.rule import check, check_bound  # noqa: E402
 
@@ -79,11 +78,11 @@ def tower(name: str) -> None:
     family = FAMILIES[name]
     model, inputs = family.make(), family.inputs()
     with torch.no_grad():
-        before = outputs(model, inputs)
+        before = family.outputs(model, inputs)
         spatial_pe.patch(model)
-        patched = outputs(model, inputs)
+        patched = family.outputs(model, inputs)
         spatial_pe.unpatch(model)
-        after = outputs(model, inputs)
+        after = family.outputs(model, inputs)
     for a, b, c in zip(before, patched, after, strict=True):
         assert torch.equal(a, c), f"{name}: unpatched it is not what it was"
         error = (a - b).norm() / a.norm()
