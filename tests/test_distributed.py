@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 BACKENDS = [
     "reference",
     *([] if cpu.unavailable() else ["cpu"]),
-    *([] if triton.unavailable() or not triton.INTERPRETED else ["triton"]),
+    *([] if triton.unavailable() or not triton.INTERPRETED else [pytest.param("triton", marks=pytest.mark.slow)]),
 ]
 RANKS, STEPS, BATCH = 2, 3, 4
 GRID = PatchGrid(2, 3)  # Triton's interpreter is slow

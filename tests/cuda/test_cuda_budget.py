@@ -70,7 +70,7 @@ def test_the_extension_is_not_too_large():
 
 
 @compiles
-@pytest.mark.parametrize(("target", "dim"), [("sm_86", 64), ("sm_89", 80)])
+@pytest.mark.parametrize(("target", "dim"), [pytest.param("sm_86", 64, marks=pytest.mark.slow), ("sm_89", 80)])
 def test_others_of_the_same_kind(target, dim):
     """GPUs that run code for sm_80, with less shared memory and other rates."""
     failures = failures_of(budget.report_of(budget.compile_for(target, dim), budget.planner()))
