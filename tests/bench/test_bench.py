@@ -135,7 +135,8 @@ def test_memory_of_a_call_that_cannot_be_is_refused():
 def test_peaks_are_above_what_kernels_reach():
     found = machine.peaks(rounds=2)
     row = suites.Attention("attention", "576", SPEED["576"], "fp32", "forward", 1, ("ours",), 3).run("cpu")
-    assert 1.0 < found["gflops"]["fp32"] / results.gflops(row, "ours") < 20
+    # 1.3 on a quiet machine, as low as 1.0 beside other tests; operations counted twice would give 0.65
+    assert 0.7 < found["gflops"]["fp32"] / results.gflops(row, "ours") < 20
     assert found["gflops"]["bf16"] > 0.9 * found["gflops"]["fp32"]
     assert found["copy_gigabytes_per_second"] > 1
 

@@ -54,7 +54,9 @@ def check_kernels(case: Case, monkeypatch, family: str, tiles: torch.dtype = tor
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
 
 
-@pytest.mark.parametrize("family", [pytest.param("ampere", marks=pytest.mark.slow), "hopper", "cdna"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("ampere", marks=pytest.mark.slow), "hopper", pytest.param("cdna", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", [*SHORT, *SMALL_DIMS], ids=str)
 def test_lengths_and_head_dims(case, family, monkeypatch):
     check_kernels(case, monkeypatch, family)
@@ -111,7 +113,7 @@ def test_max_seqlen_is_a_hint(lengths, hint):
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 @pytest.mark.parametrize("bias", BIASES)
 def test_extreme_scores(bias, dtype, monkeypatch):
     """Among them rows that outgrow the reference of their first tile, and take the second pass."""
