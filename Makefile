@@ -8,7 +8,7 @@ TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
-.PHONY: demo test test-all lint sanitize races soak gate bench spatial gpu triton-budget cuda-budget support-table wheel clean
+.PHONY: demo test test-quick test-all lint sanitize races soak gate bench spatial gpu triton-budget cuda-budget support-table wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
@@ -19,13 +19,33 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 OLDER := PYTHONPATH=$(VENV)/transformers-4.57 $(PYTEST) tests/towers -k "not test_timm or wrapper or perception"
 TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm $(VENV)/lmms-eval build/emulator/built
 
+# For contributors, under three minutes: the op, what it is made of, and who may trace it; no towers, no GPU compilers.
+test-quick: $(VENV)/installed
+	$(PYTEST) -m "not slow and not gpu" $(QUICK_TESTS)
+QUICK_TESTS := tests/test_op.py tests/test_rotary.py tests/test_checks.py tests/test_grid.py tests/test_modules.py \
+  tests/test_encodings.py tests/test_verify.py tests/test_cli.py
+
 test: $(TEST_ENVS)
 	$(OLDER) -m "not slow and not gpu"
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(TEST_ENVS)
+test-all: $(TEST_ENVS) $(TORCHES:%=test-torch-%)
 	$(OLDER) -m "not gpu"
 	$(PYTEST) -m "not gpu"
+
+# The oldest torch that pyproject.toml allows, and the newest that can be had: what depends on torch's insides. Each has
+# an environment of its own, 5 GB with the CUDA libraries that its wheel asks for.
+TORCHES := 2.8.0 2.14.1
+TORCH_TESTS := $(QUICK_TESTS) tests/test_attention.py tests/transforms tests/towers/test_patch.py tests/towers/test_add_rope.py
+test-torch-%: $(VENV)/torch-%/installed
+	$(VENV)/torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(TORCH_TESTS)
+
+$(VENV)/torch-%/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch==$* numpy
+	$(@D)/bin/pip install --quiet "transformers>=4.57,<6" accelerate hypothesis jinja2 matplotlib onnx onnxruntime onnxscript \
+	  pytest pytest-xdist scikit-image scikit-learn scipy
+	touch $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,16 +4,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from .backends import composed
+from . import batching, decompositions
+from .backends import composed, reference
 from .backends.call import Call
 from .backends.select import BACKENDS, select
-from .checks import check_call
+from .checks import check_call, check_fits
+from .dispatcher import (
+    are_special,
+    in_transform,
+    needs_dispatcher,
+    needs_plain_ops,
+    requires_grad,
+    somebody_listens,
+    unrecorded,
+)
 from .rotary import Rotary
-from .watched import wants_gradient, watched
 
 
 def rope_attention(
@@ -38,7 +51,9 @@ def rope_attention(
         rotary: the angles, one row per token, prefix tokens included; None is plain attention.
         scale: factor on the scores; None is 1/sqrt(D).
         cu_seqlens: (sequences + 1,) int32, starts of the packed sequences and T; tokens attend within theirs.
-        max_seqlen: the longest sequence; only a hint, so that no backend has to read it from the device.
+        max_seqlen: an upper bound of the lengths of the packed sequences; the kernels of a GPU choose their tiles by
+            it, so that nobody has to read ``cu_seqlens`` from the device. A sequence that is longer raises on the CPU;
+            on a GPU its rows are NaN.
         seqlens: (B,) int32: sample b has only its first ``seqlens[b]`` tokens, the rest of its output is 0.
         backend: "auto", or a name from ``spatial_pe.backends()``, which raises if it cannot serve the call.
 
@@ -49,17 +64,28 @@ def rope_attention(
     q, k, v and in the tables of ``rotary`` (the gradient of the angles: dcos and dsin are its parts along the circle,
     ``-sin dφ`` and ``cos dφ``). NaN and Inf in q, k, v propagate as in torch's scaled_dot_product_attention.
 
+    ``cu_seqlens`` and ``seqlens`` that do not fit the tokens raise where their values are at hand (on the CPU); on a
+    GPU and in a traced graph the rows that they leave open are NaN. Tracing, exporting and function transforms: see
+    docs/transforms.md.
+
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
-    check_call(q, k, v, rotary, cu_seqlens, seqlens)
+    if has_torch_function((q, k, v)) and not torch.compiler.is_compiling():
+        return handle_torch_function(
+            rope_attention, (q, k, v), q, k, v, rotary,
+            scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, seqlens=seqlens, backend=backend,
+        )  # fmt: skip
+    listened = somebody_listens()
+    read = unrecorded if listened else _call
+    read(check_call, q, k, v, rotary, cu_seqlens, max_seqlen, seqlens)
     if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
-    elif not math.isfinite(scale):
+        scale = 1.0 / math.sqrt(read(_head_dim, q))
+    elif not -math.inf < scale < math.inf:  # math.isfinite takes no symbolic float
         raise ValueError(f"scale must be a finite number, got {scale}")
     if scale < 0:  # kernels take the maximum of a row before scaling
         q, scale = -q, -scale
-    if scale < torch.finfo(torch.float32).tiny:  # kernels mask with scores of -inf, and 0 times that is NaN
+    if scale < _TINY:  # kernels mask with scores of -inf, and 0 times that is NaN
         q, scale = q * 0, 1.0
     device = q.device.type  # meta has no autocast, and asking about it raises
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
@@ -69,22 +95,30 @@ def rope_attention(
     if packed:
         q, k, v = q[None], k[None], v[None]
     call = Call(q, k, v, rotary, float(scale), cu_seqlens, max_seqlen, seqlens)
-    name = select(call, backend)
+    tensors = call.tensors
+    dispatched = listened or are_special(tensors)
+    plain = read(needs_plain_ops, tensors) if dispatched else None
+    name = read(select, call, backend, plain)
     if name == "composed":
         out = composed.attention(call)
-    elif watched(tensors := _tensors(call)):
+    elif dispatched:
         out, _ = torch.ops.spatial_pe.rope_attention(*_flatten(call), name)
-    elif wants_gradient(tensors):
-        out, _ = _Eager.apply(*_flatten(call), name)
+    elif requires_grad(tensors):
+        out, _ = _Attention.apply(_forward, *_flatten(call), name)  # type: ignore[attr-defined]
     else:
         out, _ = BACKENDS[name].forward(call)
     return out[0] if packed else out
 
 
-def _tensors(call: Call) -> tuple[Tensor, ...]:
-    """Those that may want a gradient."""
-    rotary = call.rotary
-    return (call.q, call.k, call.v) if rotary is None else (call.q, call.k, call.v, rotary.cos, rotary.sin)
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _head_dim(q: Tensor) -> int:
+    return q.shape[-1]
+
+
+def _call(function: Callable, *args: Any) -> Any:
+    return function(*args)
 
 
 # ------------------------------------------------------------------------------------------------------- the torch op
@@ -116,21 +150,38 @@ def _unflatten(q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlen
     return Call(q, k, v, rotary, scale, cu_seqlens, max_seqlen, seqlens)
 
 
-@torch.library.impl(_LIBRARY, "rope_attention", "CompositeExplicitAutograd")
 def _forward(*args):
     *flat, backend = args
     return BACKENDS[backend].forward(_unflatten(*flat))
 
 
-@torch.library.impl(_LIBRARY, "rope_attention_backward", "CompositeExplicitAutograd")
 def _backward(dout, out, lse, *args):
     *flat, backend = args
     return BACKENDS[backend].backward(_unflatten(*flat), out, lse, dout)
 
 
-@torch.library.impl(_LIBRARY, "angle_gradient", "CompositeExplicitAutograd")
 def _angle_gradient(q, k, dq, dk, cos, pairing, seqlens, backend):
     return BACKENDS[backend].angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
+
+
+# A traced graph calls the op with tensors that nobody has checked: of another size than the tables that it holds, say.
+
+
+@torch.library.impl(_LIBRARY, "rope_attention", "CompositeExplicitAutograd")
+def _forward_op(*args):
+    check_fits(_unflatten(*args[:-1]))
+    return _forward(*args)
+
+
+@torch.library.impl(_LIBRARY, "rope_attention_backward", "CompositeExplicitAutograd")
+def _backward_op(dout, out, lse, *args):
+    check_fits(_unflatten(*args[:-1]))
+    return _backward(dout, out.contiguous(), lse.contiguous(), *args)
+
+
+@torch.library.impl(_LIBRARY, "angle_gradient", "CompositeExplicitAutograd")
+def _angle_gradient_op(*args):
+    return _angle_gradient(*args).contiguous()  # as the fake kernel says
 
 
 @torch.library.register_fake("spatial_pe::angle_gradient", lib=_LIBRARY)
@@ -148,6 +199,30 @@ def _backward_fake(dout, out, lse, q, k, v, *args):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+for _name, _rule in (("rope_attention", batching.forward), ("rope_attention_backward", batching.backward)):
+    torch.library.register_vmap(f"spatial_pe::{_name}", _rule, lib=_LIBRARY)
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+class _Attention(torch.autograd.function._SingleLevelFunction):
+    """Records a gradient at one level: that of eager autograd, or that of the function transform which is at work.
+
+    torch.autograd.Function would take part in all levels at once, which the dispatcher does already for an op; and its
+    setup_context binds the arguments by inspection, in every call.
+    """
+
+    @staticmethod
+    def forward(ctx, run, *args):
+        output = run(*args)
+        _setup_context(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, dout, _dlse):
+        return (None, *_gradients(ctx, dout))
+
+
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlens, backend = inputs
     out, lse = output
@@ -156,44 +231,75 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.pairing, ctx.scale, ctx.max_seqlen, ctx.backend = pairing, scale, max_seqlen, backend
 
 
-def _autograd_backward(ctx, dout: Tensor, _dlse) -> tuple:
+def _gradients(ctx, dout: Tensor) -> tuple:
     q, k, v, cos, sin, cu_seqlens, seqlens, out, lse = ctx.saved_tensors
     flat = (q, k, v, cos, sin, ctx.pairing, ctx.scale, cu_seqlens, ctx.max_seqlen, seqlens)
     # with gradients recorded (create_graph=True) the op is there to raise when they are differentiated again
-    seen = torch.is_grad_enabled() or watched((q, k, v, dout))
-    attend_backward = torch.ops.spatial_pe.rope_attention_backward if seen else _backward
-    dq, dk, dv = attend_backward(dout, out, lse, *flat, ctx.backend)
+    seen = torch.is_grad_enabled() or needs_dispatcher((q, k, v, dout))
+    backward = torch.ops.spatial_pe.rope_attention_backward if seen else _backward
+    dq, dk, dv = backward(dout, out, lse, *flat, ctx.backend)
     dcos = dsin = None
-    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-        gradient = torch.ops.spatial_pe.angle_gradient if seen else _angle_gradient
-        dphi = gradient(q, k, dq, dk, cos, ctx.pairing, seqlens, ctx.backend)
+    if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+        dphi = _dphi(seen)(q, k, dq, dk, cos, ctx.pairing, seqlens, ctx.backend)
         dcos, dsin = -sin * dphi, cos * dphi
     return dq, dk, dv, dcos, dsin, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "spatial_pe::rope_attention", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
-)
+def _dphi(seen: bool) -> Callable[..., Tensor]:
+    if not seen:
+        return _angle_gradient
+    if not in_transform():
+        return torch.ops.spatial_pe.angle_gradient
+    return lambda *args: reference.angle_gradient(*args[:-1])  # plain operators have rules for every transform
 
 
-class _Eager(torch.autograd.Function):
-    """The op for calls that nobody watches."""
+class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
+    """Says so when a gradient is differentiated again."""
 
     @staticmethod
-    def forward(ctx, *args):  # torch binds arguments by inspection for a setup_context of its own, in every call
-        output = _forward(*args)
-        _setup_context(ctx, args, output)
-        return output
+    def forward(ctx, run, *args):
+        return run(*args)
 
-    backward = staticmethod(_autograd_backward)
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        'rope_attention has no double backward: use backend="composed" under '
-        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-    )
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            'spatial_pe.rope_attention has no double backward: use backend="composed" under '
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
 
 
-for _name in ("rope_attention_backward", "angle_gradient"):
-    torch.library.register_autograd(f"spatial_pe::{_name}", _no_double_backward, lib=_LIBRARY)
+def _differentiable(name: str, function: Any, plain: Callable) -> None:
+    """Register what an op does at the Autograd key: records ``function``, or computes by plain operators."""
+    op = getattr(torch.ops.spatial_pe, name).default
+
+    def at_autograd(keyset, *args):
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if needs_plain_ops(tensors) is not None:
+            return plain(*args)
+
+        def below(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        if not requires_grad(tensors):
+            return below(*args)
+        with _single_level():
+            return function.apply(below, *args)
+
+    _LIBRARY.impl(name, at_autograd, "Autograd", with_keyset=True)
+
+
+@contextmanager
+def _single_level():
+    allowed = torch._C._functorch.get_single_level_autograd_function_allowed()
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        yield
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(allowed)
+
+
+_differentiable("rope_attention", _Attention, decompositions.rope_attention)
+_differentiable("rope_attention_backward", _AttentionBackward, decompositions.rope_attention_backward)
+_differentiable("angle_gradient", _AttentionBackward, decompositions.angle_gradient)
+decompositions.register()

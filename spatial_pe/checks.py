@@ -4,52 +4,90 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dispatcher import in_transform
 from .rotary import Rotary, check_rotary_fits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_call(
-    q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, cu_seqlens: Tensor | None, seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: Rotary | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    seqlens: Tensor | None,
 ) -> None:
     """Shapes, dtypes, devices and strides of ``rope_attention``. Looks at no values, so it traces."""
+    _check_tensors(q, k, v)
+    packed = cu_seqlens is not None
+    _check_shapes(q, k, v, packed)
+    _check_lengths(q, cu_seqlens, max_seqlen, seqlens)
+    if rotary is not None:
+        check_rotary_fits(q[None] if packed else q, rotary, "q")
+        _check_table_heads(rotary, q, k)
+
+
+def check_fits(call: Any) -> None:
+    """The same for a ``Call`` that came through the torch op, from a traced graph say."""
+    packed = call.cu_seqlens is not None
+    q, k, v = (x[0] if packed and x.ndim == 4 else x for x in (call.q, call.k, call.v))
+    check_call(q, k, v, call.rotary, call.cu_seqlens, call.max_seqlen, call.seqlens)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    dtype = device = None
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share a dtype, got q {q.dtype}, {name} {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device}, {name} on {x.device}")
-        if x.ndim and x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        if x.layout is not torch.strided:
+            raise TypeError(
+                f"{name} must be a dense (strided) tensor, got {x.layout}: pass sequences of several lengths as one "
+                "packed tensor with cu_seqlens"
+            )
+        if dtype is None:
+            dtype, device = x.dtype, x.device
+            if dtype not in DTYPES:
+                raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
+        if x.dtype is not dtype:
+            raise TypeError(f"q, k and v must share a dtype, got q {dtype}, {name} {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"q, k and v must be on one device, got q on {device}, {name} on {x.device}")
+        if x.ndim and x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() and not in_transform():
+            # inside torch.vmap strides are those of all lanes: its rule copies what the kernels cannot read
             raise ValueError(
                 f"{name} must be contiguous in its last dimension (stride 1), got strides {x.stride()}: "
                 f"pass (batch, tokens, heads, head_dim), or call {name}.contiguous()"
             )
-    _check_shapes(q, k, v, packed=cu_seqlens is not None)
+
+
+def _check_lengths(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, seqlens: Tensor | None) -> None:
     if cu_seqlens is not None and seqlens is not None:
         raise ValueError("give cu_seqlens (packed sequences) or seqlens (padded batch), not both")
     if cu_seqlens is not None:
         _check_index(cu_seqlens, "cu_seqlens", q)
         if cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens must have sequences + 1 entries, got {cu_seqlens.shape[0]}")
+        if max_seqlen is not None and not isinstance(max_seqlen, int | torch.SymInt):
+            raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}: use int(max_seqlen)")
     if seqlens is not None:
         _check_index(seqlens, "seqlens", q)
         if seqlens.shape[0] != q.shape[0]:
             raise ValueError(f"seqlens must have an entry for each of the {q.shape[0]} samples, got {seqlens.shape[0]}")
-    if rotary is not None:
-        batched = q if q.ndim == 4 else q[None]
-        check_rotary_fits(batched, rotary, "q")
-        if rotary.cos.shape[2] != 1 and k.shape[-2] != q.shape[-2]:
-            raise ValueError(
-                f"rotary has a table per head, which needs as many key heads as query heads, "
-                f"got {k.shape[-2]} and {q.shape[-2]}"
-            )
+
+
+def _check_table_heads(rotary: Rotary, q: Tensor, k: Tensor) -> None:
+    if rotary.cos.shape[2] != 1 and k.shape[-2] != q.shape[-2]:
+        raise ValueError(
+            f"rotary has a table per head, which needs as many key heads as query heads, "
+            f"got {k.shape[-2]} and {q.shape[-2]}"
+        )
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -83,7 +121,7 @@ def _check_index(index: Tensor, name: str, q: Tensor) -> None:
         raise ValueError(f"{name} is on {index.device}, q on {q.device}: they must be on one device")
 
 
-def check_cu_seqlens(cu_seqlens: list[int], total: int) -> None:
+def check_cu_seqlens(cu_seqlens: list[int], total: int, max_seqlen: int | None = None) -> None:
     """The values of cu_seqlens, where reading them costs no device synchronisation."""
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {cu_seqlens[0]}")
@@ -92,6 +130,10 @@ def check_cu_seqlens(cu_seqlens: list[int], total: int) -> None:
     for i, (a, b) in enumerate(pairwise(cu_seqlens)):
         if b < a:
             raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at entry {i + 1}")
+        if max_seqlen is not None and b - a > max_seqlen:
+            raise ValueError(
+                f"max_seqlen must be at least the longest sequence, got {max_seqlen}: sequence {i} has {b - a} tokens"
+            )
 
 
 def check_seqlens(seqlens: list[int], tokens: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: spatial-pe doctor | inspect | demo | tune | spatial.
+"""The command line: spatial-pe doctor | inspect | demo | tune | bench | spatial.
 
 Exit codes: 0 for success, 1 where something is broken or a result is wrong, 2 for a wrong argument or a missing
 package, with one line on stderr and no traceback.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import __version__, environment
+from .terminal import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,9 +86,10 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser(
         "tune",
-        help="measure the tile sizes of the Triton kernels on this GPU, and keep what wins",
+        help="measure the tile sizes of the Triton kernels and the backends on this GPU, and keep what wins",
         description="Times a few tile sizes of each Triton kernel on the shapes that vision towers have, and whether "
-        "torch's own attention is faster. Calls of later processes on this GPU, with these versions, use what won.",
+        "the CUDA kernels or torch's own attention are faster; without Triton, which of these two. Calls of later "
+        "processes on this GPU, with these versions, use what won.",
     )
     tune.add_argument("--quick", action="store_true", help="seven shapes instead of twenty")
     tune.add_argument("--seconds", type=float, default=float("inf"), metavar="N", help="begin no shape after this long")
@@ -269,7 +271,7 @@ def _load_config(name: str) -> PretrainedConfig:
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError, ... for files it does not understand
-        raise UsageError(f"no configuration in {name!r}: {_first_line(error)}") from error
+        raise UsageError(f"no configuration in {name!r}: {first_line(error)}") from error
 
 
 def _build(config: PretrainedConfig) -> torch.nn.Module:
@@ -287,7 +289,7 @@ def _build(config: PretrainedConfig) -> torch.nn.Module:
             return towers[0](config).eval()
     except Exception as error:  # a configuration may hold anything, and models do not check theirs
         raise UsageError(
-            f"no model could be built from this {config.model_type!r} configuration: {_first_line(error)}"
+            f"no model could be built from this {config.model_type!r} configuration: {first_line(error)}"
         ) from error
     raise UsageError(f"transformers has no model for a {config.model_type!r} configuration ({type(config).__name__})")
 
@@ -338,19 +340,20 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_tune(options: argparse.Namespace) -> int:
-    """Measures tiles on the GPU, shape by shape; what is measured is saved at once."""
+    """Measures tiles and backends on the GPU, shape by shape; what is measured is saved at once."""
     if options.seconds <= 0:
         raise UsageError(f"--seconds must be positive, got {options.seconds:g}")
-    from .backends import triton
+    from .backends import cuda, triton
 
-    if (reason := triton.unavailable()) is not None:
-        raise UsageError(f"nothing to tune: {reason}")
+    reasons = {backend.unavailable() for backend in (triton, cuda)}
+    if None not in reasons:
+        raise UsageError(f"nothing to tune: {'; '.join(sorted(map(str, reasons)))}")
     try:
         device = torch.device(options.device)
         device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
         name = torch.cuda.get_device_name(device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(f"--device {options.device}: {_first_line(error)}") from None
+        raise UsageError(f"--device {options.device}: {first_line(error)}") from None
     from .backends.triton import tune, tuned
 
     print(f"{name}, torch {torch.__version__}")
@@ -393,10 +396,6 @@ def run_bench(options: argparse.Namespace) -> int:
 def _need(module: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise UsageError(f"needs the package {module!r}, which is missing: pip install 'spatial_pe[{extra}]'")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

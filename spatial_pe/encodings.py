@@ -19,16 +19,72 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .dispatcher import fx_node, has_values, is_traced
 from .grid import PatchGrid
-from .rotary import PAIRINGS, Pairing, Rotary, _has_values
+from .rotary import PAIRINGS, Pairing, Rotary
 
 AxisOrder = Literal["hw", "wh"]
 Layout = Literal["block", "split", "alternating"]
 Frequency = Literal["inverse", "period"]
 Normalize = Literal["separate", "min", "max"]
 
+_TURN = 2.0 * math.pi
 
-class AxialRoPE(nn.Module):
+# Devices without float64 (some xpu have it): angles are formed in float32 there.
+_WITHOUT_FLOAT64 = ("mps", "xpu")
+
+_WIDE = (torch.float32, torch.float64)
+
+
+class _Float32(nn.Module):
+    """Base of the encodings: their own parameters and buffers stay float32, or float64, in a model of any dtype.
+
+    bfloat16 keeps 8 bits: it rounds by up to 0.4 %, which is 0.4 radians of an angle at 100 patches.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32:
+        """Every cast and move of a module passes here, with ``fn`` for each tensor and each gradient."""
+        if recurse:
+            for child in self.children():  # of a subclass: cast as they are
+                child._apply(fn)
+        return super()._apply(lambda x: _uncast(x, fn(x)), recurse=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """With ``assign=True`` the saved tensors take the place of the module's: they are made float32 first."""
+        own = {name: state_dict.get(prefix + name) for name in (*self._parameters, *self._buffers)}
+        wide = {prefix + name: at_least_float32(value) for name, value in own.items() if isinstance(value, Tensor)}
+        super()._load_from_state_dict({**state_dict, **wide}, prefix, *args, **kwargs)
+
+    def _exact(self, name: str) -> Tensor:
+        """The parameter of this name; raises where something set it to rounded values without a cast of the module."""
+        value = getattr(self, name)
+        if value.dtype in _WIDE:
+            return value
+        kind = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__).__name__
+        raise TypeError(
+            f"spatial_pe: {kind}.{name} is {value.dtype} in forward, and rounded values are another encoding. FSDP "
+            f"hands out rounded copies under a param_dtype: call `[fully_shard(m, mp_policy=MixedPrecisionPolicy()) "
+            f"for m in model.modules() if isinstance(m, spatial_pe.{kind})]` before any other fully_shard, with the "
+            "same mesh; with FullyShardedDataParallel use torch.autocast in place of param_dtype. If a loader rounded "
+            "them for good, load them again in float32, or accept them with encoding.float()"
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """As float32, unless float32, float64 or not floating-point."""
+    return x.detach().float() if x.is_floating_point() and x.dtype not in _WIDE else x
+
+
+def _uncast(before: Tensor, after: Tensor) -> Tensor:
+    """The result of a cast or a move, but with the values from before where it rounded them.
+
+    Values that were rounded already stay in half precision, so that forward still refuses them.
+    """
+    rounds = before.dtype in _WIDE and after.dtype not in _WIDE
+    return before.to(after.device, torch.float32) if rounds else after
+
+
+class AxialRoPE(_Float32):
     """Axial 2D RoPE: every channel pair turns with the row or with the column of its token.
 
     With rotary dim R there are R/2 pairs. A geometric ladder of n frequencies, l[i] = theta^(-i/n) for
@@ -51,10 +107,16 @@ class AxialRoPE(nn.Module):
     and then multiplied by ``scale`` (SAM 3's global layers: window / size). Tokens with ``grid.rotated`` False get
     angle 0, whatever the offset.
 
-    The frequencies are float32 and stay so when the module is cast to half precision (bfloat16 keeps 8 bits: 0.2 %
-    of an angle, 0.2 radians at 100 patches); they move with ``.to(device)`` and are not in the state dict. On the CPU
-    the tables of the families in ``CONVENTIONS`` equal those of transformers bit for bit where the head_dim is a
-    power of two, and to a float32 rounding of the angle (relative 2e-7) otherwise.
+    Frequencies and ``strength`` are float32 and stay so when the module is cast to half precision or loads a
+    checkpoint in it; the frequencies move with ``.to(device)`` and are not in the state dict. For the families in
+    ``CONVENTIONS`` they equal those of transformers, bit for bit where the head_dim is a power of two, to a relative
+    2e-7 otherwise.
+
+    Angles are formed in float64: cos and sin are within 3e-7 of the exact ones for coordinates of up to 10^8, so that
+    a shift of all coordinates leaves attention as it is (5e-7 for a shift by 2^24). transformers rounds angles to
+    float32, and its cos and sin differ from these by 6e-8 of the angle, 1e-6 for an image of 16 x 16 patches. So do
+    those that are made on a device without float64 (mps, xpu): 6e-5 at 1,000 radians, 4e-3 at 65,536. Subtract what
+    large coordinates have in common before they go there.
 
     Args:
         head_dim: D, channels of a head.
@@ -119,8 +181,8 @@ class AxialRoPE(nn.Module):
         self.register_buffer("frequencies", self._make_frequencies(), persistent=False)
         self.strength = None
         if strength is not None:
-            start = _check_number("strength", strength)
-            self.strength = nn.Parameter(torch.full((self.rotary_dim // 2,), start, dtype=torch.float32))
+            self._start = _check_number("strength", strength)
+            self.strength = nn.Parameter(torch.full((self.rotary_dim // 2,), self._start, dtype=torch.float32))
 
     def forward(self, where: PatchGrid | Tensor) -> Rotary:
         """The table of a grid, or of raw coordinates.
@@ -133,14 +195,29 @@ class AxialRoPE(nn.Module):
         Returns:
             Rotary with tables (1, N, 1, R/2), or (B, N, 1, R/2), in float32; float64 for float64 coordinates or
             after ``.double()``. Gradients flow to ``strength`` and to raw coordinates.
+
+        Raises:
+            TypeError: ``strength`` is in half precision, put there by FSDP or a loader; says what to do.
         """
-        angles = _angles(self._coordinates(where), self.frequencies)
+        if (node := fx_node(self, where)) is not None:
+            return node
+        dtype = _table_dtype(where, self.frequencies)
+        frequencies = self._frequencies()
         if self.strength is not None:
-            angles = angles * self.strength.to(angles.dtype)
-        return Rotary.from_angles(angles, self.pairing)
+            frequencies = frequencies * self._exact("strength").to(frequencies.dtype)
+        return _table(self._coordinates(where), frequencies, dtype, self.pairing, turns=self.frequency == "period")
+
+    def _frequencies(self) -> Tensor:
+        """(2, 1, R/2) in radians or turns per x, float64 where the device has it."""
+        made = self.frequencies
+        if made.dtype not in _WIDE:  # FSDP1 with a buffer_dtype sets the data of buffers
+            made = self._make_frequencies().to(made.device)
+        return made.to(_widest(made.device))
 
     def _coordinates(self, where: PatchGrid | Tensor) -> Tensor:
+        """(N, 2) or (B, N, 2) of x, float64 where the device has it."""
         device = self.frequencies.device
+        wide = _widest(device)
         if not isinstance(where, PatchGrid):
             for name in ("reference_size", "normalize"):
                 if getattr(self, name) is not None:
@@ -148,8 +225,8 @@ class AxialRoPE(nn.Module):
                         f"{name}={getattr(self, name)!r} needs the size of the image: pass a PatchGrid, or scale the "
                         f"coordinates yourself and build the encoding without {name}"
                     )
-            return (_check_coordinates(where).to(device) + self.offset) * self._unit
-        index = where.coordinates()
+            return (_check_coordinates(where).to(wide).to(device) + self.offset) * self.scale
+        index = where.coordinates().double()
         if self.normalize is not None:
             size = where.sizes()
             if self.normalize != "separate":
@@ -157,16 +234,11 @@ class AxialRoPE(nn.Module):
                 size = pick(size, dim=1, keepdim=True)
             x = 2.0 * ((index + 0.5) / size) - 1.0
         elif self.reference_size is not None:
-            x = (index + self.offset) / where.sizes() * torch.tensor(self.reference_size, dtype=torch.float32)
+            x = (index + self.offset) / where.sizes() * torch.tensor(self.reference_size, dtype=torch.float64)
         else:
             x = index + self.offset
         # a coordinate of 0 is an angle of 0 for every frequency
-        return torch.where(where.rotated[:, None], x * self._unit, 0.0).to(device)
-
-    @property
-    def _unit(self) -> float:
-        """Radians are turns times 2 pi; applied to x before l, as DINOv3 does, so that the roundings agree."""
-        return self.scale * (2.0 * math.pi if self.frequency == "period" else 1.0)
+        return torch.where(where.rotated[:, None], x * self.scale, 0.0).to(wide).to(device)
 
     def _make_frequencies(self) -> Tensor:
         """(2, 1, R/2) float32, on the CPU even under ``torch.device("meta")``, in float32 steps as the models do."""
@@ -187,14 +259,19 @@ class AxialRoPE(nn.Module):
             frequencies[0, : pairs // 2], frequencies[1, pairs // 2 :] = first, second
         return (frequencies if self.axis_order == "hw" else frequencies.flip(0))[:, None]
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set ``strength`` to the value it starts at, as after ``to_empty``."""
+        if self.strength is not None:
+            self.strength.fill_(self._start)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AxialRoPE:
-        """Every cast and move of a module passes here: keep the frequencies' values, take the device."""
+        """Keep the frequencies' values through ``to_empty``, and make them anew where there are none."""
         before = self.frequencies
         super()._apply(fn, recurse)
         after = self.frequencies
-        kept = self._make_frequencies() if before.is_meta else before
-        dtype = after.dtype if after.dtype in (torch.float32, torch.float64) else torch.float32
-        self.frequencies = kept.to(after.device, dtype)
+        kept = self._make_frequencies() if before.is_meta or before.dtype not in _WIDE else before
+        self.frequencies = kept.to(after.device, after.dtype if after.dtype in _WIDE else torch.float32)
         return self
 
     def extra_repr(self) -> str:
@@ -216,15 +293,18 @@ class AxialRoPE(nn.Module):
         return ", ".join(shown)
 
 
-class MixedRoPE(nn.Module):
+class MixedRoPE(_Float32):
     """Mixed 2D RoPE: every pair of every head has its own learned direction and frequency (rope-vit).
 
     The parameter ``frequencies``, (2, H, R/2), holds f_row and f_column in radians per patch. (rope-vit's checkpoints
     hold x, the column, first: ``frequencies = freqs.flip(0)``.)
 
-    Half precision: ``frequencies`` is a parameter and is cast like any other by ``model.to(torch.bfloat16)``, which
-    rounds what was learned by up to 0.2 %; the result is another, still exactly relative, encoding. The angles are
-    computed in float32 from whatever it holds. Under autocast nothing is rounded.
+    ``frequencies`` is float32 and stays so when the module is cast to half precision, or loads a checkpoint in it; its
+    gradient is float32. Angles are formed in float64 (float32 on a device without it), see ``AxialRoPE``.
+
+    Mixed precision of FSDP gives a module rounded copies of its parameters, which forward refuses. Sharded for itself,
+    before the modules around it, the encoding keeps float32: ``fully_shard(rope, mp_policy=MixedPrecisionPolicy())``.
+    The same holds for the ``strength`` of ``AxialRoPE``.
 
     Args:
         head_dim: D, channels of a head.
@@ -269,7 +349,7 @@ class MixedRoPE(nn.Module):
             return
         device = self.frequencies.device
         magnitude = 1.0 / self.theta ** (torch.arange(0, self.rotary_dim, 4, device=device).float() / self.rotary_dim)
-        direction = 2.0 * math.pi * torch.rand(self.num_heads, 1, device=device)
+        direction = _TURN * torch.rand(self.num_heads, 1, device=device, dtype=torch.float32)
         perpendicular = direction + math.pi / 2
         row = torch.cat([magnitude * direction.sin(), magnitude * perpendicular.sin()], dim=1)
         column = torch.cat([magnitude * direction.cos(), magnitude * perpendicular.cos()], dim=1)
@@ -280,11 +360,20 @@ class MixedRoPE(nn.Module):
 
         Returns:
             Rotary with tables (1, N, H, R/2), or (B, N, H, R/2), in float32; float64 for float64 coordinates or
-            frequencies. Tokens with ``grid.rotated`` False have angle 0. Gradients flow to ``frequencies``.
+            frequencies. Tokens with ``grid.rotated`` False have angle 0. Gradients flow to ``frequencies`` and to raw
+            coordinates.
+
+        Raises:
+            TypeError: ``frequencies`` are in half precision, put there by FSDP or a loader; says what to do.
         """
+        if (node := fx_node(self, where)) is not None:
+            return node
+        frequencies = self._exact("frequencies")
+        device, wide = frequencies.device, _widest(frequencies.device)
         # PatchGrid gives tokens that are not rotated the coordinates (0, 0)
         coordinates = where.coordinates() if isinstance(where, PatchGrid) else _check_coordinates(where)
-        return Rotary.from_angles(_angles(coordinates.to(self.frequencies.device), self.frequencies), self.pairing)
+        dtype = _table_dtype(where, frequencies)
+        return _table(coordinates.to(wide).to(device), frequencies.to(wide), dtype, self.pairing)
 
     def extra_repr(self) -> str:
         rotary_dim = "" if self.rotary_dim == self.head_dim else f", rotary_dim={self.rotary_dim}"
@@ -420,12 +509,46 @@ def convention(name: str, head_dim: int, **overrides: Any) -> AxialRoPE | MixedR
 # --------------------------------------------------------------------- pieces
 
 
-def _angles(coordinates: Tensor, frequencies: Tensor) -> Tensor:
-    """(N, 2) or (B, N, 2) coordinates, (2, H|1, R/2) frequencies -> (B|1, N, H|1, R/2), at least float32."""
-    frequencies = frequencies.to(torch.promote_types(frequencies.dtype, coordinates.dtype))
-    row, column = (coordinates if coordinates.ndim == 3 else coordinates[None]).unbind(-1)
-    # two products and not a matrix product, which may run in TF32 on a GPU: 10 bits of an angle
-    return row[..., None, None] * frequencies[0] + column[..., None, None] * frequencies[1]
+def _table(
+    coordinates: Tensor, frequencies: Tensor, dtype: torch.dtype, pairing: Pairing, turns: bool = False
+) -> Rotary:
+    """Tables (B|1, N, H|1, R/2) of (N, 2) or (B, N, 2) coordinates.
+
+    ``frequencies`` (2, H|1, R/2) are in radians per unit, or in turns; coordinates have their dtype: float64, or
+    float32 on a device without it.
+    """
+    points = coordinates if coordinates.ndim == 3 else coordinates[None]
+    if points.dtype == torch.float64:
+        onnx = torch.onnx.is_in_onnx_export()  # rounds numbers to float32, 0.5 radians at 2^24, but not tensors
+        turn = torch.tensor(_TURN, dtype=torch.float64, device="cpu") if onnx else _TURN
+        angles = points @ (frequencies if turns else frequencies / turn).flatten(1)
+        # Whole turns fall off while they are exact, and one float32 rounding is left, of less than a turn. In place, as
+        # new memory costs more than arithmetic: forward and backward of (1, 1024, 16, 32) take 1.3 times as long as in
+        # float32, and 2.6 times with float64 cos and sin.
+        if onnx:
+            angles = (angles - angles.floor()) * turn  # dynamo=False has no frac
+        elif is_traced(angles):
+            angles = angles.frac() * turn  # torch.func.linearize takes nothing in place
+        else:
+            angles = angles.frac_().mul_(turn)
+        angles = angles.to(dtype).unflatten(-1, frequencies.shape[1:])
+    else:
+        row, column = points.unbind(-1)
+        if turns:
+            frequencies = frequencies * _TURN
+        # two products and not a matrix product, which autocast runs in half precision
+        angles = row[..., None, None] * frequencies[0] + column[..., None, None] * frequencies[1]
+    return Rotary.from_angles(angles, pairing)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The dtype that angles are formed in on a device."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+def _table_dtype(where: PatchGrid | Tensor, frequencies: Tensor) -> torch.dtype:
+    """float64 if coordinates or frequencies are, else float32."""
+    return torch.float64 if torch.float64 in (getattr(where, "dtype", None), frequencies.dtype) else torch.float32
 
 
 def _check_coordinates(where: object) -> Tensor:
@@ -435,13 +558,12 @@ def _check_coordinates(where: object) -> Tensor:
         raise ValueError(
             f"coordinates must be (row, column) pairs, (N, 2) or (B, N, 2), got shape {tuple(where.shape)}"
         )
-    if where.dtype not in (torch.float32, torch.float64):
-        if where.dtype.is_floating_point or where.dtype.is_complex or where.dtype == torch.bool:
-            raise TypeError(
-                f"coordinates must be float32, float64 or integer, got {where.dtype}: use coordinates.float()"
-            )
-        where = where.float()
-    if _has_values(where) and not torch.isfinite(where.detach()).all():
+    dtype = where.dtype
+    if dtype not in (torch.float32, torch.float64) and (
+        dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
+    ):
+        raise TypeError(f"coordinates must be float32, float64 or integer, got {dtype}: use coordinates.float()")
+    if has_values(where) and not torch.isfinite(where.detach()).all():
         bad = int((~torch.isfinite(where.detach())).any(-1).sum())
         raise ValueError(
             f"coordinates hold NaN or Inf in {bad} of {where[..., 0].numel()} tokens: give padding tokens 0"

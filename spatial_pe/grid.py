@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ class PatchGrid:
         object.__setattr__(self, "suffix", int(suffix))
         object.__setattr__(self, "merge_size", int(merge_size))
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """A constant of a torch.fx graph."""
+        options = {"prefix": self.prefix, "suffix": self.suffix}
+        return tracer.create_node("call_function", PatchGrid.packed, (self.images, self.merge_size), options)
+
     # ------------------------------------------------------------------ sizes
 
     @property
@@ -91,7 +97,9 @@ class PatchGrid:
     @property
     def rotated(self) -> Tensor:
         """(N,) bool: False for prefix and suffix tokens."""
-        return torch.cat([_pad(torch.ones(h * w, dtype=torch.bool), self.prefix, self.suffix) for h, w in self.images])
+        return torch.cat(
+            [_pad(torch.ones(h * w, dtype=torch.bool, device="cpu"), self.prefix, self.suffix) for h, w in self.images]
+        )
 
     def coordinates(self) -> Tensor:
         """(N, 2) float32: (row, column) in patches; 0 for tokens that are not rotated."""
@@ -99,8 +107,8 @@ class PatchGrid:
 
     def sizes(self) -> Tensor:
         """(N, 2) float32: (height, width) of the image that each token belongs to."""
-        shape = torch.tensor(self.images, dtype=torch.float32)
-        return shape.repeat_interleave(torch.tensor(self.lengths), dim=0)
+        shape = torch.tensor(self.images, dtype=torch.float32, device="cpu")
+        return shape.repeat_interleave(torch.tensor(self.lengths, device="cpu"), dim=0)
 
     # --------------------------------------------------------------- windows
 
@@ -145,7 +153,7 @@ def _check_int(name: str, value: object, low: int) -> None:
 
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
 
 
 def _pad(x: Tensor, before: int, after: int) -> Tensor:
@@ -155,7 +163,7 @@ def _pad(x: Tensor, before: int, after: int) -> Tensor:
 
 def _raster(height: int, width: int, merge: int) -> Tensor:
     """(height * width, 2) float32 of (row, column), row-major over merge blocks, row-major inside each."""
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    row, column = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (height, width)), indexing="ij")
     points = torch.stack([row, column], dim=-1).float()
     # (h, w, 2) -> (h/m, m, w/m, m, 2) -> (h/m, w/m, m, m, 2)
     blocks = points.view(height // merge, merge, width // merge, merge, 2).transpose(1, 2)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .attention import rope_attention
+from .dispatcher import fx_node
 from .encodings import AxialRoPE, MixedRoPE
 from .grid import PatchGrid
 from .rotary import Rotary
@@ -46,9 +47,10 @@ class RoPE2DAttention(nn.Module):
             raise ValueError(f"num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, embed_dim // num_heads
         self.backend = backend
-        self.rope = _encoding(rope, self.head_dim, num_heads)
         self.qkv = nn.Linear(embed_dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
+        # last: it stays float32 in a model of any dtype, and others take the dtype of a model from its first parameter
+        self.rope = _encoding(rope, self.head_dim, num_heads)
 
     def forward(
         self,
@@ -59,6 +61,9 @@ class RoPE2DAttention(nn.Module):
         max_seqlen: int | None = None,
         seqlens: Tensor | None = None,
     ) -> Tensor:
+        lengths = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "seqlens": seqlens}
+        if (node := fx_node(self, x, grid, **lengths)) is not None:
+            return node
         if x.ndim not in (2, 3):
             raise ValueError(f"x must be (B, N, C) or packed (T, C), got shape {tuple(x.shape)}")
         if x.ndim == 3 and isinstance(grid, PatchGrid) and len(grid.images) > 1:

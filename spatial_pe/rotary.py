@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from .dispatcher import fx_node, has_values, unrecorded
 
 Pairing = Literal["half", "interleaved", "axis_half"]
 PAIRINGS: tuple[str, ...] = get_args(Pairing)
@@ -39,26 +41,28 @@ class Rotary:
     sin: Tensor
     pairing: Pairing = "half"
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Rotary:
+        node = fx_node(cls, *args, **kwargs)
+        return object.__new__(cls) if node is None else node
+
     def __post_init__(self) -> None:
         if self.pairing not in PAIRINGS:
             raise ValueError(f"pairing must be one of {PAIRINGS}, got {self.pairing!r}")
         for name in ("cos", "sin"):
             table = getattr(self, name)
-            if not isinstance(table, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
-            if table.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"{name} must be float32, got {table.dtype}: angles in low precision are wrong angles")
-            if table.ndim not in (2, 4):
-                raise ValueError(f"{name} must be (N, R/2) or (B|1, N, H|1, R/2), got shape {tuple(table.shape)}")
+            unrecorded(_check_table, table, name)
             if table.ndim == 2:
                 object.__setattr__(self, name, table[None, :, None, :])
+        unrecorded(self._check)
+
+    def _check(self) -> None:
         if self.cos.shape != self.sin.shape:
             raise ValueError(f"cos has shape {tuple(self.cos.shape)}, sin {tuple(self.sin.shape)}: they must be equal")
         if self.cos.dtype != self.sin.dtype or self.cos.device != self.sin.device:
             raise ValueError("cos and sin must have the same dtype and device")
         if self.pairing == "axis_half" and self.cos.shape[-1] % 2:
             raise ValueError(f'pairing="axis_half" needs an even number of pairs, got {self.cos.shape[-1]}')
-        if _has_values(self.cos):
+        if has_values(self.cos):
             for name in ("cos", "sin"):
                 # a sum is finite unless a term is not: 10 times as fast as isfinite().all() on a 1024 x 40 table
                 if not torch.isfinite(getattr(self, name).detach().sum()):
@@ -77,9 +81,16 @@ class Rotary:
     @classmethod
     def from_angles(cls, angles: Tensor, pairing: Pairing = "half") -> Rotary:
         """From angles in radians, shape (N, R/2) or (B|1, N, H|1, R/2); differentiable."""
+        if (node := fx_node(cls.from_angles, angles, pairing)) is not None:
+            return node
         if not isinstance(angles, Tensor):
             raise TypeError(f"angles must be a torch.Tensor, got {type(angles).__name__}")
         return cls(angles.cos(), angles.sin(), pairing)
+
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """A constant of a torch.fx graph."""
+        args = tuple(tracer.create_arg(x) for x in (self.cos, self.sin, self.pairing))
+        return tracer.create_node("call_function", Rotary._unchecked, args, {}, name="rotary")
 
     # ---------------------------------------------------------------- shapes
 
@@ -114,6 +125,15 @@ class Rotary:
     def inverse(self) -> Rotary:
         """The rotation back: the transpose, since a rotation is orthogonal."""
         return self._unchecked(self.cos, -self.sin, self.pairing)
+
+
+def _check_table(table: Tensor, name: str) -> None:
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
+    if table.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32, got {table.dtype}: angles in low precision are wrong angles")
+    if table.ndim not in (2, 4):
+        raise ValueError(f"{name} must be (N, R/2) or (B|1, N, H|1, R/2), got shape {tuple(table.shape)}")
 
 
 # Mixed precision of FSDP rebuilds every dataclass among a block's arguments, its tensors cast down: bfloat16 angles.
@@ -187,8 +207,3 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
         raise ValueError(f"rotary has batch {table_batch}, {name} has {batch}: it must have 1 or {batch}")
     if rotary.device != x.device:
         raise ValueError(f"rotary is on {rotary.device}, {name} on {x.device}: use rotary.to({str(x.device)!r})")
-
-
-def _has_values(table: Tensor) -> bool:
-    """True where looking at the values is cheap: not on a GPU (a sync), nor while tracing (no values)."""
-    return table.device.type == "cpu" and type(table).__name__ != "FakeTensor" and not torch.compiler.is_compiling()

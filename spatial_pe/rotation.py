@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .backends import triton
+from .dispatcher import in_transform, needs_dispatcher, needs_plain_ops, requires_grad, unrecorded
 from .rotary import Rotary, angle_gradient, check_rotary_fits, rotated
-from .watched import wants_gradient, watched
 
 
 def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
@@ -28,9 +29,11 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
+    if has_torch_function((x,)) and not torch.compiler.is_compiling():
+        return handle_torch_function(apply_rotary, (x,), x, rotary, inplace=inplace)
     if isinstance(x, Tensor) and x.ndim == 3:
         return apply_rotary(x[None], rotary, inplace=inplace)[0]
-    check_rotary_fits(x, rotary, "x")
+    unrecorded(check_rotary_fits, x, rotary, "x")
     return _apply([x], rotary, inplace)[0]
 
 
@@ -46,9 +49,17 @@ def apply_rotary_qk(q: Tensor, k: Tensor, rotary: Rotary, *, inplace: bool = Fal
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
+    if has_torch_function((q, k)) and not torch.compiler.is_compiling():
+        return handle_torch_function(apply_rotary_qk, (q, k), q, k, rotary, inplace=inplace)
     if isinstance(q, Tensor) and isinstance(k, Tensor) and q.ndim == k.ndim == 3:
         q, k = apply_rotary_qk(q[None], k[None], rotary, inplace=inplace)
         return q[0], k[0]
+    unrecorded(_check_qk, q, k, rotary)
+    q, k = _apply([q, k], rotary, inplace)
+    return q, k
+
+
+def _check_qk(q: Tensor, k: Tensor, rotary: Rotary) -> None:
     for name, x in (("q", q), ("k", k)):
         check_rotary_fits(x, rotary, name)
     if q.dtype != k.dtype:
@@ -57,25 +68,24 @@ def apply_rotary_qk(q: Tensor, k: Tensor, rotary: Rotary, *, inplace: bool = Fal
         raise ValueError(f"q and k must have the same head_dim, got {q.shape[-1]} and {k.shape[-1]}")
     if q.shape[0] != k.shape[0]:  # the kernel counts the samples of q
         raise ValueError(f"q and k must have the same batch, got {tuple(q.shape)} and {tuple(k.shape)}")
-    q, k = _apply([q, k], rotary, inplace)
-    return q, k
 
 
 def _apply(xs: list[Tensor], rotary: Rotary, inplace: bool) -> Sequence[Tensor]:
     tensors = (*xs, rotary.cos, rotary.sin)
-    if inplace and wants_gradient(tensors):
+    if inplace and requires_grad(tensors):
         raise ValueError("inplace=True overwrites what the gradient needs: use inplace=False, or torch.no_grad()")
-    if not all(_kernel_serves(x) for x in xs):
+    plain = needs_plain_ops(tensors) or in_transform()  # plain operators have rules for every transform
+    if plain or not all(_kernel_serves(x) for x in xs):
         turned = [rotated(x, rotary) for x in xs]
         return [x.copy_(new) for x, new in zip(xs, turned, strict=True)] if inplace else turned
-    seen = watched(tensors)
+    seen = needs_dispatcher(tensors)
     if inplace:
         turn_in_place = torch.ops.spatial_pe.rotate_ if seen else _rotate_inplace
         turn_in_place(xs, rotary.cos, rotary.sin, rotary.pairing)
         return xs
     if seen:
         return torch.ops.spatial_pe.rotate(xs, rotary.cos, rotary.sin, rotary.pairing, False)
-    if wants_gradient(tensors):
+    if requires_grad(tensors):
         return _Eager.apply(rotary.cos, rotary.sin, rotary.pairing, *xs)
     return _rotate(xs, rotary.cos, rotary.sin, rotary.pairing, False)
 
@@ -123,7 +133,7 @@ def _backward(ctx, grads) -> tuple:
     cos, sin, *xs = ctx.saved_tensors
     grads = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
     # with gradients recorded (create_graph=True) this must be an op with a gradient of its own
-    seen = torch.is_grad_enabled() or watched((*grads, cos))
+    seen = torch.is_grad_enabled() or needs_dispatcher((*grads, cos))
     turn = torch.ops.spatial_pe.rotate if seen else _rotate
     dxs = turn(grads, cos, sin, ctx.pairing, not ctx.inverse)
     dcos = dsin = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What long commands show while they work."""
+"""What commands show: progress while they work, errors in one line."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def progress() -> Callable[[int, int, str], None]:
             print(f"{done}/{total} {label}", file=sys.stderr, flush=True)
 
     return show
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none: KeyError(), a bare assert."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -34,6 +34,8 @@ class RotaryReport:
             offset, over the offsets and a few random q, k.
         determinant: smallest and largest determinant of the blocks of channels that a token's map mixes (2 x 2 for
             anything like RoPE, 1 x 1 for channels that pass through).
+        encodes_position: the map of some patch differs from that of another of the same image. False: attention
+            cannot tell where a patch is, as with angles that are all 0. None: no image has two patches to compare.
         axes: for each channel pair (or larger block), what it turns with: ``"rows"``, ``"cols"``, ``"both"`` or
             ``"none"``. Channels that are mixed with no other are left out, unless a Rotary names them a pair.
         unrotated_is_identity: prefix and suffix tokens come out as they went in (True if there are none).
@@ -46,6 +48,7 @@ class RotaryReport:
     singular_values: tuple[float, float]
     logit_deviation: float
     determinant: tuple[float, float]
+    encodes_position: bool | None
     axes: dict[tuple[int, ...], str]
     unrotated_is_identity: bool
     tolerance: float
@@ -54,9 +57,10 @@ class RotaryReport:
         def span(pair: tuple[float, float]) -> str:
             return f"{pair[0]:.6g} .. {pair[1]:.6g}"
 
-        rotation, relative = ("yes" if x else "NO" for x in (self.is_rotation, self.is_relative))
+        answers = {True: "yes", False: "NO", None: "unknown, of one patch"}
+        rotation, relative, position = (answers[x] for x in (self.is_rotation, self.is_relative, self.encodes_position))
         lines = [
-            f"rotation: {rotation}; relative: {relative} (tolerance {self.tolerance:g})",
+            f"rotation: {rotation}; relative: {relative}; encodes position: {position} (tolerance {self.tolerance:g})",
             f"  |fn(x)| / |x|     {span(self.norm_ratio)} for random x, {span(self.singular_values)} at worst",
             f"  block determinant {span(self.determinant)}",
             f"  logit deviation   {self.logit_deviation:.3g} of |q| |k|, among patches at the same offset",
@@ -65,7 +69,11 @@ class RotaryReport:
             blocks = [block for block, driver in self.axes.items() if driver == axis]
             if blocks:
                 shown = ", ".join(map(str, blocks[:2])) + (f", .. {blocks[-1]}" if len(blocks) > 2 else "")
-                lines.append(f"  {axis:<17} {len(blocks)} pairs: {shown}")
+                # "none" would read as no objection
+                label = "no position" if axis == "none" else axis
+                lines.append(f"  {label:<17} {len(blocks)} pairs: {shown}")
+        if self.encodes_position is False:
+            lines.append("  every patch is mapped alike, so attention cannot tell where it is: are the angles all 0?")
         if not self.unrotated_is_identity:
             lines.append("  prefix or suffix tokens are CHANGED: their angle should be 0")
         return "\n".join(lines)
@@ -115,6 +123,7 @@ def verify_rotary(
         singular_values=singular_values,
         logit_deviation=deviation,
         determinant=determinant,
+        encodes_position=None if (moves := [part.moves for part in parts])[0] is None else any(moves),
         axes=_merge_axes([part.axes for part in parts]),
         unrotated_is_identity=all(part.unrotated_error <= tolerance for part in parts),
         tolerance=tolerance,
@@ -161,6 +170,7 @@ class _Part:
     singular_values: tuple[float, float]
     determinant: tuple[float, float]
     logit_deviation: float
+    moves: bool | None
     axes: dict[tuple[int, ...], str]
     unrotated_error: float
 
@@ -205,6 +215,7 @@ def _probe(
         logit_deviation=max(
             _deviation(x, y, grid) / float(pair.norm(dim=-1).prod()) for x, y, pair in zip(q, k, probes, strict=True)
         ),
+        moves=_moves(maps, grid),
         axes=axes,
         unrotated_error=float(still.abs().max()) if still.numel() else 0.0,
     )
@@ -242,6 +253,12 @@ def _blocks(maps: Tensor, pairs: list[tuple[int, int]]) -> list[tuple[int, ...]]
         seen |= block
         blocks.append(tuple(sorted(block)))
     return blocks
+
+
+def _moves(maps: Tensor, grid: PatchGrid) -> bool | None:
+    """Whether the maps of two patches of an image differ; None without two patches."""
+    images = [maps[image] for image, _ in _images(grid) if len(image) > 1]
+    return any(bool((image - image[:1]).abs().max() > _STILL) for image in images) if images else None
 
 
 def _axis(local: Tensor, grid: PatchGrid) -> str:

@@ -254,9 +254,33 @@ def test_tune_without_a_gpu_says_so(run, monkeypatch):
     monkeypatch.setattr(triton, "INTERPRETED", False)
     done = run("tune", "--quick")
     assert done.code == 2 and done.err.startswith("spatial-pe tune: nothing to tune: ")
+    assert done.err.count("no GPU that torch can use") == 1
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     done = run("tune", "--device", "cuda:0")
     assert done.code == 2 and done.err.startswith("spatial-pe tune: --device cuda:0: ")
+
+
+def test_tune_needs_triton_or_the_cuda_kernels(run, monkeypatch):
+    from spatial_pe.backends import cuda, triton
+
+    monkeypatch.setattr(triton, "unavailable", lambda: "triton is not installed")
+    monkeypatch.setattr(cuda, "unavailable", lambda: "the CUDA kernels are not built")
+    done = run("tune")
+    assert done.code == 2 and "the CUDA kernels are not built; triton is not installed" in done.err
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    done = run("tune", "--device", "cuda:99")
+    assert done.code == 2 and done.err.startswith("spatial-pe tune: --device cuda:99: ")
+
+
+@pytest.mark.parametrize("command", [["bench"], ["spatial", "run", "--study", "encodings", "--out", "x.json"]])
+def test_a_device_that_fails_without_a_message(command, run, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "empty", fail)
+    done = run(*command, "--device", "cuda:0")
+    assert (done.code, done.err.splitlines()[-1].split(": ", 1)[1]) == (2, "--device cuda:0: AssertionError")
 
 
 def test_tune_with_no_time(run):
@@ -281,3 +305,26 @@ def test_tune_saves_and_prints(run, monkeypatch, tmp_path):
     assert (done.code, done.err) == (0, "") and asked == [(tune.QUICK, 60.0)]
     assert "NVIDIA H200" in done.out and "1 shapes measured" in done.out and "kept.json" in done.out
     assert json.loads((tmp_path / "deep" / "out.json").read_text())["rows"] == rows
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"SPATIAL_PE_CACHE": "~/x"}, "home/x"),
+        ({"SPATIAL_PE_CACHE": "", "XDG_CACHE_HOME": "~/y"}, "home/y/spatial_pe"),
+        ({"XDG_CACHE_HOME": ""}, "home/.cache/spatial_pe"),
+    ],
+)
+def test_weights_and_what_was_tuned_are_kept_in_one_folder(variables, folder, monkeypatch, tmp_path):
+    from spatial_pe.backends.triton import tuned
+    from spatial_pe.demo import assets
+
+    for name, value in {"HOME": str(tmp_path / "home"), **variables}.items():
+        monkeypatch.setenv(name, value)
+    if "SPATIAL_PE_CACHE" not in variables:
+        monkeypatch.delenv("SPATIAL_PE_CACHE", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert tuned.path(torch.device("cuda", 0)).parent == assets.cache_folder() == tmp_path / folder

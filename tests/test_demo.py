@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +25,9 @@ import onnx
 import skimage.data
 import transformers
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from spatial_pe import demo
 from spatial_pe.demo import assets, checkpoint, figure, measure
@@ -212,28 +214,138 @@ class Clock:
 def test_runs_are_interleaved_in_turns_and_the_first_is_dropped(monkeypatch):
     clock, steps = Clock(monkeypatch), []
     timing = measure.interleaved(
-        lambda: clock.run("before", 3), lambda: clock.run("after", 2), 120, lambda *step: steps.append(step)
+        lambda: clock.run("before", 3), lambda: clock.run("after", 2), 240, lambda *step: steps.append(step)
     )
-    pairs = 120 // 20
+    pairs = 240 // 20
     assert clock.runs == ["before", "after"] + ["before", "after", "after", "before"] * (pairs // 2)
     assert (timing.before, timing.after) == ([3.0] * pairs, [2.0] * pairs)
-    assert timing.speed_up == 1.5
-    assert timing.images_per_second(batch=6) == (2, 3)
+    assert timing.speed_up == pytest.approx(1.5)
+    assert timing.images_per_second(batch=6) == pytest.approx((2, 3))
     assert steps[-1] == (pairs, pairs)
 
 
-@pytest.mark.parametrize(("seconds", "pairs"), [(0, measure.MIN_PAIRS), (1e9, measure.MAX_PAIRS)])
-def test_the_number_of_runs_is_bounded(monkeypatch, seconds, pairs):
+@pytest.mark.parametrize(
+    ("seconds", "each", "pairs"),
+    [
+        (20, 1e-3, measure.MAX_PAIRS),
+        (20, 1.3, 14),  # 15 would fit: each side goes first as often as the other
+        (20, 4.5, measure.ENOUGH_PAIRS),  # four would fit
+        (20, 9, 6),  # ten would take more than three times as long
+        (20, 60, measure.FEWEST_PAIRS),
+        (5, 0.6, measure.ENOUGH_PAIRS),  # --quick
+        (0, 1, measure.FEWEST_PAIRS),
+    ],
+)
+def test_the_number_of_pairs(monkeypatch, seconds, each, pairs):
     clock = Clock(monkeypatch)
+    clock.runs += ["before", "after"]  # no slow first runs
     timing = measure.interleaved(
-        lambda: clock.run("before", 3), lambda: clock.run("after", 2), seconds, lambda *_: None
+        lambda: clock.run("before", each / 2), lambda: clock.run("after", each / 2), seconds, lambda *_: None
     )
     assert len(timing.before) == len(timing.after) == pairs
 
 
-def test_speed_up_survives_a_machine_that_slows_down():
-    timing = measure.Timing(before=[2, 20, 2, 20], after=[1, 10, 1, 10])
-    assert timing.speed_up == 2
+# Of its sides each on its own: before 2 s, after 3 s, so 0.67x. Two of three pairs say that after is faster.
+CONTRADICTION = measure.Timing(before=[4, 1, 2], after=[3.6, 0.9, 3])
+
+
+def test_before_after_and_speed_up_agree():
+    assert median(CONTRADICTION.before) < median(CONTRADICTION.after)
+    assert CONTRADICTION.speed_up == pytest.approx(1 / 0.9)
+    random = np.random.default_rng(0)
+    for pairs in (1, 2, 5, 10, 60):
+        before, after = (list(random.lognormal(0, 1, pairs)) for _ in range(2))
+        timing = measure.Timing(before, after)
+        rates = timing.images_per_second(4)
+        assert rates[1] / rates[0] == pytest.approx(timing.speed_up)
+        assert min(before + after) <= 4 / rates[0] <= max(before + after)
+        # and after patching is to before as before is to after
+        swapped = measure.Timing(after, before)
+        assert swapped.speed_up == pytest.approx(1 / timing.speed_up)
+        assert swapped.images_per_second(4) == pytest.approx(rates[::-1])
+
+
+@pytest.mark.parametrize("change", [1.05, 1 / 1.05, 1.3])
+def test_speed_up_survives_a_machine_that_slows_down(monkeypatch, change):
+    """Each run of either is 5 % slower than the run before it, so that the second of a pair always seems worse."""
+    clock = Clock(monkeypatch)
+    clock.runs += ["before", "after"]
+
+    def run(name: str, seconds: float) -> None:
+        clock.run(name, seconds * change ** len(clock.runs))
+
+    timing = measure.interleaved(lambda: run("before", 3e-3), lambda: run("after", 2e-3), 0, lambda *_: None)
+    assert timing.speed_up == pytest.approx(1.5)
+    before, after = timing.images_per_second(1)
+    assert after / before == pytest.approx(1.5)
+    assert timing.interval.low < 1.5 < timing.interval.high
+
+
+@pytest.mark.parametrize(
+    ("pairs", "rank", "percent"),  # as in printed tables of the sign test; below 6 no rank has 95 %
+    [
+        (1, 1, 0),
+        (4, 1, 87.5),
+        (5, 1, 93.75),
+        (6, 1, 96.88),
+        (8, 1, 99.22),
+        (10, 2, 97.85),
+        (31, 10, 97.06),
+        (60, 22, 97.27),
+    ],
+)
+def test_interval_of_the_median(pairs, rank, percent):
+    ratios = [float(i) for i in np.random.default_rng(0).permutation(pairs) + 1]
+    interval = measure.Timing(ratios, [1.0] * pairs).interval
+    assert (interval.low, interval.high) == (rank, pairs + 1 - rank)
+    assert 100 * interval.coverage == pytest.approx(percent, abs=0.01)
+
+
+QUIET = (1.30, 1.31, 1.32, 1.29, 1.30, 1.31, 1.30, 1.33, 1.31, 1.30)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "noisy"),
+    [
+        (QUIET, False),
+        ((*QUIET[:-1], 0.4), False),  # one pair was disturbed
+        ((*QUIET[:-3], 0.4, 0.8, 2.2), True),
+        ((1.41, 1.45, 1.5, 1.55, 1.6, 1.7), False),  # how much is uncertain, but it is faster
+        ((1.2, 1.3, 1.4, 1.5, 1.6, 1.7), True),
+        ((0.97, 0.99, 1.0, 1.01, 1.02, 1.03), False),  # the same within 3 %
+        ((0.93, 0.96, 1.0, 1.01, 1.05, 1.07), True),  # 7 % slower, or 7 % faster
+        ((0.79, 0.8, 0.81, 0.8), False),  # slower, and sure of it
+        ((0.79, 0.8, 0.81, 1.6), True),  # of four pairs the range counts
+    ],
+)
+def test_a_noisy_run_has_no_verdict(ratios, noisy):
+    made = row(before=ratios, after=[1.0] * len(ratios))
+    assert made.as_json()["too_noisy"] == noisy
+    text = measure.table([row(), made], "DO THIS")
+    speed_up = f"{made.timing.speed_up:.2f}x"
+    assert (speed_up in text) != noisy
+    assert ("too noisy for a verdict" in text) == ("DO THIS" in text) == noisy
+    if noisy:
+        low, high = made.timing.interval.low, made.timing.interval.high
+        assert f"between {low:.2f} and {high:.2f} times as fast" in text
+
+
+def test_the_noisiest_row_is_named():
+    quiet, some, most = (
+        row(),
+        row("bf16", before=(1.0, 2.0), after=(1.0, 1.0)),
+        row(size=518, before=(1, 9), after=(1, 1)),
+    )
+    assert measure.noise([quiet], "Advice") == ""
+    assert measure.noise([quiet, some, most], "Advice") == "fp32 518 px: between 1.00 and 9.00 times as fast. Advice."
+
+
+@pytest.mark.parametrize("seconds", [0.0123, 1.0, 170.0])
+def test_shown_rates_have_the_shown_ratio(seconds):
+    made = row(before=[1.377 * seconds] * 4, after=[seconds] * 4)
+    (line,) = [line for line in measure.table([made], "").splitlines() if "1.38x" in line]
+    before, after = map(float, line.split()[6:8])
+    assert after / before == pytest.approx(1.377, abs=0.0015)
 
 
 def row(dtype="fp32", size=224, relative=1e-6, rounding=None, before=(2.0,), after=(1.0,)) -> measure.Row:
@@ -466,12 +578,17 @@ def check_result(result: dict) -> None:
     """The numbers of the JSON file agree with each other."""
     for made in result["rows"]:
         seconds, rate = made["seconds"], made["images_per_second"]
-        assert len(seconds["before"]) == len(seconds["after"]) >= measure.MIN_PAIRS
-        for side in ("before", "after"):
-            assert rate[side] == pytest.approx(made["batch"] / median(seconds[side]))
-        ratios = [b / a for b, a in zip(seconds["before"], seconds["after"], strict=True)]
-        assert made["speed_up"] == pytest.approx(median(ratios))
+        assert len(seconds["before"]) == len(seconds["after"]) >= measure.FEWEST_PAIRS
+        ratios = sorted(b / a for b, a in zip(seconds["before"], seconds["after"], strict=True))
+        half = len(ratios) // 2
+        assert made["speed_up"] == pytest.approx(geometric_mean(ratios[half - 1 : half + 1]))
+        assert rate["after"] / rate["before"] == pytest.approx(made["speed_up"])
+        interval = made["speed_up_interval"]
+        assert ratios[0] <= interval["low"] <= made["speed_up"] <= interval["high"] <= ratios[-1]
+        assert 0.87 < interval["coverage"] < 1
         assert made["within_rounding"]
+    assert result["too_noisy"] == any(made["too_noisy"] for made in result["rows"])
+    for made in result["rows"]:
         if made["dtype"] == "fp32":
             assert made["error"]["relative"] < 1e-5
             assert made["relative_error_to_float32"] is None
@@ -501,8 +618,58 @@ def test_a_checkpoint_from_the_command_line(model, tmp_path, capsys, fast, threa
         assert np.abs(cells(line[1], 6) - cells(line[2], 6)).max() < 0.01
     printed = capsys.readouterr().out
     for made in result["rows"]:
-        assert f"{made['speed_up']:.2f}x" in printed
+        assert ("too noisy" if made["too_noisy"] else f"{made['speed_up']:.2f}x") in printed
     assert "DINOv3ViTAttention" in printed
+
+
+@pytest.fixture
+def texts(monkeypatch) -> list[str]:
+    """The texts of the picture, which must not be cut off at its right edge."""
+    machine = demo.environment.describe() | {"cpu": "Intel(R) Xeon(R) Processor (family 6, model 207)"}
+    monkeypatch.setattr(demo.environment, "describe", lambda: machine)
+    found: list[str] = []
+    save = Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        self.canvas.draw()  # at the resolution that the figure has again
+        for text in self.findobj(Text):
+            found.append(text.get_text())
+            assert text.get_window_extent().x1 < self.bbox.x1, f"cut off: {text}"
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return found
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_noisy_run_says_so_everywhere(model, tmp_path, capsys, fast, monkeypatch, texts, quick):
+    noisy = measure.Timing([2.0, 1.0, 1.6, 0.5], [1.0] * 4)
+    timings = iter([noisy, *(measure.Timing([1.31 * s, 1.31], [s, 1.0]) for s in (1.0, 2.0, 3.0))])
+    monkeypatch.setattr(demo, "time_both", lambda *_: next(timings))
+    monkeypatch.setattr(demo, "SIZES", demo.QUICK_SIZES)
+    numbers, flags = tmp_path / "d.json", ["--quick"] if quick else []
+    argv = ["demo", "--model", model, *flags, "--out", str(tmp_path / "d.png"), "--json", str(numbers)]
+    assert cli.main(argv) == 0
+    result = json.loads(numbers.read_text())
+    assert result["too_noisy"] and [made["too_noisy"] for made in result["rows"]] == [True, False, False, False]
+    printed, drawn = capsys.readouterr().out, "\n".join(texts)
+    for text in (printed, drawn):
+        assert "too noisy for a verdict" in text
+        assert "fp32 64 px: between 0.50 and 2.00 times as fast. Close other programs and run again" in text
+        assert ("without --quick" in text) == quick
+        assert f"{noisy.speed_up:.2f}x" not in text and text.count("1.31x") == 3
+    assert "the images per second" not in drawn
+
+
+def test_a_quiet_run_has_its_speed_up_in_the_title(model, tmp_path, capsys, fast, monkeypatch, texts):
+    timings = iter([measure.Timing([ratio] * 4, [1.0] * 4) for ratio in (1.04, 1.1, 1.52, 1.2)])
+    monkeypatch.setattr(demo, "time_both", lambda *_: next(timings))
+    numbers = tmp_path / "d.json"
+    argv = ["demo", "--model", model, "--quick", "--out", str(tmp_path / "d.png"), "--json", str(numbers)]
+    assert cli.main(argv) == 0
+    assert not json.loads(numbers.read_text())["too_noisy"]
+    assert any(text.endswith("patched in place: 1.04x to 1.52x the images per second") for text in texts)
+    assert "nois" not in "\n".join([capsys.readouterr().out, *texts])
 
 
 def test_changed_features_fail_the_demo_but_leave_the_files(model, tmp_path, capsys, fast, monkeypatch):

@@ -9,6 +9,8 @@ other is given the table that the root made, so that its gradient leaves the blo
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,14 @@ from oracles import threads
 from processes import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from spatial_pe import MixedRoPE, PatchGrid, RoPE2DAttention, Rotary
+import spatial_pe
+from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid, RoPE2DAttention, Rotary
 from spatial_pe.backends import cpu, triton
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
@@ -187,3 +190,109 @@ def test_mixed_precision_leaves_grids_and_angles_alone():
     grid, rotary = PatchGrid(3, 4, prefix=1), Rotary.from_angles(torch.randn(13, 8))
     x, same_grid, same_rotary = _apply_to_tensors(lambda t: t.bfloat16(), (torch.zeros(2), grid, rotary))
     assert x.dtype == torch.bfloat16 and same_grid is grid and same_rotary is rotary
+
+
+# ------------------------------------------------------------------------------------------------------ mixed precision
+
+
+class Encoded(nn.Module):
+    """Attention with learned frequencies, with a learned strength and with fixed frequencies, all in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        ropes = [MixedRoPE(WIDTH // HEADS, HEADS), AxialRoPE(WIDTH // HEADS, strength=1 / 3), AxialRoPE(WIDTH // HEADS)]
+        self.layers = nn.ModuleList([RoPE2DAttention(WIDTH, HEADS, rope=rope, backend="reference") for rope in ropes])
+        self.tables: list[Tensor] = []  # cos of the last forward
+        self.dtypes: set[torch.dtype] = set()  # of the projections
+        for layer in self.layers:
+            layer.rope.register_forward_hook(lambda module, args, rotary: self.tables.append(rotary.cos.detach()))
+            layer.qkv.register_forward_hook(lambda module, args, qkv: self.dtypes.add(qkv.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tables = []
+        for layer in self.layers:
+            x = x + layer(x, GRID)
+        return x.float().square().mean()
+
+    def frequencies(self) -> list[nn.Parameter]:
+        return [parameter for layer in self.layers for parameter in layer.rope.parameters()]
+
+
+def inputs() -> Tensor:
+    return torch.randn(BATCH, GRID.num_tokens, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def bfloat16_fully_shard(model: Encoded) -> nn.Module:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def bfloat16_fsdp1(model: Encoded) -> nn.Module:
+    # with use_orig_params, as every trainer has it
+    policy = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    return FullyShardedDataParallel(model, mixed_precision=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def autocast_fsdp1(model: Encoded) -> nn.Module:
+    policy = MixedPrecision(buffer_dtype=torch.bfloat16)
+    return FullyShardedDataParallel(model, mixed_precision=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def followed(wrap: Callable[[Encoded], nn.Module], x: Tensor) -> tuple[Encoded, Tensor, list[str]]:
+    """The model, its loss, and what its errors said to run, which was run, until there was none."""
+    lines: list[str] = []
+    while True:
+        model = Encoded()
+        for line in lines:
+            names = {"fully_shard": fully_shard, "MixedPrecisionPolicy": MixedPrecisionPolicy, "spatial_pe": spatial_pe}
+            exec(line, names | {"model": model})
+        try:
+            return model, wrap(model)(x), lines
+        except TypeError as error:
+            (line,) = re.findall("`(.*)`", str(error))
+            assert line not in lines, f"no help: {error}"
+            lines.append(line)
+
+
+def work_in_bfloat16(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    x = inputs().chunk(RANKS)[rank]
+    with pytest.raises(TypeError, match=r"spatial_pe: MixedRoPE\.frequencies is torch\.bfloat16.*use torch\.autocast"):
+        bfloat16_fsdp1(Encoded())(x)
+    for name, wrap in (("fsdp2", bfloat16_fully_shard), ("fsdp1", autocast_fsdp1)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "fsdp1"):
+            model, loss, lines = followed(wrap, x)
+        loss.backward()
+        result = {"lines": lines, "dtypes": model.dtypes, "tables": model.tables}
+        if name == "fsdp2":  # FSDP1 has flat shards
+            result["grads"] = [whole(p.grad) for p in model.frequencies()]
+            torch.optim.SGD(model.parameters(), lr=1.0).step()
+            result["after"] = [whole(p.detach()) for p in model.frequencies()]
+        torch.save(result, folder / f"{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_mixed_precision_keeps_frequencies_or_says_how(tmp_path):
+    """FSDP computes in bfloat16 with copies of the parameters: those of encodings stay float32, or forward refuses.
+
+    The refusal of FSDP2 names a line to run, and with it the tables are those of the float32 frequencies, bit for bit.
+    """
+    join(spawn(work_in_bfloat16, (tmp_path,), nprocs=RANKS, join=False))
+    alone = Encoded()
+    alone(inputs()).backward()
+    got = {f: torch.load(tmp_path / f"{f}.pt") for f in ("fsdp20", "fsdp21", "fsdp10", "fsdp11")}
+    for result in got.values():
+        assert result["dtypes"] == {torch.bfloat16}  # it is mixed precision
+        for table, expected in zip(result["tables"], alone.tables, strict=True):
+            assert torch.equal(table, expected)
+    for rank in range(RANKS):
+        result = got[f"fsdp2{rank}"]
+        assert [re.search(r"spatial_pe\.(\w+)", line)[1] for line in result["lines"]] == ["MixedRoPE", "AxialRoPE"]
+        for p, grad, after in zip(alone.frequencies(), result["grads"], result["after"], strict=True):
+            assert grad.dtype == after.dtype == torch.float32 and torch.equal(after, p - grad)
+            # of the whole batch, through attention in bfloat16
+            assert (grad - p.grad).abs().max() < 0.03 * p.grad.abs().max()

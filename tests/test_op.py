@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends import cpu, triton
-from spatial_pe.watched import constant
+from spatial_pe.dispatcher import assume_constant
 
 BACKENDS = [
     "reference",
@@ -194,7 +194,7 @@ def test_activation_checkpointing(backend, reentrant):
 def test_double_backward_raises(backend):
     inputs = make(Case(tokens=10, dim=32))
     (dq,) = torch.autograd.grad(inputs.call(backend), inputs.q, inputs.dout, create_graph=True)
-    with pytest.raises(RuntimeError, match=r'^rope_attention has no double backward: .*backend="composed"'):
+    with pytest.raises(RuntimeError, match=r'^spatial_pe.rope_attention has no double backward: .*backend="composed"'):
         dq.sum().backward()
 
 
@@ -293,4 +293,31 @@ def test_constants_are_what_torch_takes_for_constants():
     def ours(): ...
     def theirs(): ...
 
-    assert constant(ours).__dict__ == torch.compiler.assume_constant_result(theirs).__dict__ != {}
+    assert assume_constant(ours).__dict__ == torch.compiler.assume_constant_result(theirs).__dict__ != {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("table", ["shared", "head", "both"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fake_kernels_have_the_strides_of_the_real_ones(backend, table, batch):
+    """Compilers lay out memory by what the fake kernels say: of views in (B, H, N, D) order too, with one sample."""
+    inputs = make(Case(batch=batch, tokens=20, dim=24, layout="heads_first", table=table))
+    args = (*(x.detach() for x in (inputs.q, inputs.k, inputs.v)), *arguments(inputs.case, backend)[3:5])
+    args = (*(x.detach() for x in args), inputs.case.pairing, inputs.scale, None, None, None, backend)
+    mode = FakeTensorMode()
+
+    def faked(*args):
+        return [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+
+    def check(op, *args):
+        real = op(*args)
+        with mode:
+            fake = op(*faked(*args))
+        for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (real, fake)), strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+        return real
+
+    out, lse = check(OP, *args)
+    dq, dk, _ = check(BACKWARD, torch.randn_like(out), out, lse, *args)
+    q, k, _, cos, _, pairing, *_ = args
+    check(torch.ops.spatial_pe.angle_gradient, q, k, dq, dk, cos, pairing, None, backend)

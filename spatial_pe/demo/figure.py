@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .measure import Row
+from .measure import Row, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def _draw_features(axes: list[list[Axes]], pictures: Pictures) -> None:
 
 
 def _draw_bars(axis: Axes, rows: list[Row], legend: bool) -> None:
-    """Images per second of one image size: a pair of bars for each dtype, the speed-up above it."""
+    """Images per second of one image size: a pair of bars for each dtype, above it the speed-up and its interval."""
     width, gap = 0.36, 0.02
     rates = [row.timing.images_per_second(row.batch) for row in rows]
     highest = max(max(pair) for pair in rates)
@@ -137,17 +137,12 @@ def _draw_bars(axis: Axes, rows: list[Row], legend: bool) -> None:
         for side, rate, colour, label in ((-1, pair[0], BEFORE, "before"), (1, pair[1], AFTER, "after (patched)")):
             at = x + side * (width + gap) / 2
             axis.bar(at, rate, width, color=colour, label=label if x == 0 else None)
-            axis.text(at, rate + 0.015 * highest, f"{rate:.3g}", ha="center", va="bottom", size=10.5)
-        axis.text(
-            x,
-            max(pair) + 0.13 * highest,
-            f"{row.timing.speed_up:.2f}x",
-            ha="center",
-            size=15,
-            weight="bold",
-            color=AFTER,
-        )
-    axis.set_ylim(0, 1.36 * highest)
+            axis.text(at, rate + 0.015 * highest, significant(rate), ha="center", va="bottom", size=10.5)
+        interval = row.timing.interval
+        text, colour = (f"{row.timing.speed_up:.2f}x", AFTER) if not interval.too_wide else ("too noisy", MUTED)
+        axis.text(x, max(pair) + 0.19 * highest, text, ha="center", size=15, weight="bold", color=colour)
+        axis.text(x, max(pair) + 0.12 * highest, str(interval), ha="center", size=9.5, color=MUTED)
+    axis.set_ylim(0, 1.42 * highest)
     axis.set_xlim(-0.6, len(rows) - 0.4)
     axis.set_xticks(range(len(rows)), [row.dtype for row in rows], size=12)
     axis.tick_params(axis="x", length=0)

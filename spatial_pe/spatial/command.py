@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..files import refusal
-from ..terminal import progress
+from ..terminal import first_line, progress
 from . import study, zero_shot
 from .study import BUDGETS, STUDIES, StudyError
 
@@ -121,7 +121,7 @@ def _usable(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise StudyError(f"--device {device}: {str(error).strip().splitlines()[0]}") from None
+        raise StudyError(f"--device {device}: {first_line(error)}") from None
 
 
 def _writable(path: Path) -> None:

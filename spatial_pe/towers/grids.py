@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dispatcher import needs_dispatcher, unrecorded
 from ..grid import PatchGrid
+from ..rotary import Rotary
 
 
 class Grids:
@@ -33,6 +35,9 @@ class Grids:
         self.ambiguous: set = set()
         self.latest: Any = None  # size of the last forward
         self.cached: tuple[Any, Any] | None = None
+        self.traced: Tensor | None = (
+            None  # of a forward that torch.jit.trace records: whether its grid is the recorded one
+        )
 
     def record(self, size: Any, grid: Any, same: Callable[[Any, Any], bool]) -> None:
         if torch.compiler.is_compiling():  # what is read before it is written would become a guard on it
@@ -68,24 +73,37 @@ class Grids:
 
     def rotary(self, rope: nn.Module, x: Tensor, prefix: int, suffix: int = 0) -> Any:
         """The tables of one layer; those of an encoding without parameters are made once for all layers."""
-        where, key = self.where(x, prefix, suffix)
-        if next(rope.parameters(), None) is not None:
-            return rope(where).to(x.device)
-        key = (id(rope), key, x.device, x.dtype == torch.float64)
+        where, key = unrecorded(self.where, x, prefix, suffix)
+        # what is made while somebody traces belongs to the trace, and is no table for the next call
+        if next(rope.parameters(), None) is not None or needs_dispatcher((x,)):
+            return self._only_here(rope(where).to(x.device))
+        key = (id(rope), key, x.device, x.dtype == torch.float64, torch.is_inference_mode_enabled())
         if self.cached is None or self.cached[0] != key:
             self.cached = (key, rope(where).to(x.device))
         return self.cached[1]
 
+    def _only_here(self, tables: Any) -> Any:
+        """The tables, in a torch.jit.trace NaN for another grid of as many patches: the trace holds no other check."""
+        if self.traced is None or not isinstance(tables, Rotary):
+            return tables
+        cos, sin = (torch.where(self.traced.to(x.device), x, torch.nan) for x in (tables.cos, tables.sin))
+        return Rotary._unchecked(cos, sin, tables.pairing)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cached": None}  # an id means nothing in a copy
+        return {**self.__dict__, "cached": None, "traced": None}  # an id means nothing in a copy
 
 
 class GridRecorder(Grids):
     """Forward hook on a tower's patch embedding convolution: its output (B, C, h, w) is the grid."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        shape = (output.shape[-2], output.shape[-1])
-        self.record(shape[0] * shape[1], shape, operator.eq)
+        if isinstance(output, Tensor):  # and no node of torch.fx: the graph module records when it runs
+            height, width = unrecorded(_grid_of, output)
+            self.record(height * width, (height, width), operator.eq)
+            self.traced = None
+            if torch.jit.is_tracing():  # reads of a size are recorded
+                rows, columns = (torch.as_tensor(size) for size in _grid_of(output))
+                self.traced = (rows == height) & (columns == width)
 
     def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
         patches = x.shape[1] - prefix - suffix
@@ -102,6 +120,14 @@ class GridRecorder(Grids):
         return grid, grid
 
 
+def _leading(x: Tensor) -> tuple[int, int]:
+    return x.shape[0], x.shape[1]
+
+
+def _grid_of(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
 class ShapesRecorder(Grids):
     """Forward pre-hook on a tower that is told the grid of each padded image, as ``spatial_shapes`` (B, 2) (SigLIP 2).
 
@@ -115,8 +141,9 @@ class ShapesRecorder(Grids):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         shapes = kwargs.get("spatial_shapes", args[self.position] if len(args) > self.position else None)
         if shapes is not None:
-            shapes = torch.as_tensor(shapes)
-            self.record(shapes.shape[0], shapes, torch.equal)
+            if not isinstance(shapes, Tensor):
+                shapes = torch.tensor(shapes, device="cpu")
+            self.record(unrecorded(len, shapes), shapes, torch.equal)
 
     def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Tensor, Any]:
         batch, tokens = x.shape[0], x.shape[1]
@@ -139,7 +166,7 @@ class CoordinatesRecorder(GridRecorder):
     ) -> None:
         places = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
         if places is not None:
-            self.record((places.shape[0], places.shape[1]), places, torch.equal)
+            self.record(unrecorded(_leading, places), places, torch.equal)
         else:
             height, width = output[1]
             self.record(height * width, (height, width), operator.eq)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..encodings import AxialRoPE, MixedRoPE, at_least_float32
 from .adapters import FusedAttention
 from .patch import apply
 from .request import Request
@@ -76,11 +77,14 @@ def _fill(wanted: dict[str, tuple[nn.Module, str]], saved: dict[str, Tensor], pa
                 'modules_to_save=["rope"])'
             )
         taken.add(best)
-        holder, _, last = key.rpartition(".")
-        old = getattr(module.get_submodule(holder), last)
-        if old.shape != saved[best].shape:
-            raise ValueError(f"{path} has {best} of shape {tuple(saved[best].shape)}, {name} is {tuple(old.shape)}")
-        old.data = saved[best].to(old.device)
+        where, _, last = key.rpartition(".")
+        holder, value = module.get_submodule(where), saved[best]
+        old = getattr(holder, last)
+        if old.shape != value.shape:
+            raise ValueError(f"{path} has {best} of shape {tuple(value.shape)}, {name} is {tuple(old.shape)}")
+        if isinstance(holder, AxialRoPE | MixedRoPE):  # earlier versions cast, and saved, them with their model
+            value = at_least_float32(value)
+        old.data = value.to(old.device)
 
 
 def _common_end(a: str, b: str) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backends.call import Call
 from ..backends.select import check_backend, select
 from ..rotary import PAIRINGS
-from .adapters import NO_GRID, TESTED, Binding, FusedAttention, Known
+from .adapters import NO_GRID, Binding, FusedAttention, Known, tested
 from .discover import Found, discover
 from .grids import grid_source, pack_images, remove_hooks
 from .layout import Layout
@@ -47,6 +47,9 @@ def patch(
     Attention outside of a vision tower (CLIP's text model) is not touched. A call that the fused op does not serve
     (attention weights asked for, masks that are not padding, dropout in training) is computed by the module's own
     forward, with one warning. Padding is served where the tower drops what attention returns for it, which is then 0.
+    Tables that do not rotate the pairs that were proven are noticed in a module's first call, and left to its own
+    forward. Where that call is traced (torch.compile, export) they cannot be looked at, and the output is NaN: call a
+    tower that is not part of the tests once before.
 
     Args:
         model: a model that holds a vision tower, or the tower.
@@ -174,7 +177,7 @@ def _judge(
 ) -> tuple[str | None, Proof]:
     """Why this module is skipped after all, or None; and what was proven."""
     assert f.shape is not None and f.layout is not None
-    known = _known(f)
+    known = tested(type(f.module))
     if request.adds:
         if f.rotates:
             return "has RoPE of its own", Proof()
@@ -182,9 +185,8 @@ def _judge(
             return "its images are packed, and nothing tells the grid of each", Proof()
         if hasattr(f.module, "rope"):
             return "has an attribute rope", Proof()
-        for name, reason in NO_GRID.items():
-            if type(f.module).__name__.startswith(name):
-                return reason, Proof()
+        if type(f.module).__name__ in NO_GRID:
+            return NO_GRID[type(f.module).__name__], Proof()
     if not verify:
         return (None if known else "its class is not part of the tests: needs verify=True"), _trusted(f, known)
     weight = floating_weight(f.module)
@@ -205,11 +207,6 @@ def _judge(
             "Nothing was changed; please report this with the model's configuration."
         )
     return f"it has the form of {f.shape.name} attention, but {proof.failure}", proof
-
-
-def _known(f: Found) -> Known | None:
-    cls = type(f.module)
-    return TESTED.get(cls.__name__) if cls.__module__.split(".")[0] in ("transformers", "timm") else None
 
 
 def _trusted(f: Found, known: Known | None) -> Proof:
@@ -255,7 +252,7 @@ def _summary(found: list[Found]) -> str:
 
 def _binding(f: Found, proof: Proof, backend: str, request: Request) -> Binding:
     assert f.shape is not None and f.layout is not None
-    known = _known(f)
+    known = tested(type(f.module))
     pads = known is not None and known.pads and f.pads
     return Binding(f.layout, f.shape, proof.pairing, proof.returns, backend, proof.masks, pads, request=request)
 

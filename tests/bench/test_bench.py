@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import re
 import time
@@ -11,6 +13,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.throughput.gpu import timing as gpu_timing
 from spatial_pe import cli
 from spatial_pe.backends import cpu
 from spatial_pe.bench import machine, memory, report, suites, timing, towers, variants
@@ -42,6 +45,86 @@ def test_a_sample_is_the_time_of_one_call():
     samples = timing.interleaved({"long": lambda: time.sleep(0.03), "short": lambda: time.sleep(0.001)}, 5)
     found = timing.medians(samples)
     assert 0.03 <= found["long"] < 0.06 and 0.001 <= found["short"] < 0.004
+
+
+class Gpu:
+    """A host that takes time to launch a kernel, and a GPU that computes what is in its queue; milliseconds."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.host = self.done = 0.0  # the time on the host, and when the GPU will have emptied its queue
+        self.current: list[str] = []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.host / 1e3)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(0.0, cycles / timing.CYCLES_PER_MS))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.wait(self.done))
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+
+    @contextlib.contextmanager
+    def device(self, name: str):
+        self.current.append(name)
+        yield
+        self.current.pop()
+
+    def launch(self, host_ms: float, kernel_ms: float) -> None:
+        self.host += host_ms
+        self.done = max(self.done, self.host) + kernel_ms
+
+    def wait(self, until: float) -> None:
+        self.host = max(self.host, until)
+
+
+@dataclasses.dataclass
+class Event:
+    gpu: Gpu
+    at: float = 0.0
+
+    def record(self) -> None:
+        assert self.gpu.current != []
+        self.at = max(self.gpu.host, self.gpu.done)
+
+    def synchronize(self) -> None:
+        self.gpu.wait(self.at)
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+KERNELS = {"small": (0.04, 0.005), "even": (0.02, 0.02), "large": (0.02, 3.0)}  # ms of the host, ms of the GPU
+
+
+def test_a_gpu_is_timed_without_the_host(monkeypatch):
+    """By the host's clock a small kernel takes as long as its launch, 8 times its own time."""
+    gpu = Gpu(monkeypatch)
+    calls = {name: functools.partial(gpu.launch, *times) for name, times in KERNELS.items()}
+    samples = timing.interleaved(calls, 3, device="cuda:1")
+    assert gpu.current == []
+    for name, (_, kernel_ms) in KERNELS.items():
+        assert samples[name] == pytest.approx([kernel_ms / 1e3] * 3)
+
+
+def test_a_gpu_is_timed_on_its_own_stream(monkeypatch):
+    """Events of cuda:0 would say nothing of what cuda:1 does."""
+    gpu, seen = Gpu(monkeypatch), set()
+    timing.interleaved({"a": lambda: seen.add(gpu.current[-1]) or gpu.launch(0.01, 0.01)}, 1, device="cuda:1")
+    assert seen == {"cuda:1"}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_both_gpu_benchmarks_give_the_same_time(monkeypatch, name):
+    gpu = Gpu(monkeypatch)
+    call = functools.partial(gpu.launch, *KERNELS[name])
+    (ours,) = timing.interleaved({"a": call}, 1, device="cuda")["a"]
+    with gpu.device("cuda"):
+        theirs = gpu_timing.sample(call, gpu_timing.calibrate(call))
+    assert ours == pytest.approx(theirs / 1e3)
+
+
+def test_a_sample_on_a_gpu_is_short_and_its_queue_is_not_full(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    with gpu.device("cuda"):
+        calls = {name: functools.partial(gpu.launch, *times) for name, times in KERNELS.items()}
+        repeats = {name: timing.calibrate(call, 2.0).repeats for name, call in calls.items()}
+    assert repeats == {"small": timing.MOST_REPEATS, "even": timing.MOST_REPEATS, "large": 1}
 
 
 # ------------------------------------------------------------------------------------------------------------ variants

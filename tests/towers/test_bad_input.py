@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import sysconfig
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,10 +39,69 @@ def test_what_is_trusted_is_what_is_proven(name):
     assert found[0] == found[1]
 
 
+def declared():
+    """The classes that the families name, of all versions of transformers."""
+    return {
+        f"transformers.models.{family.module}.modeling_{family.module}.{name}"
+        for family in FAMILIES.values()
+        for name in family.attention
+    }
+
+
+def path_of(cls):
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 @pytest.mark.parametrize("name", HERE)
 def test_every_family_is_in_the_table(name):
     model = FAMILIES[name].make()
-    assert {row.attention for row in patch(model).patched} <= set(TESTED)
+    patch(model, verify=False)
+    found = {path_of(m.original) for m in model.modules() if isinstance(m, FusedAttention)}
+    assert found and found <= set(TESTED) & declared()
+
+
+def test_everything_in_the_table_is_run_by_a_family():
+    """timm's part: test_timm."""
+    assert {path for path in TESTED if path.startswith("transformers.")} == declared()
+
+
+OLD, NEW = Path(__file__).parents[2] / ".venv" / "transformers-4.57", Path(sysconfig.get_paths()["purelib"])
+
+
+@pytest.mark.skipif(not ((OLD / "transformers").exists() and (NEW / "transformers").exists()), reason="needs both")
+def test_everything_in_the_table_exists_in_a_supported_version():
+    for path in declared():
+        file, _, name = path.rpartition(".")
+        sources = [folder / f"{file.replace('.', '/')}.py" for folder in (OLD, NEW)]
+        assert any(f"\nclass {name}(" in source.read_text() for source in sources if source.exists()), path
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("siglip2", "transformers_modules.AIDC-AI.Ovis2_5.modeling_ovis2_5"),
+        ("siglip2", "transformers.models.ovis2_5.modeling_ovis2_5"),
+        ("clip", "transformers.models.openai.modeling_openai"),
+    ],
+)
+def test_a_class_of_a_tested_name_that_is_elsewhere_is_not_trusted(family, module):
+    model = FAMILIES[family].make()
+    for layer in model.modules():
+        if path_of(type(layer)) in TESTED:
+            name = "Attention" if family == "clip" else type(layer).__name__
+            layer.__class__ = type(name, (type(layer),), {"__module__": module})
+    with pytest.raises(ValueError, match="needs verify=True"):
+        patch(model, verify=False)
+    assert len(patch(model).patched) == 2  # it is right, and proven
+    assert not any(m._spatial_pe.pads for m in model.modules() if isinstance(m, FusedAttention))
+
+
+def test_a_class_whose_name_begins_like_one_without_a_grid_has_one():
+    model = FAMILIES["clip"].make()
+    for layer in model.modules():
+        if path_of(type(layer)) in TESTED:
+            layer.__class__ = type("XCLIPAttentionOfAnother", (type(layer),), {})
+    assert len(patch(model, rope="axial").patched) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- its weights

@@ -11,14 +11,16 @@ import pickle
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
 from families import FAMILIES, outputs, randn, randomize
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from spatial_pe.towers import inspect, patch, unpatch
-from spatial_pe.towers.adapters import memo
+from spatial_pe.towers.adapters import memo, tables
 
 transformers = pytest.importorskip("transformers")
 
@@ -389,6 +391,121 @@ def test_an_unknown_class_that_computes_more_is_skipped(extra, reason):
 def test_an_unknown_class_is_not_patched_on_trust():
     with pytest.raises(ValueError, match="needs verify=True"):
         patch(Tower(None), verify=False)
+
+
+class Rotating(nn.Module):
+    """Attention of an unknown library that rotates neighbouring channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 2, 16
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, hidden_states, position_embeddings):
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        q, k = (x * position_embeddings[0] + turned_by_90(x) * position_embeddings[1] for x in (q, k))
+        return self.proj(((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)), None
+
+
+def turned_by_90(x):
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
+class RotatingTower(nn.Module):
+    """Its tables are the ones of V-JEPA 2 if ``tiled``: [a, b, a, b], which is not a rotation of neighbours."""
+
+    def __init__(self, tiled, learned=False):
+        super().__init__()
+        self.patch_embed, self.tiled = nn.Conv2d(3, 32, 8, 8), tiled
+        self.ladder = nn.Parameter(10.0 ** -(torch.arange(8) / 8), requires_grad=learned)
+        self.layers = nn.ModuleList(Rotating() for _ in range(2))
+
+    def forward(self, pixels):
+        x = self.patch_embed(pixels).flatten(2).mT
+        angles = torch.arange(x.shape[1])[:, None] * self.ladder
+        angles = angles.repeat(1, 2) if self.tiled else angles.repeat_interleave(2, dim=1)
+        tables = angles.cos(), angles.sin()
+        for layer in self.layers:
+            x = x + layer(x, position_embeddings=tables)[0]
+        return x
+
+
+def rotating_tower(tiled, **options):
+    """With the input and the output of its own forward."""
+    tower, pixels = randomize(RotatingTower(tiled, **options)), randn(2, 3, 32, 24)
+    with torch.no_grad():
+        tower.ladder.copy_(10.0 ** -(torch.arange(8) / 8))
+    before = tower(pixels).detach()
+    report = patch(tower)
+    assert [(row.error < 1e-6, "interleaved" in row.convention) for row in report.patched] == [(True, True)] * 2
+    return tower, pixels, before
+
+
+TRACERS = {
+    "compile": lambda tower, pixels: torch.compile(tower, backend="eager", fullgraph=True),
+    "inductor": lambda tower, pixels: torch.compile(tower, fullgraph=True),
+    "dynamic": lambda tower, pixels: torch.compile(tower, backend="aot_eager", fullgraph=True, dynamic=True),
+    "export": lambda tower, pixels: torch.export.export(tower, (pixels,)).module(),
+    "jit.trace": lambda tower, pixels: torch.jit.trace(tower, pixels),
+    "make_fx": lambda tower, pixels: make_fx(tower)(pixels),
+}
+
+
+@pytest.mark.parametrize("way", TRACERS)
+def test_tables_that_nobody_looked_at_are_not_computed_wrong(way):
+    """The proof has tables of its own, and a traced call none with values: those of the tower may be others."""
+    torch._dynamo.reset()
+    for tiled in (False, True):
+        tower, pixels, before = rotating_tower(tiled)
+        with torch.no_grad():
+            found = TRACERS[way](tower, pixels)(pixels)
+        if tiled:
+            assert found.isnan().all()
+        else:
+            assert (found - before).norm() < 1e-5 * before.norm()
+
+
+def test_tables_that_were_looked_at_are_left_to_the_model_when_traced():
+    """One call before the first traced one is the way out."""
+    torch._dynamo.reset()
+    tower, pixels, before = rotating_tower(tiled=True)
+    with pytest.warns(UserWarning, match="the two halves of cos and sin differ"), torch.no_grad():
+        assert torch.equal(tower(pixels), before)
+        found = torch.compile(tower, backend="eager", fullgraph=True)(pixels)
+    assert (found - before).norm() < 1e-5 * before.norm()
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_tables_with_a_gradient_are_looked_at(tiled, calls):
+    found = []
+    for patched in (False, True):
+        tower, pixels, _ = rotating_tower(tiled, learned=True)
+        if not patched:
+            unpatch(tower)
+        calls.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tower(pixels).square().sum().backward()
+        assert len(calls) == (2 if patched and not tiled else 0)
+        found.append(tower.ladder.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_device_is_waited_for_once_per_module(monkeypatch):
+    """Where looking is not free, what one module was given says nothing of another one of its class."""
+    looks = []
+    equal = torch.equal
+    monkeypatch.setattr(tables, "_free_to_look", lambda x: False)
+    monkeypatch.setattr(torch, "equal", lambda a, b: looks.append(1) or equal(a, b))
+    tower, pixels, before = rotating_tower(tiled=False)
+    looks.clear()
+    with torch.no_grad():
+        for expected in (2, 2):  # cos and sin of the first forward
+            assert (tower(pixels) - before).norm() < 1e-5 * before.norm()
+            assert len(looks) == expected
+        other, pixels, before = rotating_tower(tiled=True)
+        with pytest.warns(UserWarning, match="the two halves of cos and sin differ"):
+            assert equal(other(pixels), before)
 
 
 # ----------------------------------------------------------------------------------------- calls of one patched module

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from families import FAMILIES, GRIDS, HERE, outputs
+from families import FAMILIES, GRIDS, HERE, outputs, to
 from test_add_rope import encodings, shaken
 from torch import nn
 
@@ -105,6 +105,47 @@ def test_a_whole_vlm_through_an_auto_class(part, tmp_path):
     half = from_pretrained(transformers.AutoModelForImageTextToText, tmp_path, torch_dtype=torch.bfloat16)
     for ours, theirs in zip(encodings(half), encodings(model), strict=True):
         assert torch.equal(ours.frequencies, theirs.frequencies)
+
+
+@pytest.mark.parametrize("rope", ["axial", "mixed"])
+def test_frequencies_keep_float32_from_training_in_bfloat16_to_loading(rope, tmp_path):
+    """Cast, trained for a step, saved and loaded in bfloat16: what was learned is there bit for bit."""
+    model, inputs = FAMILIES["clip"].make(), FAMILIES["clip"].inputs()
+    patch(model, rope=rope)
+    shaken(model)
+    before = [parameter.detach().clone() for encoding in encodings(model) for parameter in encoding.parameters()]
+    model.to(torch.bfloat16).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outputs(model, to(inputs, torch.bfloat16))[0].square().mean().backward()
+    optimizer.step()
+    learned = [parameter for encoding in encodings(model) for parameter in encoding.parameters()]
+    for parameter, start in zip(learned, before, strict=True):
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(parameter, start - 0.1 * parameter.grad, rtol=2e-7, atol=1e-8)
+        assert not torch.equal(parameter, start)
+        assert not torch.equal(parameter, parameter.bfloat16().float())
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": torch.float16}, {"torch_dtype": "auto"}):
+        again = from_pretrained(type(model), tmp_path, **options)
+        for ours, theirs in zip(encodings(again), encodings(model), strict=True):
+            for name, value in theirs.named_parameters():
+                assert torch.equal(ours.get_parameter(name), value) and ours.get_parameter(name).dtype == torch.float32
+
+
+def test_frequencies_that_were_saved_in_half_precision_are_loaded_as_float32(tmp_path):
+    """As by earlier versions."""
+    model, inputs = FAMILIES["clip"].make(), FAMILIES["clip"].inputs()
+    patch(model, rope="mixed")
+    shaken(model)
+    model.config.save_pretrained(tmp_path)
+    saved = {name: value.bfloat16() if "rope" in name else value for name, value in model.state_dict().items()}
+    torch.save(saved, tmp_path / "pytorch_model.bin")
+    again = from_pretrained(type(model), tmp_path)
+    for ours, theirs in zip(encodings(again), encodings(model), strict=True):
+        assert ours.frequencies.dtype == torch.float32
+        assert torch.equal(ours.frequencies, theirs.frequencies.bfloat16().float())
+    with torch.no_grad():
+        outputs(again, inputs)
 
 
 def test_old_torch_files(tmp_path):

@@ -20,6 +20,7 @@ from timm_path import import_timm
 from torch import Tensor, nn
 
 from spatial_pe.towers import from_pretrained, inspect, patch, unpatch
+from spatial_pe.towers.adapters import TESTED, FusedAttention
 
 timm = import_timm()
 
@@ -238,6 +239,17 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, calls):
         assert_error_rule(
             our_grads[key], their_grads[key], gradient, dtype, key, floor=0.0 if learned else 0.03 * everything
         )
+
+
+def test_the_table_of_tested_classes_is_what_is_run():
+    found = set()
+    for case in CASES.values():
+        model = case.build()
+        patch(model, verify=False)
+        originals = [m.original for m in model.modules() if isinstance(m, FusedAttention)]
+        assert len(originals) == case.layers
+        found |= {f"{cls.__module__}.{cls.__qualname__}" for cls in originals}
+    assert found == {path for path in TESTED if path.startswith("timm.")}
 
 
 @pytest.mark.parametrize("name", CASES)

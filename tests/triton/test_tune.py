@@ -7,6 +7,10 @@ Times come from a clock of the test; that the candidates compute the same is wha
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -198,3 +202,92 @@ def test_problem_makes_the_call(modules):
     assert call.q.shape == (1, 192, 2, 80) and call.cu_seqlens.tolist() == [0, 64, 128, 192] and call.max_seqlen == 64
     call = replace(tune.Problem(196, 64), budget=600, heads=1).call(CPU)
     assert call.q.shape == (3, 196, 1, 64) and call.q.dtype == torch.bfloat16 and call.cu_seqlens is None
+
+
+WITHOUT_TRITON = """
+import json, sys
+sys.modules["triton"] = None  # an import of it raises
+import torch
+from torch._subclasses import FakeTensorMode
+from spatial_pe.backends import cuda, reference, select, triton
+from spatial_pe.backends.call import Call
+from spatial_pe.backends.triton import tune, tuned
+
+torch.cuda.get_device_name = lambda device: "NVIDIA H200"
+cuda.unavailable = cuda.cannot_serve = lambda *call: None
+cuda.forward, cuda.backward = reference.forward, reference.backward
+
+def clock(runs):
+    for run in runs.values():
+        run()
+    return {key: 1.0 if key.startswith("cuda") else 2.0 for key in runs}
+
+def tuned_row():
+    problem = tune.Problem(20, 64, heads=1, dtype="float16", budget=20)
+    (row,) = tune.tune([problem], torch.device("cpu"), clock=clock, say=lambda line: None).values()
+    return row
+
+def served_by():
+    tuned.load.cache_clear()
+    with FakeTensorMode():
+        q = torch.empty(1, 20, 1, 64, device="cuda:0", dtype=torch.float16)
+        return select.select(Call(q, q, q, None, 0.125, None, None, None), "auto")
+
+found = {"triton": triton.unavailable(), "before": served_by(), "row": tuned_row(), "after": served_by()}
+found["file"] = tuned.path(torch.device("cuda", 0)).name
+cuda.forward = lambda call: [2 * x for x in reference.forward(call)]
+found |= {"wrong": tuned_row(), "after wrong": served_by()}
+print(json.dumps(found))
+"""
+
+
+def test_the_cuda_kernels_are_measured_without_triton(tmp_path):
+    """Against torch's own attention, whose results they must have."""
+    environment = {**os.environ, "SPATIAL_PE_CACHE": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout)
+    assert found["triton"].startswith("triton is not installed")
+    assert [found[when] for when in ("before", "after", "after wrong")] == ["composed", "cuda", "composed"]
+    assert found["row"]["faster"] == {"inference": "cuda", "training": "cuda"}
+    assert set(found["row"]["milliseconds"]) == {
+        f"{name}, {use}" for name in ("cuda", "composed") for use in ("inference", "training")
+    }
+    assert found["wrong"]["faster"] == {"inference": "composed", "training": "composed"}
+    assert found["wrong"]["failed"] == ["cuda: out is off by 1.0e+00 of its norm"]
+    assert found["file"].startswith("NVIDIA-H200-triton-none-spatial-pe-")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "triton is not installed"),
+        ("3.4.0", "triton 3.4.0 is installed, the kernels need 3.5 or newer .*: pip install -U triton"),
+        ("2.3.1+git", "triton 2.3.1.git is installed"),
+        ("3.5.0", None),
+        ("3.10.1", None),
+        ("4.0.0rc1", None),
+        ("of unknown version", None),
+    ],
+)
+def test_a_triton_that_is_too_old_is_a_reason(version, reason, monkeypatch):
+    monkeypatch.setattr(triton, "UNUSABLE", triton._unusable(version))
+    found = triton.unavailable()
+    assert found is None if reason is None else re.match(reason, found)
+
+    def function(x):  # asked while a call is traced
+        return x + 1 if triton.unavailable() is None else x - 1
+
+    torch._dynamo.reset()
+    expected = 1 if reason is None else -1
+    assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [expected] * 2
+
+
+def test_the_version_is_known_without_an_import():
+    code = "import sys; from spatial_pe.backends import triton; print(triton.VERSION, 'triton' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    import triton as installed
+
+    assert ran.stdout == f"{installed.__version__} False\n", ran.stderr

@@ -1,64 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times on the device, and on the host, of functions that launch kernels.
 
-A sample is the time between two CUDA events around back-to-back calls. Before the first event the device sleeps for as
-long as the host needs to launch them all, so that it never waits for the host: what is measured is the kernels, not
-Python. (Where a call launches more than the 1,024 kernels that a queue holds, the device waits after all.)
+A sample on the device is that of `spatial-pe bench --device cuda` (spatial_pe/bench/timing.py): CUDA events, behind a
+sleep that hides the host.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-SAMPLE_MS = 2.0
-# At 64 calls of a dozen kernels the queue is full.
-MOST_REPEATS = 64
-MOST_SLEEP_MS = 40.0
-# Of torch.cuda._sleep: a little more than the clock of any GPU, so that the sleep is not too short.
-CYCLES_PER_MS = 2_000_000
+from spatial_pe.bench import timing as device
+from spatial_pe.bench.timing import MOST_REPEATS, SAMPLE_MS, Setting, sample
+
+__all__ = ["MOST_REPEATS", "SAMPLE_MS", "Call", "Setting", "calibrate", "clocks", "host_microseconds", "sample"]
 
 Call = Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How to take a sample of a call."""
-
-    repeats: int
-    sleep_ms: float
-
-
 def calibrate(call: Call) -> Setting:
-    """Runs the call a few times: the first compiles, and later ones may pick an algorithm."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(2):
-        call()
-    host_ms = 1e3 * (time.perf_counter() - begin) / 2
-    torch.cuda.synchronize()
-    device_ms = sample(call, Setting(2, min(3 * host_ms, MOST_SLEEP_MS)))
-    repeats = min(MOST_REPEATS, max(1, math.ceil(SAMPLE_MS / max(device_ms, 1e-4))))
-    return Setting(repeats, min(1.2 * repeats * host_ms + 0.1, MOST_SLEEP_MS))
-
-
-def sample(call: Call, setting: Setting) -> float:
-    """Milliseconds per call."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(setting.sleep_ms * CYCLES_PER_MS))
-    begin.record()
-    for _ in range(setting.repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / setting.repeats
+    return device.calibrate(call, SAMPLE_MS)
 
 
 def host_microseconds(call: Call, calls: int = 1000, chunk: int = 100) -> list[float]:

@@ -17,7 +17,9 @@ This file answers what a backend must answer, and imports nothing of Triton unti
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,15 +29,40 @@ from ..call import Call
 from . import tuned
 from .configs import INTERPRETED, bucket, capability, longest_of
 
-INSTALLED = importlib.util.find_spec("triton") is not None
+
+def _installed_version() -> str | None:
+    """Return what `import triton` would say of itself, or None. The import takes 0.3 s, of those who have no GPU too; the
+    distribution has another name in each build of torch (pytorch-triton, triton-rocm, triton-windows)."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"""^__version__ = ['"](.+)['"]""", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else "of unknown version"
+
+
+def _unusable(version: str | None) -> str | None:
+    """Return why the kernels cannot be compiled with this version, or None."""
+    if version is None:
+        return "triton is not installed: pip install triton (Linux; comes with torch's CUDA and ROCm builds)"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST:
+        return f"triton {version} is installed, the kernels need 3.5 or newer (as torch 2.9 has): pip install -U triton"
+    return None
+
+
+# constexpr_function in its top level
+OLDEST = (3, 5)
+VERSION = _installed_version()
+# Found once: unavailable() is asked in every call, and while one is traced.
+UNUSABLE = _unusable(VERSION)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Offsets within a tile, of at most 128 tokens, are 32 bits; those of tiles are 64.
 MOST_BETWEEN_TOKENS = 2**31 // 128
 
 
 def unavailable() -> str | None:
-    if not INSTALLED:
-        return "triton is not installed: pip install triton (Linux; comes with torch's CUDA and ROCm builds)"
+    if UNUSABLE is not None:
+        return UNUSABLE
     # asked for every call: is_available looks at the driver each time
     if INTERPRETED or torch.cuda.is_initialized() or torch.cuda.is_available():
         return None

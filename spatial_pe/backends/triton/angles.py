@@ -26,8 +26,9 @@ def angles_kernel(
     dk_batch, dk_token, dk_head = aligned(dk_batch, dk_token, dk_head, ALIGN)
     sample, token, row, written = block_of_tokens(tl.program_id(0), tokens, BLOCK)
     exists = written
-    if PADDED:  # what lies behind a sample's end may be NaN
-        exists = token + row < tl.load(lengths + sample)
+    if PADDED:  # what lies behind a sample's end may be NaN; where the length is none, all gradients are
+        length = tl.load(lengths + sample)
+        exists = written & (token + row < tl.where(length < 0, tokens, length))
     q += sample * q_batch + token * q_token
     k += sample * k_batch + token * k_token
     dq += sample * dq_batch + token * dq_token

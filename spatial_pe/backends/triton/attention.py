@@ -28,7 +28,7 @@ from .pieces import (
     store_pieces,
     zeros,
 )
-from .sequences import locate
+from .sequences import locate, poison
 
 
 @triton.jit
@@ -48,12 +48,15 @@ def forward_kernel(
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
-    sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    sample = tl.cast(sample, tl.int64)  # a tensor may hold more than 2^31 elements
+    if FORM != "dense":
+        poison(out, sample * tokens, nan, end, heads, head, D)
+        poison(lse, (sample * heads + head) * tokens, nan, end, 1, 0, 1)
     if FORM == "packed":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
         if first >= length:  # a program that is left over
             return
-    sample = tl.cast(sample, tl.int64)  # a tensor may hold more than 2^31 elements
-    token = tl.cast(start + first, tl.int64)
+    token = start + first
     row = tl.arange(0, BM)
     exists = first + row < length
 
@@ -92,7 +95,7 @@ def forward_kernel(
     written = exists
     if FORM == "padded":  # tokens that do not exist are 0
         acc = kept(acc, exists)
-        written = first + row < tokens
+        written = first + row < rows
     stride = heads * D
     out += (sample * tokens + token) * stride + head * D
     store_pieces(out, row, stride, written, acc, D, CUT)

@@ -30,7 +30,7 @@ from .pieces import (
     total_of,
     zeros,
 )
-from .sequences import locate
+from .sequences import locate, poison
 
 
 @triton.jit
@@ -50,12 +50,14 @@ def query_kernel(
     g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
-    sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    sample = tl.cast(sample, tl.int64)
+    if FORM != "dense":
+        poison(dq, sample * tokens, nan, end, heads, head, D)
     if FORM == "packed":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
         if first >= length:  # a program that is left over
             return
-    sample = tl.cast(sample, tl.int64)
-    token = tl.cast(start + first, tl.int64)
+    token = start + first
     row = tl.arange(0, BM)
     exists = first + row < length
     width: tl.constexpr = total_of(operand_cut(PAIRS))
@@ -93,7 +95,7 @@ def query_kernel(
             acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token, True, D, PAIRS, CUT, BM, BN
         )
 
-    written = first + row < tokens if FORM == "padded" else exists
+    written = first + row < rows if FORM == "padded" else exists
     store_turned_back(
         dq + at_block, row, stride, cos, sin, table_token, written, scaled(acc, scale),
         D, R, PAIRING, PAIRS,
@@ -131,9 +133,12 @@ def key_kernel(
     g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     kv_head = tl.cast(tl.program_id(1), tl.int64)
-    sample, start, length, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BN)
+    sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BN)
     sample = tl.cast(sample, tl.int64)
-    token = tl.cast(start + first, tl.int64)
+    if FORM != "dense":
+        poison(dk, sample * tokens, nan, end, kv_heads, kv_head, D)
+        poison(dv, sample * tokens, nan, end, kv_heads, kv_head, D)
+    token = start + first
     row = tl.arange(0, BN)
     exists = first + row < length
     width: tl.constexpr = total_of(operand_cut(PAIRS))
@@ -167,7 +172,7 @@ def key_kernel(
     if FORM == "padded":
         dkeys = kept(dkeys, exists)
         dvalues = kept(dvalues, exists)
-        written = first + row < tokens
+        written = first + row < rows
     stride = kv_heads * D
     at_block = (sample * tokens + token) * stride + kv_head * D
     cos += sample * table_batch + token * table_token + kv_head * table_head

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ...watched import constant
+from ...dispatcher import assume_constant
 from ..call import Call
 from . import tuned
 
@@ -39,7 +39,7 @@ def family_of(device: torch.device) -> Family:
     return "hopper" if major == 9 else "blackwell" if major in (10, 11) else "ampere"
 
 
-@constant
+@assume_constant
 def capability(index: int) -> tuple[int, int]:
     if index not in _CAPABILITIES:  # torch's own answer takes 2 us, in every call
         _CAPABILITIES[index] = torch.cuda.get_device_capability(index)

@@ -4,6 +4,20 @@
 Packed sequences: sequence i gets the programs from cu_seqlens[i] // BLOCK + i on. That many are enough for any lengths,
 the count needs no length (T // BLOCK + sequences), and a program finds its sequence by a binary search. Programs that
 are left over find a block past the end of their sequence and do nothing.
+
+A program gets ``(sample, start, length, rows, nan, end)``: tokens [start, start + length) of the sample attend to each
+other, rows [start, start + rows) of a result are computed, 0 from ``length`` on (padding), and rows [nan, end) become NaN
+(``poison``): none in a call that is right. The host cannot read the lengths without waiting for the GPU, so here is
+where wrong ones must show. Nothing is read or written outside the tensors, every row is written, and NaN are
+
+    the rows of a sample                  where seqlens[b] is not in 0..N
+    the rows behind cu_seqlens[-1]        where that is less than T
+    the rows between two of cu_seqlens    where one is not in 0..T, the first not 0, or a window longer than its tile
+    those that token 0 has a program with where cu_seqlens decrease anywhere; rows that several sequences claim then hold
+                                          what one of them wrote
+
+All rows are written because bounds are read as if the first were 0, the last T, and the others clipped to 0..T: a way
+from 0 to T passes each row upwards, whatever else it does, and so do the blocks from one program to the next.
 """
 
 from __future__ import annotations
@@ -21,25 +35,93 @@ def programs(form: str, sequences: int, tokens: int, block: int) -> int:
 
 @triton.jit
 def locate(program, bounds, sequences, tokens, FORM: tl.constexpr, BLOCK: tl.constexpr):
-    """(sample, first token of the sequence in the sample, its length, first token of the block in the sequence)."""
+    """The sequence of a program, and last the first token of its block there."""
     if FORM == "packed":
         low = 0
         high = sequences
         while high - low > 1:
             middle = (low + high) // 2
-            at_or_before = tl.load(bounds + middle) // BLOCK + middle <= program
+            at_or_before = _clipped(tl.load(bounds + middle), tokens) // BLOCK + middle <= program
             low = tl.where(at_or_before, middle, low)
             high = tl.where(at_or_before, high, middle)
-        start = tl.load(bounds + low)
-        length = tl.load(bounds + low + 1) - start
-        return start * 0, start, length, (program - (start // BLOCK + low)) * BLOCK
+        start, length, begin, end = _packed(low, bounds, sequences, tokens)
+        first = (program - (begin // BLOCK + low)) * BLOCK
+        if begin + first == 0:
+            length = tl.where(_decrease(bounds, sequences), 0, length)
+        nan = begin + tl.maximum(first, length)
+        return start * 0, tl.cast(start, tl.int64), length, length, nan, tl.minimum(begin + first + BLOCK, end), first
     else:
         blocks = tl.cdiv(tokens, BLOCK)
         sample = program // blocks
-        length = tokens
-        if FORM == "padded":
-            length = tl.load(bounds + sample)
-        return sample, sample * 0, length, (program % blocks) * BLOCK
+        first = (program % blocks) * BLOCK
+        length, rows = _of_sample(sample, bounds, tokens, FORM)
+        nan = tl.maximum(first, rows)
+        return sample, tl.cast(sample * 0, tl.int64), length, rows, nan, tl.minimum(first + BLOCK, tokens), first
+
+
+@triton.jit
+def whole_sequence(index, bounds, sequences, tokens, FORM: tl.constexpr, LONGEST: tl.constexpr):
+    """Sequence `index`, for kernels that have room for LONGEST tokens of it."""
+    if FORM == "packed":
+        start, length, begin, end = _packed(index, bounds, sequences, tokens)
+        length = tl.where(length <= LONGEST, length, 0)
+        if begin == 0:
+            length = tl.where(_decrease(bounds, sequences), 0, length)
+        return start * 0, tl.cast(start, tl.int64), length, length, begin + length, end
+    else:
+        length, rows = _of_sample(index, bounds, tokens, FORM)
+        return index, tl.cast(index * 0, tl.int64), length, rows, rows, tokens
+
+
+@triton.jit
+def _packed(index, bounds, sequences, tokens):
+    """(start, length, begin, end) of packed sequence `index`, which has rows [begin, end). The start is what was read, for
+    sequences with a length: at hand, where `begin` would take instructions of the loops."""
+    start = tl.load(bounds + index)
+    stop = tl.load(bounds + index + 1)
+    begin = tl.where(index == 0, 0, _clipped(start, tokens))
+    end = tl.where(index + 1 == sequences, tokens, _clipped(stop, tokens))
+    right = (start == begin) & (start <= stop) & (stop <= end)
+    return start, tl.where(right, stop - start, 0), begin, end
+
+
+@triton.jit
+def _clipped(bound, tokens):
+    return tl.minimum(tl.maximum(bound, 0), tokens)
+
+
+@triton.jit
+def _decrease(bounds, sequences):
+    """Whether packed bounds do so anywhere. Of all programs only that of token 0 asks."""
+    found = tl.full((32,), 0, tl.int32)
+    for at in tl.range(0, sequences, 32, num_stages=1):
+        index = at + tl.arange(0, 32)
+        bound = tl.load(bounds + index, mask=index < sequences, other=0)
+        found |= (tl.load(bounds + index + 1, mask=index < sequences, other=0) < bound).to(tl.int32)
+    return tl.max(found, 0) > 0
+
+
+@triton.jit
+def _of_sample(sample, bounds, tokens, FORM: tl.constexpr):
+    """(length, rows) of a sample of `tokens`."""
+    length = tokens
+    rows = tokens
+    if FORM == "padded":
+        length = tl.load(bounds + sample)
+        right = (length >= 0) & (length <= tokens)
+        length = tl.where(right, length, 0)
+        rows = tl.where(right, tokens, 0)
+    return length, rows
+
+
+@triton.jit
+def poison(result, sample_row, nan, end, heads, head, D: tl.constexpr):
+    """NaN in rows [nan, end) of a sample, of one head of a contiguous (rows, heads, D). All that takes registers is
+    within the branch."""
+    if nan < end:
+        channel = tl.arange(0, 128)
+        for row in tl.range(nan, end, num_stages=1):
+            tl.store(result + ((sample_row + row) * heads + head) * D + channel, float("nan"), mask=channel < D)
 
 
 @triton.jit
@@ -50,15 +132,3 @@ def block_of_tokens(program, tokens, BLOCK: tl.constexpr):
     first = (program % blocks) * BLOCK
     row = tl.arange(0, BLOCK)
     return sample, tl.cast(first, tl.int64), row, first + row < tokens
-
-
-@triton.jit
-def whole_sequence(index, bounds, tokens, FORM: tl.constexpr):
-    """(sample, first token, length) of sequence `index`."""
-    if FORM == "packed":
-        start = tl.load(bounds + index)
-        return start * 0, start, tl.load(bounds + index + 1) - start
-    elif FORM == "padded":
-        return index, index * 0, tl.load(bounds + index)
-    else:
-        return index, index * 0, tokens

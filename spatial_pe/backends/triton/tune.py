@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure tiles on this GPU: `spatial-pe tune`, or `python -m spatial_pe.cli tune`.
+"""Measure tiles and backends on this GPU: `spatial-pe tune`, or `python -m spatial_pe.cli tune`.
 
 A few candidates for each unit (forward, query, key, windows) are timed on the shapes that vision towers have, and what
 wins is kept on disk for this GPU and these versions (tuned.py). Candidates are compiled beforehand by as many processes
-as there are cores, into Triton's own cache.
+as there are cores, into Triton's own cache. Without Triton there are no tiles, and only backends are compared.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ...rotary import Rotary
-from .. import composed, cuda
+from .. import composed, cuda, triton
 from ..call import Call
-from . import configs, replay, tuned
+from . import configs, tuned
 from .configs import Choice, Tile, Window
-from .plan import Plan, plan_backward, plan_forward
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def candidates(unit: str, problem: Problem, base: Choice) -> list[Any]:
 
 
 def plan_of(unit: str, call: Call, choice: Choice, results: tuple) -> Plan:
+    from .plan import plan_backward, plan_forward
+
     if unit in ("forward", "window_forward"):
         return plan_forward(call, choice)
     out, lse, dout = results
@@ -141,7 +146,8 @@ def tune(
     clock = clock or milliseconds
     begun = time.monotonic()
     problems = list(problems)
-    if workers != 0:
+    has_tiles = triton.unavailable() is None
+    if has_tiles and workers != 0:
         _compile_all(problems, device, workers or min(16, os.cpu_count() or 1), seconds / 2)
     rows: dict[str, dict[str, Any]] = {}
     for problem in problems:
@@ -153,15 +159,60 @@ def tune(
         say(f"{problem}: {row}")
         tuned.save(rows, file)
     configs.forget()
-    replay.forget()
+    if has_tiles:
+        from . import replay
+
+        replay.forget()
     return rows
 
 
 def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[str, Any]:
     call = problem.call(device)
+    dout = torch.randn(call.q.shape, device=device, dtype=call.q.dtype)
+    row: dict[str, Any] = {"milliseconds": {}}
+    backends = [_composed(call, dout)]
+    if triton.unavailable() is None:
+        backends.insert(0, _tuned_tiles(problem, call, dout, clock, row))
+    if cuda.unavailable() is None and cuda.cannot_serve(call) is None:
+        found = Timed("cuda", lambda: cuda.forward(call)[:1], lambda: _cuda_gradients(call, dout))
+        if (why := _differs(found, backends[0], call.q.dtype)) is None:
+            backends.append(found)
+        else:
+            row.setdefault("failed", []).append(f"cuda: {why}")
+    row["faster"] = _fastest(backends, clock, row)
+    return row
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A backend on one problem: inference() -> (out, ...), training() -> (dq, dk, dv), of a forward of its own."""
+
+    name: str
+    inference: Callable[[], tuple[Tensor, ...]]
+    training: Callable[[], tuple[Tensor, ...]]
+
+
+def _composed(call: Call, dout: Tensor) -> Timed:
+    """The rotation alone, then torch's attention."""
+    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+    wanted = replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
+
+    def inference() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (composed.attention(call),)
+
+    return Timed("composed", inference, lambda: torch.autograd.grad(composed.attention(wanted), leaves, dout))
+
+
+def _cuda_gradients(call: Call, dout: Tensor) -> tuple[Tensor, ...]:
+    return cuda.backward(call, *cuda.forward(call), dout)
+
+
+def _tuned_tiles(problem: Problem, call: Call, dout: Tensor, clock: Callable, row: dict[str, Any]) -> Timed:
+    """Time the candidates of each unit, write what wins into the row, and return Triton with it."""
+    device = call.q.device
     dtype, dim, longest = problem.regime()
     choice = configs.prebuilt(configs.family_of(device), dtype, dim, longest)
-    row: dict[str, Any] = {"milliseconds": {}}
     results: tuple = ()
     # windows before tiles: None among them means that the tiles are timed, and have to be the best ones
     for unit in tuned.UNITS:
@@ -184,65 +235,41 @@ def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[s
         row[unit] = tuned.plain(best)
         row["milliseconds"][unit] = times[best]
         if unit == "window_forward":
-            plan = plan_forward(call, choice)
+            plan = plan_of("forward", call, choice, ())
             plan.run(device)
-            results = (*plan.results, torch.randn_like(plan.results[0]))
-    row["faster"] = _fastest(call, choice, results, device, clock, row)
-    return row
+            results = (*plan.results, dout)
+    forward, backward = plan_of("forward", call, choice, ()), plan_of("backward", call, choice, results)
+
+    def inference() -> tuple[Tensor, ...]:
+        forward.run(device)
+        return forward.results
+
+    def training() -> tuple[Tensor, ...]:
+        forward.run(device)
+        backward.run(device)
+        return backward.results
+
+    return Timed("triton", inference, training)
 
 
-def _fastest(call: Call, choice: Choice, results: tuple, device, clock, row: dict[str, Any]) -> dict[str, str]:
-    """Which backend: these kernels, those of cuda.py, or the rotation kernel and torch's attention."""
-    out, lse, dout = results
-    forward = functools.partial(plan_forward(call, choice).run, device)
-    plan = plan_backward(call, out, lse, dout, choice)
-    backward = functools.partial(plan.run, device)
-    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
-    wanted = replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
-
-    def inference() -> None:
-        with torch.no_grad():
-            composed.attention(call)
-
-    def training() -> None:
-        torch.autograd.grad(composed.attention(wanted), leaves, dout)
-
-    def both() -> None:
-        forward()
-        backward()
-
-    uses: dict[str, dict[str, Callable[[], Any]]] = {
-        "inference": {"triton": forward, "composed": inference},
-        "training": {"triton": both, "composed": training},
-    }
-    if cuda.unavailable() is None and cuda.cannot_serve(call) is None:
-        if (why := _differs(call, results, plan)) is None:
-            uses["inference"]["cuda"] = lambda: cuda.forward(call)
-            uses["training"]["cuda"] = lambda: cuda.backward(call, *cuda.forward(call), dout)
-        else:
-            row.setdefault("failed", []).append(f"cuda: {why}")
-    runs = {f"{name}, {use}": run for use, found in uses.items() for name, run in found.items()}
-    times = clock(runs)
+def _fastest(backends: list[Timed], clock: Callable, row: dict[str, Any]) -> dict[str, str]:
+    """Which backend serves soonest: {"inference": its name, "training": its name}."""
+    uses = ("inference", "training")
+    times = clock({f"{found.name}, {use}": getattr(found, use) for use in uses for found in backends})
     row["milliseconds"] |= times
-
-    def fastest(use: str) -> str:
-        return min(uses[use], key=lambda name: times[f"{name}, {use}"])
-
-    return {use: fastest(use) for use in uses}
+    return {use: min((found.name for found in backends), key=lambda name: times[f"{name}, {use}"]) for use in uses}
 
 
-def _differs(call: Call, results: tuple, backward: Plan) -> str | None:
-    """Whether the CUDA kernels disagree with these by more than 16-bit rounding, so that they are not taken."""
-    out, _, dout = results
+def _differs(found: Timed, other: Timed, dtype: torch.dtype) -> str | None:
+    """Return how two backends disagree by more than 16-bit rounding, or None."""
     try:
-        got = cuda.forward(call)
-        grads = cuda.backward(call, *got, dout)
+        results = (found.inference()[0], *found.training())
     except Exception as error:  # does not launch, or fails on the device
         return f"{type(error).__name__}: {error}"[:200]
-    backward.run(call.q.device)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), (got[0], *grads), (out, *backward.results), strict=True):
+    expected = (other.inference()[0], *other.training())
+    for name, a, b in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
         distance = (a.float() - b.float()).norm() / b.float().norm()
-        if not distance < 16 * torch.finfo(call.q.dtype).eps:
+        if not distance < 16 * torch.finfo(dtype).eps:
             return f"{name} is off by {distance:.1e} of its norm"
     return None
 

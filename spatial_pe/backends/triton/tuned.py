@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...watched import constant
+from ...cache import cache_folder
+from ...dispatcher import assume_constant
 
 if TYPE_CHECKING:
     from .configs import Choice
@@ -27,21 +28,13 @@ FORMAT = 1
 UNITS = ("forward", "window_forward", "query", "key", "window_backward")
 
 
-def folder() -> Path:
-    """$SPATIAL_PE_CACHE, or spatial_pe in the user's cache folder."""
-    if own := os.environ.get("SPATIAL_PE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spatial_pe"
-
-
 def path(device: torch.device) -> Path:
     """Tiles that are best on one GPU, or with one compiler, are not on another."""
-    import triton
-
     from ... import __version__
+    from . import VERSION
 
-    name = f"{torch.cuda.get_device_name(device)}-triton-{triton.__version__}-spatial_pe-{__version__}"
-    return folder() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
+    name = f"{torch.cuda.get_device_name(device)}-triton-{VERSION or 'none'}-spatial_pe-{__version__}"
+    return cache_folder() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
 
 def regime(dtype: torch.dtype, dim: int, longest: int) -> str:
@@ -51,8 +44,8 @@ def regime(dtype: torch.dtype, dim: int, longest: int) -> str:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Rows by regime: the tiles of each unit (None: a window does not serve it), what took how many milliseconds, and
-    which backend was fastest, "triton", "cuda" or "composed", for "inference" and "training"."""
+    """Rows by regime: the tiles of each unit (None: a window does not serve it; none of a unit without Triton), what took
+    how many milliseconds, and which backend was fastest, "triton", "cuda" or "composed", for "inference" and "training"."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -76,12 +69,12 @@ class Tuned:
 # Asked while a call is traced, too; torch.compile takes their answers as they are.
 
 
-@constant
+@assume_constant
 def any_rows(device: torch.device) -> bool:
     return bool(load(device).rows)
 
 
-@constant
+@assume_constant
 def faster(device: torch.device, dtype: torch.dtype, dim: int, longest: int, training: bool) -> str | None:
     return load(device).faster(dtype, dim, longest, training)
 

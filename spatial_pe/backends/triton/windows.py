@@ -26,7 +26,7 @@ from .pieces import (
     store_turned_back,
     zeros,
 )
-from .sequences import whole_sequence
+from .sequences import poison, whole_sequence
 
 
 @triton.jit
@@ -39,17 +39,23 @@ def window_forward_kernel(
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, SETTLE: tl.constexpr,
     FORM: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As forward_kernel; no sequence is longer than BLOCK."""
+    """As forward_kernel; a sequence longer than BLOCK becomes NaN."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
-    sample, start, length = whole_sequence(tl.program_id(0), bounds, tokens, FORM)
+    sample, start, length, rows, nan, end = whole_sequence(tl.program_id(0), bounds, sequences, tokens, FORM, BLOCK)
     sample = tl.cast(sample, tl.int64)
-    start = tl.cast(start, tl.int64)
+    begin = tl.program_id(1) * PER_PROGRAM
+    stop = tl.minimum(begin + PER_PROGRAM, heads)
+    if FORM != "dense":
+        if nan < end:
+            for index in tl.range(begin, stop):
+                poison(out, sample * tokens, nan, end, heads, index, D)
+                poison(lse, (sample * heads + index) * tokens, nan, end, 1, 0, 1)
     row = tl.arange(0, BLOCK)
     exists = row < length
-    written = row < tokens if FORM == "padded" else exists
+    written = row < rows if FORM == "padded" else exists
     c = scale * 1.4426950408889634
     stride = heads * D
     q += sample * q_batch + start * q_token
@@ -58,8 +64,7 @@ def window_forward_kernel(
     cos += sample * table_batch + start * table_token
     sin += sample * table_batch + start * table_token
     out += (sample * tokens + start) * stride
-    begin = tl.program_id(1) * PER_PROGRAM
-    for index in tl.range(begin, tl.minimum(begin + PER_PROGRAM, heads), num_stages=STAGES):
+    for index in tl.range(begin, stop, num_stages=STAGES):
         head = tl.cast(index, tl.int64)
         at_cos = cos + head * table_head
         at_sin = sin + head * table_head
@@ -102,12 +107,17 @@ def window_backward_kernel(
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
-    sample, start, length = whole_sequence(tl.program_id(0), bounds, tokens, FORM)
+    sample, start, length, rows, nan, end = whole_sequence(tl.program_id(0), bounds, sequences, tokens, FORM, BLOCK)
     sample = tl.cast(sample, tl.int64)
-    start = tl.cast(start, tl.int64)
+    kv_head = tl.cast(tl.program_id(1), tl.int64)
+    if FORM != "dense":
+        for head in tl.range(kv_head * group, kv_head * group + group):
+            poison(dq, sample * tokens, nan, end, heads, head, D)
+        poison(dk, sample * tokens, nan, end, kv_heads, kv_head, D)
+        poison(dv, sample * tokens, nan, end, kv_heads, kv_head, D)
     row = tl.arange(0, BLOCK)
     exists = row < length
-    written = row < tokens if FORM == "padded" else exists
+    written = row < rows if FORM == "padded" else exists
     c = scale * 1.4426950408889634
     stride = heads * D
     kv_stride = kv_heads * D
@@ -121,7 +131,6 @@ def window_backward_kernel(
     dq += (sample * tokens + start) * stride
     dk += (sample * tokens + start) * kv_stride
     dv += (sample * tokens + start) * kv_stride
-    kv_head = tl.cast(tl.program_id(1), tl.int64)
     k_cos = cos + kv_head * table_head
     k_sin = sin + kv_head * table_head
     keys = load_turned(

@@ -5,7 +5,7 @@ module gets), ``fused`` (its forward), then what that reads: ``tables`` (a tower
 
 from .fused import FusedAttention
 from .patched import Binding, Patched, patched_class
-from .shapes import LEFT_ALONE, NO_GRID, SHAPES, TESTED, Known, Shape
+from .shapes import LEFT_ALONE, NO_GRID, SHAPES, TESTED, Known, Shape, tested
 
 __all__ = [
     "LEFT_ALONE",
@@ -18,4 +18,5 @@ __all__ = [
     "Patched",
     "Shape",
     "patched_class",
+    "tested",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention import rope_attention
+from ...dispatcher import fx_node
 from ...rotary import Rotary
 from ...rotation import apply_rotary_qk
 from ..layout import dropout_of, output, project
@@ -22,6 +23,8 @@ class FusedAttention(Patched):
     """Tokens (T, C) or (1, T, C) with bounds; (B, N, C); or (B, h, w, C), where SAM 3 has a window or an image."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (node := fx_node(self, *args, **kwargs)) is not None:
+            return node
         call = self.named(args, kwargs)
         if isinstance(mask := call.get("attn_mask"), Tensor) and mask.ndim == 2:
             call["attn_mask"] = mask[None, None]  # timm hands it to SDPA: (queries, keys), and not (samples, keys)
@@ -87,9 +90,7 @@ class FusedAttention(Patched):
         bound = self._spatial_pe
         if value is None and bound.shape.first == "x":
             return None  # timm: no rotation in this call
-        return rotation_of(
-            value, bound.shape.rotation, x.shape[-2], bound.layout.head_dim, bound.pairing, self.original
-        )
+        return rotation_of(value, bound.shape.rotation, x.shape[-2], bound.layout.head_dim, bound.pairing, bound.tables)
 
     def _padding(self, call: dict[str, Any], x: Tensor) -> tuple[Padding | None, str | None]:
         """The padding that a mask says, or why the call is not for the fused op."""

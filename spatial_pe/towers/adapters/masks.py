@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention import rope_attention
+from ...dispatcher import is_traced
 from ...rotary import Rotary
 from .memo import once_per_forward
 
@@ -32,7 +33,7 @@ def padding_of(mask: Tensor, batch: int, tokens: int) -> Padding | str | None:
     Takes (B|1, N), bool or 1 / 0, and (B|1, 1, 1|N, N), bool (True attends) or added to the scores (0 attends). Looks
     at the values, so a GPU is waited for, once per forward.
     """
-    if torch.compiler.is_compiling():
+    if is_traced(mask):
         return "attention_mask is given"
     return once_per_forward(mask, (), (batch, tokens), lambda: _read(mask, batch, tokens))
 

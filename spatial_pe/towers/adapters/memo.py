@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -18,7 +19,7 @@ def once_per_forward(key: Tensor, others: tuple[Tensor, ...], detail: Hashable, 
 
     What make() returns must not hold ``key`` or a view of it: it would keep its own entry alive.
     """
-    state = (detail, *map(_version, (key, *others)))
+    state = (detail, torch.is_inference_mode_enabled(), *map(_version, (key, *others)))
     entry = _entries.get(key)
     if entry is not None:
         refs, known, value = entry

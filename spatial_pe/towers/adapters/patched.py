@@ -17,6 +17,7 @@ from ..grids import Grids
 from ..layout import Layout, dropout_of
 from ..request import Request
 from .shapes import Shape
+from .tables import Seen
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Binding:
     prefix: int = 0  # with an added RoPE: tokens before the patches, and after them
     suffix: int = 0
     request: Request = field(default_factory=Request)
+    tables: Seen = field(default_factory=Seen)  # with a RoPE of its own
 
     @property
     def added(self) -> bool:

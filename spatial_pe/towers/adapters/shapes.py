@@ -4,6 +4,8 @@
 An attention module is recognised by the arguments of its forward and by its projections, never by its name. A class in
 ``TESTED`` is part of this package's tests: it is trusted with ``verify=False``, and a difference found by ``verify``
 raises. Any other class that has a form is patched only if verification proves it right, which also finds its pairing.
+What is trusted is named by module and class: code that comes with a checkpoint has classes of the same names that do
+something else (Ovis2.5's ``Siglip2Attention`` rotates). What is refused is named by class alone: so are its copies.
 """
 
 from __future__ import annotations
@@ -107,44 +109,66 @@ class Known(NamedTuple):
 
 
 # Attention classes that tests/towers run, on the oldest and the newest supported transformers where they exist there.
+# x.Y is transformers.models.x.modeling_x.Y
 _HALF = """
-    VisionAttention Qwen2_5_VLVisionAttention Qwen3VLVisionAttention Qwen3VLMoeVisionAttention
-    Qwen3_5VisionAttention Qwen3_5MoeVisionAttention Qwen4ExpVisionAttention Qwen3OmniMoeVisionAttention
-    Qwen2_5OmniVisionAttention Glm4vVisionAttention Glm4vMoeVisionAttention GlmOcrVisionAttention
-    Glm5NextVisionAttention Dots3NoteVisionAttention CohereCompassVisionAttention Exaone4_5_VisionAttention
-    Ernie4_5_VLMoeVisionAttention Kimi_K25VisionAttention MuseGlimmerVisionAttention MuseSparkVisionAttention
-    PixtralAttention DINOv3ViTAttention EomtDinov3Attention Sapiens2Attention Step3p7VisionAttention MLCDAttention
-    GlmImageVisionAttention Cosmos3EdgeVisionAttention
+    qwen2_vl.VisionAttention qwen2_5_vl.Qwen2_5_VLVisionAttention qwen3_vl.Qwen3VLVisionAttention
+    qwen3_vl_moe.Qwen3VLMoeVisionAttention qwen3_5.Qwen3_5VisionAttention qwen3_5_moe.Qwen3_5MoeVisionAttention
+    qwen4_exp.Qwen4ExpVisionAttention qwen3_omni_moe.Qwen3OmniMoeVisionAttention
+    qwen2_5_omni.Qwen2_5OmniVisionAttention glm4v.Glm4vVisionAttention glm4v_moe.Glm4vMoeVisionAttention
+    glm_ocr.GlmOcrVisionAttention glm5_next.Glm5NextVisionAttention dots3_note.Dots3NoteVisionAttention
+    cohere_compass.CohereCompassVisionAttention exaone4_5.Exaone4_5_VisionAttention
+    ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention kimi_k25.Kimi_K25VisionAttention
+    muse_glimmer.MuseGlimmerVisionAttention muse_spark.MuseSparkVisionAttention pixtral.PixtralAttention
+    dinov3_vit.DINOv3ViTAttention eomt_dinov3.EomtDinov3Attention sapiens2.Sapiens2Attention
+    step3p7.Step3p7VisionAttention mlcd.MLCDAttention glm_image.GlmImageVisionAttention
+    cosmos3_edge.Cosmos3EdgeVisionAttention
 """
 _PLAIN = """
-    CLIPAttention AltCLIPAttention ChineseCLIPVisionAttention MetaClip2Attention XCLIPAttention
-    Kosmos2VisionAttention GitVisionAttention OwlViTAttention SiglipAttention JanusVisionAttention
-    Aimv2Attention Ovis2VisionAttention Ovis2Attention InternVLVisionAttention QianfanOCRVisionAttention
-    Idefics3VisionAttention SmolVLMVisionAttention GraniteDoclingVisionAttention
-    Dinov2Attention Dinov2SelfAttention Dinov2WithRegistersAttention Dinov2WithRegistersSelfAttention ViTAttention
-    ViTSelfAttention IJepaAttention IJepaSelfAttention ViTMSNAttention ViTMSNSelfAttention ViTMAEAttention
-    ViTMAESelfAttention DeiTAttention DeiTSelfAttention YolosSelfAttention PixioAttention Tipsv2VisionAttention
+    clip.CLIPAttention altclip.AltCLIPAttention chinese_clip.ChineseCLIPVisionAttention
+    metaclip_2.MetaClip2Attention x_clip.XCLIPAttention kosmos2.Kosmos2VisionAttention git.GitVisionAttention
+    owlvit.OwlViTAttention siglip.SiglipAttention janus.JanusVisionAttention aimv2.Aimv2Attention
+    ovis2.Ovis2VisionAttention ovis2.Ovis2Attention internvl.InternVLVisionAttention
+    qianfan_ocr.QianfanOCRVisionAttention idefics3.Idefics3VisionAttention smolvlm.SmolVLMVisionAttention
+    granite_docling.GraniteDoclingVisionAttention dinov2.Dinov2Attention dinov2.Dinov2SelfAttention
+    dinov2_with_registers.Dinov2WithRegistersAttention dinov2_with_registers.Dinov2WithRegistersSelfAttention
+    vit.ViTAttention vit.ViTSelfAttention ijepa.IJepaAttention ijepa.IJepaSelfAttention vit_msn.ViTMSNAttention
+    vit_msn.ViTMSNSelfAttention vit_mae.ViTMAEAttention vit_mae.ViTMAESelfAttention deit.DeiTAttention
+    deit.DeiTSelfAttention yolos.YolosSelfAttention pixio.PixioAttention tipsv2.Tipsv2VisionAttention
 """
 _HALF_TUPLE = """
-    PaddleOCRVisionAttention VideoLlama3VisionAttention Lfm3VlVisionAttention MiniMaxM3VLVisionAttention
-    HunYuanVLVisionAttention MiniCPMV4_6VisionAttention
+    paddleocr_vl.PaddleOCRVisionAttention video_llama_3.VideoLlama3VisionAttention lfm3_vl.Lfm3VlVisionAttention
+    minimax_m3_vl.MiniMaxM3VLVisionAttention hunyuan_vl.HunYuanVLVisionAttention
+    minicpmv4_6.MiniCPMV4_6VisionAttention
 """
 _PADDING = """
-    Siglip2Attention Idefics2VisionAttention Attention
+    siglip2.Siglip2Attention idefics2.Idefics2VisionAttention
 """
+
+
+def _of_transformers(classes: str, known: Known) -> dict[str, Known]:
+    pairs = (entry.split(".") for entry in classes.split())
+    return {f"transformers.models.{family}.modeling_{family}.{name}": known for family, name in pairs}
+
+
 TESTED: dict[str, Known] = {
-    **dict.fromkeys(_HALF.split(), Known()),
-    **dict.fromkeys(_HALF_TUPLE.split(), Known(returns="tuple")),
-    **dict.fromkeys(_PLAIN.split(), Known()),
-    **dict.fromkeys(_PADDING.split(), Known(pads=True)),
-    "Inkling2VisionAttention": Known("interleaved", returns="tuple"),
-    "RadioAttention": Known(returns="tuple"),
-    "Llama4VisionAttention": Known("interleaved"),
-    "Sam3ViTRoPEAttention": Known("interleaved"),
-    "Gemma4VisionAttention": Known("axis_half", pads=True),
-    "EvaAttention": Known("interleaved", pads=True),
-    "AttentionRope": Known("interleaved", pads=True),
+    **_of_transformers(_HALF, Known()),
+    **_of_transformers(_HALF_TUPLE, Known(returns="tuple")),
+    **_of_transformers(_PLAIN, Known()),
+    **_of_transformers(_PADDING, Known(pads=True)),
+    **_of_transformers("inkling2.Inkling2VisionAttention", Known("interleaved", returns="tuple")),
+    **_of_transformers("radio.RadioAttention", Known(returns="tuple")),
+    **_of_transformers("llama4.Llama4VisionAttention sam3.Sam3ViTRoPEAttention", Known("interleaved")),
+    **_of_transformers("gemma4.Gemma4VisionAttention", Known("axis_half", pads=True)),
+    "timm.layers.attention.Attention": Known(pads=True),
+    "timm.layers.attention.AttentionRope": Known("interleaved", pads=True),
+    "timm.models.eva.EvaAttention": Known("interleaved", pads=True),
 }
+
+
+def tested(cls: type) -> Known | None:
+    """What the tests say of a class, or None where they do not run it."""
+    return TESTED.get(f"{cls.__module__}.{cls.__qualname__}")
+
 
 # Attention that looks right and is not: by class, with the reason that the report gives.
 LEFT_ALONE: dict[str, str] = {
@@ -153,8 +177,10 @@ LEFT_ALONE: dict[str, str] = {
     "attention would change",
 }
 
-# Towers whose tokens are not a grid of patches behind a prefix: no RoPE is added to them.
+# Attention over tokens that are not a grid of patches behind a prefix: no RoPE is added to it.
+_SHUFFLED = "its tokens are a shuffled part of the patches"
 NO_GRID: dict[str, str] = {
-    "ViTMAE": "its tokens are a shuffled part of the patches",
-    "XCLIP": "it adds a token after the patches, and attends over frames",
+    "ViTMAEAttention": _SHUFFLED,
+    "ViTMAESelfAttention": _SHUFFLED,
+    "XCLIPAttention": "it adds a token after the patches, and attends over frames",
 }

@@ -7,22 +7,38 @@ Four forms are in use, with one column per channel (each angle twice) or per pai
 - complex (N, R/2) or (N, 1, R/2): Llama 4;
 - the angles (N, R/2), ``rotary_pos_emb``: Qwen2.5-Omni in transformers 4;
 - ``[sin | cos]`` (N, 2R), (H, N, 2R), (B, 1, N, 2R): timm, per head where the encoding is mixed.
+
+With a column per channel, the two columns of a pair must be alike: of tables ordered for another pairing a Rotary would
+hold half, and no proof notices, since it has tables of its own. Eager calls look at the values: on the CPU in every
+forward, on a GPU, which they wait for, until those of a module were alike once. Traced calls (torch.compile, export,
+jit.trace, vmap) see no values: there a column unlike its partner becomes NaN, and so does the output. A module that was
+called before it was traced, and was given such tables, is traced with its own forward.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...dispatcher import is_traced
 from ...rotary import Rotary, split_pairs
 from .memo import once_per_forward
 
-_trusted: set[tuple[type, str]] = set()
+DIFFER = "the two halves of cos and sin differ"
 
 
-def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: str, owner: type) -> Rotary | str:
+@dataclass
+class Seen:
+    """What was last seen of the tables that the tower of one attention module hands over: nothing yet, or which."""
+
+    alike: bool = False
+    differ: bool = False
+
+
+def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: str, seen: Seen) -> Rotary | str:
     """A Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
 
     Making a Rotary checks for NaN and costs 20 us, looking it up 3 us.
@@ -36,15 +52,19 @@ def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: 
     prefix = tokens - cos.shape[1]
     if prefix < 0:
         return f"its rotation has {cos.shape[1]} rows for {tokens} tokens"
-    if torch.compiler.is_compiling() or cos.requires_grad or sin.requires_grad:
-        return _make(cos, sin, repeated, prefix, pairing)
+    if is_traced(cos):
+        return DIFFER if repeated and seen.differ else _make(cos, sin, repeated, prefix, pairing, unseen=True)
+    differentiable = cos.requires_grad or sin.requires_grad
 
-    def make() -> Rotary | str:
-        if repeated and not _repeats(cos, sin, pairing, owner):
-            return "the two halves of cos and sin differ"
-        return _make(cos, sin, repeated, prefix, pairing)
+    def make() -> Rotary | str | None:
+        if repeated and not _alike(cos, sin, pairing, seen):
+            return DIFFER
+        # kept, a differentiable one would hold the graph of its own key
+        return None if differentiable else _make(cos, sin, repeated, prefix, pairing)
 
-    return once_per_forward(key, others, (prefix, pairing), make)
+    found = once_per_forward(key, others, (prefix, pairing, differentiable), make)
+    seen.alike, seen.differ = found is not DIFFER, found is DIFFER
+    return _make(cos, sin, repeated, prefix, pairing) if found is None else found
 
 
 def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
@@ -68,24 +88,33 @@ def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, b
     return f"its rotation is not a pair of tables for {head_dim} channels"
 
 
-def _make(cos: Tensor, sin: Tensor, repeated: bool, prefix: int, pairing: str) -> Rotary:
+def _make(cos: Tensor, sin: Tensor, repeated: bool, prefix: int, pairing: str, unseen: bool = False) -> Rotary:
+    """unseen: columns of one channel each that nobody could compare."""
     wide = torch.float64 if cos.dtype == torch.float64 else torch.float32
     tables = []
     for x, unrotated in ((cos, 1.0), (sin, 0.0)):
-        rows = split_pairs(x, pairing)[0] if repeated else x
+        rows, others = split_pairs(x, pairing) if repeated else (x, x)
+        if repeated and unseen:
+            rows = torch.where((rows - others).abs() <= _rounding(x.dtype), rows, torch.nan)
         # copies: a view would keep the key of its own entry alive
         rows = rows.to(wide, copy=True, memory_format=torch.contiguous_format)
         if prefix:
             rows = torch.cat([rows.new_full((rows.shape[0], prefix, *rows.shape[2:]), unrotated), rows], dim=1)
         tables.append(rows)
-    return Rotary(tables[0], tables[1], pairing)  # type: ignore[arg-type]
+    make = Rotary._unchecked if unseen else Rotary  # jit.trace would meet the NaN, and blame the tower
+    return make(tables[0], tables[1], pairing)  # type: ignore[arg-type]
 
 
-def _repeats(cos: Tensor, sin: Tensor, pairing: str, owner: type) -> bool:
-    """Looks at the values: always on the CPU, elsewhere (where it waits for the device) once per attention class."""
-    if cos.device.type != "cpu" and (owner, pairing) in _trusted:
+def _rounding(dtype: torch.dtype) -> float:
+    """How far equal columns may lie apart where a compiler computes each: an angle of 1000 has an ulp of 6e-5."""
+    return max(1e-3, 4 * torch.finfo(dtype).eps)
+
+
+def _alike(cos: Tensor, sin: Tensor, pairing: str, seen: Seen) -> bool:
+    if seen.alike and not _free_to_look(cos):
         return True
-    same = all(torch.equal(*split_pairs(x, pairing)) for x in (cos, sin))
-    if same:
-        _trusted.add((owner, pairing))
-    return same
+    return all(torch.equal(*split_pairs(x, pairing)) for x in (cos, sin))
+
+
+def _free_to_look(x: Tensor) -> bool:
+    return x.device.type == "cpu"

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How torch.vmap batches the op and its backward: lanes become samples of one call.
+
+A rule takes (info, in_dims, *arguments of the op) and returns (results, dimension of the lanes in each). Packed lanes
+run one after the other: their sequences may differ, and each lane is checked by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# places among the arguments that the two ops share; the backward has dout, out and lse before them
+COS, SIN, CU_SEQLENS, COUNT = 3, 4, 7, 11
+
+Results = tuple[tuple[Tensor, ...], tuple[int, ...]]
+
+
+def forward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Results:
+    return _batched(torch.ops.spatial_pe.rope_attention, info.batch_size, in_dims, args)
+
+
+def backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Results:
+    return _batched(torch.ops.spatial_pe.rope_attention_backward, info.batch_size, in_dims, args)
+
+
+def _batched(op: Callable, lanes: int, in_dims: Sequence[int | None], args: tuple) -> Results:
+    shared = len(args) - COUNT
+    by_lane = [_lanes_first(x, dim, lanes) for x, dim in zip(args, in_dims, strict=True)]
+    if args[shared + CU_SEQLENS] is not None:
+        each = [op(*(_readable(x[i]) if isinstance(x, Tensor) else x for x in by_lane)) for i in range(lanes)]
+        results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    else:
+        samples = by_lane[0].shape[1]
+        tables = (shared + COS, shared + SIN)
+        folded = [
+            _folded_table(x, in_dims[i], by_lane[i], samples) if i in tables else _folded(by_lane[i])
+            for i, x in enumerate(args)
+        ]
+        results = tuple(x.unflatten(0, (lanes, samples)) for x in op(*folded))
+    return results, (0,) * len(results)
+
+
+def _lanes_first(x: Any, dim: int | None, lanes: int) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return x.expand(lanes, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _folded(x: Any) -> Any:
+    """(lanes, B, ...) -> (lanes * B, ...)."""
+    return _readable(x.flatten(0, 1)) if isinstance(x, Tensor) else x
+
+
+def _folded_table(table: Tensor | None, dim: int | None, by_lane: Any, samples: int) -> Tensor | None:
+    """(B|1, N, H|1, R/2), or with lanes -> (lanes * B | 1, N, H|1, R/2): one table that all share stays one."""
+    if table is None or (dim is None and table.shape[0] == 1):
+        return table
+    return by_lane.expand(-1, samples, -1, -1, -1).flatten(0, 1)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The kernels need a last dimension of stride 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
