@@ -269,7 +269,7 @@ class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
 
 
 def _differentiable(name: str, function: Any, plain: Callable) -> None:
-    """Register what an op does at the Autograd key: records ``function``, or computes by plain operators."""
+    """Register what an op does at the Autograd key: it records ``function``, or is plain where only that serves."""
     op = getattr(torch.ops.spatial_pe, name).default
 
     def at_autograd(keyset, *args):

@@ -151,7 +151,7 @@ def _inside_default_device(ask):
 
 
 def _inside_unknown_key(ask):
-    """As a listener of a future torch would announce itself: by a key of the thread. This one nobody asks for by name."""
+    """As a listener of a future torch would announce itself: by a key of the thread. None is asked for by its name."""
     with torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.PreDispatch):
         ask()
 
@@ -193,7 +193,7 @@ def test_special_tensors_are_noticed():
     assert all(dispatcher.needs_dispatcher((torch.zeros(2), x)) for x in special)
 
 
-# -------------------------------------------------------------------------------------------- calls that are not as traced
+# ----------------------------------------------------------------------------------------- calls that are not as traced
 
 
 def test_a_traced_graph_refuses_tensors_of_another_size():
@@ -257,7 +257,7 @@ def test_max_seqlen_is_an_upper_bound(backend):
     q, k, v = qkv(12)
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
     rope_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=7, backend=backend)
-    with pytest.raises(ValueError, match="max_seqlen must be at least .*, got 6: sequence 1 has 7 tokens"):
+    with pytest.raises(ValueError, match=r"max_seqlen must be at least .*, got 6: sequence 1 has 7 tokens"):
         rope_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=6, backend=backend)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The columns of the table: each takes a Function, does something to it, and compares with what it returns eagerly.
 
-What is compared: outputs, or gradients of ``loss``, a fixed random projection of the output. Eager outputs and gradients
-are themselves held to float64 by the tests of the op and of the towers.
+What is compared: outputs, or gradients of ``loss``, a fixed projection of the output. Eager outputs and gradients are
+themselves held to float64 by the tests of the op and of the towers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import spatial_pe
 TOLERANCE = 2e-5
 
 
-class Wrong(AssertionError):
+class WrongNumberError(AssertionError):
     """A number that is not right: nothing excuses it."""
 
 
@@ -43,10 +43,12 @@ def close(got: Tensor | Iterable[Tensor], expected: Tensor | Iterable[Tensor], t
         got, expected = [got], [expected]  # type: ignore[list-item]
     for x, y in zip(got, expected, strict=True):
         if x.shape != y.shape or not x.isfinite().all():
-            raise Wrong(f"{tuple(x.shape)} for {tuple(y.shape)}, {int((~x.isfinite()).sum())} of it NaN or Inf")
+            raise WrongNumberError(
+                f"{tuple(x.shape)} for {tuple(y.shape)}, {int((~x.isfinite()).sum())} of it NaN or Inf"
+            )
         distance, norm = (float(z.detach().double().norm()) for z in (x - y, y))
         if not distance <= tolerance * norm + 1e-7:
-            raise Wrong(f"off by {distance}, of {norm}")
+            raise WrongNumberError(f"off by {distance}, of {norm}")
 
 
 def leaves(f: Function) -> tuple[Tensor, ...]:
