@@ -26,7 +26,7 @@ from .dispatcher import (
     somebody_listens,
     unrecorded,
 )
-from .rotary import Rotary
+from .rotary import Rotary, table_gradients
 
 
 def rope_attention(
@@ -76,21 +76,21 @@ def rope_attention(
             rope_attention, (q, k, v), q, k, v, rotary,
             scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, seqlens=seqlens, backend=backend,
         )  # fmt: skip
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
     listened = somebody_listens()
     read = unrecorded if listened else _call
     read(check_call, q, k, v, rotary, cu_seqlens, max_seqlen, seqlens)
     if scale is None:
         scale = 1.0 / math.sqrt(read(_head_dim, q))
+    elif isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a Tensor: multiply q by it, which also gives it a gradient")
     elif not -math.inf < scale < math.inf:  # math.isfinite takes no symbolic float
         raise ValueError(f"scale must be a finite number, got {scale}")
     if scale < 0:  # kernels take the maximum of a row before scaling
         q, scale = -q, -scale
     if scale < _TINY:  # kernels mask with scores of -inf, and 0 times that is NaN
         q, scale = q * 0, 1.0
-    device = q.device.type  # meta has no autocast, and asking about it raises
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        low = torch.get_autocast_dtype(device)
-        q, k, v = q.to(low), k.to(low), v.to(low)
     packed = cu_seqlens is not None
     if packed:
         q, k, v = q[None], k[None], v[None]
@@ -111,6 +111,15 @@ def rope_attention(
 
 
 _TINY = torch.finfo(torch.float32).tiny
+
+
+def _autocast(x: Any) -> Any:
+    """x as autocast wants it: norms in front of the attention may have made q and k float32, and not v."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type  # meta has no autocast, and asking about it raises
+    wanted = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if wanted else x
 
 
 def _head_dim(q: Tensor) -> int:
@@ -241,7 +250,7 @@ def _gradients(ctx, dout: Tensor) -> tuple:
     dcos = dsin = None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
         dphi = _dphi(seen)(q, k, dq, dk, cos, ctx.pairing, seqlens, ctx.backend)
-        dcos, dsin = -sin * dphi, cos * dphi
+        dcos, dsin = table_gradients(cos, sin, dphi)
     return dq, dk, dv, dcos, dsin, None, None, None, None, None, None
 
 

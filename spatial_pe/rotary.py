@@ -163,6 +163,29 @@ def angle_gradient(x: Tensor, dx: Tensor, table: Tensor, pairing: str) -> Tensor
     return (x1 * g2 - x2 * g1).sum_to_size(table.shape)
 
 
+# How far cos² + sin² of a table that wants a gradient may be from 1: tables in bfloat16 are off by 0.008.
+OFF_CIRCLE = 0.02
+
+
+def table_gradients(cos: Tensor, sin: Tensor, dphi: Tensor) -> tuple[Tensor, Tensor]:
+    """dcos and dsin from the gradient of the angles, for tables on the unit circle.
+
+    They are the parts along the circle: what would change a magnitude is not computed, so tables that have one of their
+    own are refused where their values are at hand, and get NaN where they are not.
+    """
+    squared = cos * cos + sin * sin
+    on_circle = (squared - 1).abs() <= OFF_CIRCLE
+    if not has_values(squared):
+        dphi = torch.where(on_circle, dphi, torch.nan)
+    elif not on_circle.all():
+        raise ValueError(
+            f"spatial_pe: cos² + sin² is {squared[~on_circle][0]:.3g} in a table that requires a gradient, which exists "
+            "for rotations only: scale q by the magnitude and give a Rotary.from_angles(...)"
+        )
+    dphi = dphi / squared
+    return -sin * dphi, cos * dphi
+
+
 def split_pairs(x: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
     """(..., R) -> first and second channels of the pairs, each (..., R/2), as views where a view can do it."""
     if pairing == "half":
@@ -190,6 +213,8 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
         raise TypeError(f"rotary must be a spatial_pe.Rotary or None, got {type(rotary).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}")
     if x.ndim != 4:
         raise ValueError(f"{name} must be (B, N, H, D) or packed (T, H, D), got shape {tuple(x.shape)}")
     batch, tokens, heads, dim = x.shape

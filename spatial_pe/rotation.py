@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .backends import triton
 from .dispatcher import in_transform, needs_dispatcher, needs_plain_ops, requires_grad, unrecorded
-from .rotary import Rotary, angle_gradient, check_rotary_fits, rotated
+from .rotary import Rotary, angle_gradient, check_rotary_fits, rotated, table_gradients
 
 
 def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
@@ -141,7 +141,7 @@ def _backward(ctx, grads) -> tuple:
         dphi = sum(angle_gradient(x, dx, cos, ctx.pairing) for x, dx in zip(xs, dxs, strict=True))
         if ctx.inverse:
             dphi = -dphi
-        dcos, dsin = -sin * dphi, cos * dphi
+        dcos, dsin = table_gradients(cos, sin, dphi)
     return dxs, dcos, dsin, None, None
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from spatial_pe import PatchGrid, Rotary, backends, rope_attention
+from spatial_pe import PatchGrid, Rotary, apply_rotary, backends, rope_attention
 from spatial_pe.backends import composed, cpu, reference, triton
 
 BACKENDS = ["auto", *(name for name, missing in backends() if missing is None)]
@@ -248,3 +248,31 @@ def test_the_hint_helps():
     q, k, v = qkv(1, 17, 2, 16)
     angles = torch.randn(PatchGrid(4, 4, prefix=1).num_tokens, 8)
     refuses(AssertionError, "a kernel ran", q, k, v, Rotary.from_angles(angles))
+
+
+def test_scale_that_would_want_a_gradient():
+    q = torch.randn(1, 4, 1, 16)
+    with pytest.raises(TypeError, match="scale must be a number, got a Tensor: multiply q by it"):
+        rope_attention(q, q, q, scale=torch.tensor(0.3, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_what_cannot_be_rotated(dtype):
+    rotary = Rotary.from_angles(torch.randn(4, 8))
+    x = torch.ones(1, 4, 1, 16, dtype=dtype)
+    with pytest.raises(TypeError, match=f"x must be a floating point tensor, got {dtype}"):
+        apply_rotary(x, rotary)
+
+
+def test_layouts_that_have_cu_seqlens_instead():
+    nested = torch.nested.nested_tensor([torch.randn(3, 2, 16), torch.randn(5, 2, 16)], layout=torch.jagged)
+    for x in (nested, torch.randn(1, 4, 1, 16).to_sparse()):
+        with pytest.raises(TypeError, match=r"q must be a dense \(strided\) tensor, got .*: pass sequences"):
+            rope_attention(x, x, x)
+
+
+@pytest.mark.parametrize("value", [7.0, "7", torch.tensor(7)])
+def test_max_seqlen_is_an_int(value):
+    q = torch.randn(7, 1, 16)
+    with pytest.raises(TypeError, match=r"max_seqlen must be an int or None, got .*: use int\(max_seqlen\)"):
+        rope_attention(q, q, q, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32), max_seqlen=value)

@@ -321,3 +321,41 @@ def test_fake_kernels_have_the_strides_of_the_real_ones(backend, table, batch):
     dq, dk, _ = check(BACKWARD, torch.randn_like(out), out, lse, *args)
     q, k, _, cos, _, pairing, *_ = args
     check(torch.ops.spatial_pe.angle_gradient, q, k, dq, dk, cos, pairing, None, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_off_the_unit_circle_get_no_wrong_gradient(backend):
+    """They are refused: the gradient that the kernels have is that of an angle."""
+    inputs = make(Case(tokens=20, dim=24))
+    cos, sin = ((1.5 * f(inputs.angles)).detach().requires_grad_() for f in (torch.cos, torch.sin))
+    out = rope_attention(inputs.q, inputs.k, inputs.v, Rotary(cos, sin), backend=backend)
+    with pytest.raises(ValueError, match=r"^spatial_pe: cos² \+ sin² is 2.25 in a table that requires a gradient"):
+        out.backward(inputs.dout)
+    q, k, v, tables = inputs.q.detach(), inputs.k.detach(), inputs.v.detach(), Rotary(cos, sin)
+    composed = rope_attention(q, k, v, tables, backend="composed")
+    dcos, dsin = torch.autograd.grad(composed, (cos, sin), inputs.dout)  # by autograd, with the part of the magnitude
+    assert (cos * dcos + sin * dsin).abs().max() > 1e-3
+
+
+def test_tables_off_the_unit_circle_in_a_graph():
+    """Nobody can look at them there: their gradient is NaN."""
+    inputs = make(Case(tokens=20, dim=24))
+    cos, sin = ((1.5 * f(inputs.angles)).detach() for f in (torch.cos, torch.sin))
+
+    def gradient(cos, sin):
+        cos, sin = cos.requires_grad_(), sin.requires_grad_()
+        return torch.autograd.grad(rope_attention(q, q, q, Rotary(cos, sin)).sum(), (cos, sin))
+
+    q = inputs.q.detach()
+    graph = torch.fx.experimental.proxy_tensor.make_fx(gradient)(cos, sin)
+    assert all(x.isnan().all() for x in graph(cos, sin))
+    assert all(x.isfinite().all() for x in graph(cos / 1.5, sin / 1.5))
+
+
+def test_autocast_with_norms_in_front():
+    """Under autocast a norm returns float32, and a projection bfloat16: they are cast before they are compared."""
+    inputs = make(Case(batch=2, tokens=20, dim=24))
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rope_attention(q, k, v.bfloat16(), inputs.rotary())
+        assert torch.equal(out, rope_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), inputs.rotary()))
