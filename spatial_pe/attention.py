@@ -19,6 +19,7 @@ from .backends.select import BACKENDS, select
 from .checks import check_call, check_fits
 from .dispatcher import (
     are_special,
+    has_autocast,
     in_transform,
     needs_dispatcher,
     needs_plain_ops,
@@ -117,8 +118,8 @@ def _autocast(x: Any) -> Any:
     """x as autocast wants it: norms in front of the attention may have made q and k float32, and not v."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    device = x.device.type  # meta has no autocast, and asking about it raises
-    wanted = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    device = x.device.type
+    wanted = has_autocast(device) and torch.is_autocast_enabled(device)
     return x.to(torch.get_autocast_dtype(device)) if wanted else x
 
 

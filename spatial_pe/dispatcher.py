@@ -159,3 +159,9 @@ def assume_constant(function: F) -> F:
     also of those who never compile."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@assume_constant
+def has_autocast(device: str) -> bool:
+    """Return whether a type of device knows autocast. meta does not, and asking it whether autocast is on raises."""
+    return torch.amp.is_autocast_available(device)

@@ -174,15 +174,15 @@ def table_gradients(cos: Tensor, sin: Tensor, dphi: Tensor) -> tuple[Tensor, Ten
     own are refused where their values are at hand, and get NaN where they are not.
     """
     squared = cos * cos + sin * sin
-    on_circle = (squared - 1).abs() <= OFF_CIRCLE
+    on_circle = ((squared - 1).abs() <= OFF_CIRCLE) | (squared == 0)  # timm's rows for padding, where dphi is 0
     if not has_values(squared):
         dphi = torch.where(on_circle, dphi, torch.nan)
     elif not on_circle.all():
         raise ValueError(
-            f"spatial_pe: cos² + sin² is {squared[~on_circle][0]:.3g} in a table that requires a gradient, which exists "
-            "for rotations only: scale q by the magnitude and give a Rotary.from_angles(...)"
+            f"spatial_pe: cos² + sin² is {squared[~on_circle][0]:.3g} in a table that requires a gradient, which "
+            "exists for rotations only: scale q by the magnitude and give a Rotary.from_angles(...)"
         )
-    dphi = dphi / squared
+    dphi = dphi / torch.where(squared == 0, 1, squared)
     return -sin * dphi, cos * dphi
 
 

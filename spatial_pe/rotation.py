@@ -141,7 +141,7 @@ def _backward(ctx, grads) -> tuple:
         dphi = sum(angle_gradient(x, dx, cos, ctx.pairing) for x, dx in zip(xs, dxs, strict=True))
         if ctx.inverse:
             dphi = -dphi
-        dcos, dsin = table_gradients(cos, sin, dphi)
+        dcos, dsin = table_gradients(cos, sin, dphi)  # type: ignore[arg-type]
     return dxs, dcos, dsin, None, None
 
 

@@ -1,131 +1,255 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tower's hooks record for its attention: the patch grid of a forward, the images packed into one sequence.
+"""How a layer with an added RoPE knows the patch grid of the call that it is part of.
 
-Hooks are objects of importable classes, so that a patched model can be copied and pickled, and are found again by
-their class when the model is unpatched.
+The grid belongs to one forward of the tower and is kept where only that forward can read it:
+
+- in the thread that runs it, from the tower's entry to its exit (``Forward``, on a stack, so that forwards may nest);
+- with the activations: inputs and outputs of the modules that hold attention, and of those beside it (the norm in front
+  of it), are tagged, in their storage, with the forward that made them. What checkpointing recomputes in backward gets
+  the saved input of a block, maybe detached, maybe in another thread, after other forwards: the tag is still the right
+  one, and the norm hands it on. Where an input has none (it was cast or moved since), the call raises.
+
+Hooks are objects of importable classes, so that a patched model can be copied and pickled, and are found again by their
+class when the model is unpatched. What is compiled reads an attribute instead, which torch.compile guards.
 """
 
 from __future__ import annotations
 
-import copy
-import operator
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..dispatcher import needs_dispatcher, unrecorded
+from ..dispatcher import is_traced, needs_dispatcher, unrecorded
+from ..encodings import AxialRoPE
 from ..grid import PatchGrid
 from ..rotary import Rotary
 
 
-class Grids:
-    """Where the layers of a tower with an added RoPE find the patch grid of the forward that they are part of.
+class Forward:
+    """One forward of a tower: its grid, and the tables that were made of it.
 
-    Layers find it by the size of their input. With gradient checkpointing they ask again during backward, maybe after
-    another forward: then a grid of another size is still here, and one with as many patches but another shape is
-    noticed and raises, since nothing tells which of the two is being recomputed.
+    owner: whose it is. task: the backward in which it runs, -1 outside: a recomputation is another forward of one grid.
+    matches: in a torch.jit.trace, whether the grid is the recorded one, as a bool tensor.
     """
 
+    def __init__(self, owner: Grids, task: int, grid: Any = None) -> None:
+        self.owner, self.task, self.grid = owner, task, grid
+        self.tables: dict[Any, Any] = {}
+        self.matches: Tensor | None = None
+        self.users: set[int] = set()  # modules that asked, where nothing says when a forward ends
+
+    def again(self, task: int) -> Forward:
+        return Forward(self.owner, task, self.grid)
+
+
+class _Stack:
+    """What runs in one thread: calls of the tower, and the modules inside of it, innermost last."""
+
     def __init__(self) -> None:
-        self.known: dict[Any, Any] = {}
-        self.awaiting: set = set()  # sizes with a forward that backward has not come back to
-        self.ambiguous: set = set()
-        self.latest: Any = None  # size of the last forward
-        self.cached: tuple[Any, Any] | None = None
-        self.traced: Tensor | None = (
-            None  # of a forward that torch.jit.trace records: whether its grid is the recorded one
-        )
+        self.calls: list[Forward] = []
+        self.inside: list[Forward | None] = []
+        self.loose: Forward | None = None  # of an embedding that was called without its tower (timm's forward_features)
 
-    def record(self, size: Any, grid: Any, same: Callable[[Any, Any], bool]) -> None:
-        if torch.compiler.is_compiling():  # what is read before it is written would become a guard on it
-            self.known, self.latest = {size: grid}, size
-            return
-        self.latest = size
-        if size in self.awaiting and not same(self.known[size], grid):
-            self.ambiguous.add(size)
-        else:
-            self.ambiguous.discard(size)
-        self.known[size] = grid
-        if torch.is_grad_enabled():
-            self.awaiting.add(size)
 
-    def find(self, size: Any, what: str) -> Any:
-        """The grid, or None if no forward has this size."""
-        # inside backward: a checkpointed layer runs again (compiled code does not: its recomputation is traced)
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if not again:
-            return self.known[size] if size == self.latest else None
-        if size in self.known:
-            if size in self.ambiguous:
-                raise RuntimeError(
-                    f"gradient checkpointing recomputes a layer with {what}, but two forwards with this many "
-                    "patches in different shapes came before this backward: run backward after each of them"
-                )
-            self.awaiting.discard(size)
-        return self.known.get(size)
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.stacks: WeakKeyDictionary[Grids, _Stack] = WeakKeyDictionary()
 
-    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
-        """What to give to the encoding for tokens x (B, N, C), and a key that says when it is the same again."""
-        raise NotImplementedError
 
-    def rotary(self, rope: nn.Module, x: Tensor, prefix: int, suffix: int = 0) -> Any:
-        """The tables of one layer; those of an encoding without parameters are made once for all layers."""
-        where, key = unrecorded(self.where, x, prefix, suffix)
-        # what is made while somebody traces belongs to the trace, and is no table for the next call
-        if next(rope.parameters(), None) is not None or needs_dispatcher((x,)):
-            return self._only_here(rope(where).to(x.device))
-        key = (id(rope), key, x.device, x.dtype == torch.float64, torch.is_inference_mode_enabled())
-        if self.cached is None or self.cached[0] != key:
-            self.cached = (key, rope(where).to(x.device))
-        return self.cached[1]
+_THREADS = _Threads()
 
-    def _only_here(self, tables: Any) -> Any:
-        """The tables, in a torch.jit.trace NaN for another grid of as many patches: the trace holds no other check."""
-        if self.traced is None or not isinstance(tables, Rotary):
-            return tables
-        cos, sin = (torch.where(self.traced.to(x.device), x, torch.nan) for x in (tables.cos, tables.sin))
-        return Rotary._unchecked(cos, sin, tables.pairing)
+
+class Grids:
+    """Where the layers of a tower with an added RoPE find the patch grid of the forward that they are part of."""
+
+    def __init__(self) -> None:
+        self.compiled: Any = None  # for compiled code: the last grid, which its guards compare
+        self.read_by_compiled = False
+        self.running: dict[int, Forward] = {}  # by thread
+        self.kept: tuple[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cached": None, "traced": None}  # an id means nothing in a copy
+        """A copy is another tower's: it has seen no forward."""
+        return {**self.__dict__, "compiled": None, "running": {}, "kept": None}
+
+    @property
+    def here(self) -> _Stack:
+        stacks = _THREADS.stacks
+        if self not in stacks:
+            stacks[self] = _Stack()
+        return stacks[self]
+
+    # ------------------------------------------------------------------------------------------ what the hooks tell
+
+    def enter(self) -> None:
+        stack = self.here
+        stack.calls.append(Forward(self, _task()))
+        self.running[threading.get_ident()] = stack.calls[-1]
+
+    def leave(self) -> None:
+        calls = self.here.calls
+        if calls:  # none where another hook raised before ours was called
+            calls.pop()
+        if calls:
+            self.running[threading.get_ident()] = calls[-1]
+        else:
+            self.running.pop(threading.get_ident(), None)
+
+    def record(self, grid: Any, matches: Tensor | None = None) -> None:
+        """The grid of the forward that runs."""
+        if not torch.compiler.is_compiling():
+            stack, task = self.here, _task()
+            if stack.calls and stack.calls[-1].task == task:
+                forward = stack.calls[-1]
+            else:
+                forward = stack.loose = Forward(self, task)
+            forward.grid, forward.matches, forward.tables = grid, matches, {}
+            if self.read_by_compiled:
+                self._refuse_other_grids(grid)
+        self.compiled = grid
+
+    def _refuse_other_grids(self, grid: Any) -> None:
+        me = threading.get_ident()
+        for thread, forward in list(self.running.items()):
+            if thread != me and isinstance(forward.grid, tuple) and forward.grid != grid:
+                raise RuntimeError(
+                    f"two threads run a tower with compiled layers on grids of {forward.grid} and {grid} patches at "
+                    "once, which compiled code cannot tell apart: compile the whole tower, or let one thread wait"
+                )
+
+    def begin(self, module: nn.Module, x: Tensor | None) -> None:
+        """A module that holds attention, or is one, is called with x."""
+        forward = self._forward_of(module, x)
+        self.here.inside.append(forward)
+        if forward is not None:
+            self._tag(x, forward)
+
+    def hand_on(self, x: Tensor | None, output: Tensor | None) -> None:
+        """A module beside attention made output of x."""
+        if (forward := self._tagged(x)) is not None:
+            self._tag(output, forward)
+
+    def end(self, output: Tensor | None) -> None:
+        inside = self.here.inside
+        forward = inside.pop() if inside else None
+        if forward is not None:
+            self._tag(output, forward)
+
+    # ------------------------------------------------------------------------------------------------ whose call it is
+
+    def _forward_of(self, module: nn.Module, x: Tensor | None) -> Forward | None:
+        stack, task = self.here, _task()
+        if stack.inside and (outer := stack.inside[-1]) is not None and outer.task == task:
+            return outer
+        if (current := self._current(stack)) is not None:
+            return current
+        if (carried := self._tagged(x)) is not None:
+            return carried if carried.task == task else carried.again(task)
+        loose = stack.loose
+        if loose is None or loose.task != task or id(module) in loose.users:  # the second time it is another forward
+            return None
+        loose.users.add(id(module))
+        return loose
+
+    @staticmethod
+    def _current(stack: _Stack) -> Forward | None:
+        """The call of the tower that runs, unless this is a backward that began in it."""
+        current = stack.calls[-1] if stack.calls else None
+        return current if current is not None and current.task == _task() and current.grid is not None else None
+
+    def _tag(self, x: Tensor | None, forward: Forward) -> None:
+        if x is None or is_traced(x) or not (torch.is_grad_enabled() or x.requires_grad):
+            return  # no gradient, so nothing is computed again
+        tags = x.untyped_storage().__dict__.setdefault("_spatial_pe", {})
+        tags[id(self), x.storage_offset(), x.shape] = forward
+
+    def _tagged(self, x: Tensor | None) -> Forward | None:
+        if x is None or is_traced(x):
+            return None
+        tags = x.untyped_storage().__dict__.get("_spatial_pe", {})
+        forward = tags.get((id(self), x.storage_offset(), x.shape))
+        return forward if forward is not None and forward.owner is self else None
+
+    # ------------------------------------------------------------------------------------------------------ the tables
+
+    def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Any:
+        """What to give to the encoding for tokens x (B, N, C)."""
+        raise NotImplementedError
+
+    def rotary(self, module: Any, x: Tensor, prefix: int, suffix: int = 0) -> Any:
+        """The tables of one attention module, called with x (B, N, C), or windows of it; those of an encoding without
+        parameters are made once for all layers."""
+        rope = module.rope
+        if torch.compiler.is_compiling():
+            self.read_by_compiled = True
+            return rope(self.where(self.compiled, x, prefix, suffix)).to(x.device)
+        forward = self._forward_of(module, x)
+        if forward is None:
+            raise RuntimeError(
+                "attention with an added RoPE was called outside of a forward of its tower, or is computed again from "
+                "an input that was cast or moved since: nothing tells its patch grid. Call the tower; checkpoint whole "
+                "blocks, and keep what they save where it is"
+            )
+        if next(rope.parameters(), None) is not None or needs_dispatcher((x,)):
+            # what is made while somebody traces belongs to the trace
+            tables = rope(unrecorded(self.where, forward.grid, x, prefix, suffix)).to(x.device)
+            return _only_there(tables, forward.matches)
+        key = (id(rope), x.shape[1], x.device, x.dtype == torch.float64, torch.is_inference_mode_enabled())
+        if key not in forward.tables:
+            forward.tables[key] = self._made(rope, self.where(forward.grid, x, prefix, suffix), x, key)
+        return forward.tables[key]
+
+    def _made(self, rope: nn.Module, where: Any, x: Tensor, key: Any) -> Any:
+        """The tables, those of fixed frequencies also for the next forward on the same grid."""
+        if type(rope) is not AxialRoPE or not isinstance(where, PatchGrid) or rope.frequencies.is_inference():
+            return rope(where).to(x.device)
+        key = (key, where, id(rope.frequencies), rope.frequencies._version)
+        kept = self.kept
+        if kept is None or kept[0] != key:
+            self.kept = kept = (key, rope(where).to(x.device))
+        return kept[1]
+
+
+def _task() -> int:
+    return torch._C._current_graph_task_id()
+
+
+def _only_there(tables: Any, matches: Tensor | None) -> Any:
+    """The tables, in a torch.jit.trace NaN for another grid of as many patches: the trace holds no other check."""
+    if matches is None or not isinstance(tables, Rotary):
+        return tables
+    cos, sin = (torch.where(matches.to(x.device), x, torch.nan) for x in (tables.cos, tables.sin))
+    return Rotary._unchecked(cos, sin, tables.pairing)
 
 
 class GridRecorder(Grids):
     """Forward hook on a tower's patch embedding convolution: its output (B, C, h, w) is the grid."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if isinstance(output, Tensor):  # and no node of torch.fx: the graph module records when it runs
-            height, width = unrecorded(_grid_of, output)
-            self.record(height * width, (height, width), operator.eq)
-            self.traced = None
-            if torch.jit.is_tracing():  # reads of a size are recorded
-                rows, columns = (torch.as_tensor(size) for size in _grid_of(output))
-                self.traced = (rows == height) & (columns == width)
+        if not isinstance(output, Tensor):  # a node of torch.fx: the graph module records when it runs
+            return
+        height, width = unrecorded(_last_two, output)
+        matches = None
+        if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # reads of a size are recorded
+            rows, columns = (torch.as_tensor(size) for size in _last_two(output))
+            matches = (rows == height) & (columns == width)
+        self.record((height, width), matches)
 
-    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
+    def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Any:
         patches = x.shape[1] - prefix - suffix
-        shape = self.find(patches, f"{patches} patches")
-        if shape is None:
-            latest = self.known.get(self.latest)
-            known = "{} x {}".format(*latest) if isinstance(latest, tuple) else "none"
+        if not isinstance(grid, tuple) or grid[0] * grid[1] != patches:
+            known = "{} x {}".format(*grid) if isinstance(grid, tuple) else "none"
             raise ValueError(
                 f"attention got {x.shape[1]} tokens, {prefix + suffix} of them not patches, but the patch grid of this "
                 f"forward is not of {patches} patches (it is {known}): RoPE needs every patch of the image, in order"
             )
-        height, width = shape
-        grid = PatchGrid(height, width, prefix, suffix)
-        return grid, grid
-
-
-def _leading(x: Tensor) -> tuple[int, int]:
-    return x.shape[0], x.shape[1]
-
-
-def _grid_of(x: Tensor) -> tuple[int, int]:
-    return x.shape[-2], x.shape[-1]
+        height, width = grid
+        return PatchGrid(height, width, prefix, suffix)
 
 
 class ShapesRecorder(Grids):
@@ -141,20 +265,18 @@ class ShapesRecorder(Grids):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         shapes = kwargs.get("spatial_shapes", args[self.position] if len(args) > self.position else None)
         if shapes is not None:
-            if not isinstance(shapes, Tensor):
-                shapes = torch.tensor(shapes, device="cpu")
-            self.record(unrecorded(len, shapes), shapes, torch.equal)
+            # a copy: the caller may write other sizes into it before backward computes a layer again
+            self.record(shapes.clone() if isinstance(shapes, Tensor) else torch.tensor(shapes, device="cpu"))
 
-    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Tensor, Any]:
+    def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Tensor:
         batch, tokens = x.shape[0], x.shape[1]
-        shapes = self.find(batch, f"{batch} images")
-        if shapes is None:
+        if grid is None or grid.shape[0] != batch:
             raise ValueError(f"attention got a batch of {batch} images, but no spatial_shapes of so many were given")
-        height, width = shapes.to(x.device)[:, :, None].unbind(1)
+        height, width = grid.to(x.device)[:, :, None].unbind(1)
         token = torch.arange(tokens, device=x.device)
         row, column = token // width.clamp(min=1), token % width.clamp(min=1)
         inside = token < height * width
-        return torch.stack([row, column], dim=-1) * inside[..., None], (id(shapes), tokens)
+        return torch.stack([row, column], dim=-1) * inside[..., None]
 
 
 class CoordinatesRecorder(GridRecorder):
@@ -165,82 +287,109 @@ class CoordinatesRecorder(GridRecorder):
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]
     ) -> None:
         places = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
-        if places is not None:
-            self.record(unrecorded(_leading, places), places, torch.equal)
-        else:
-            height, width = output[1]
-            self.record(height * width, (height, width), operator.eq)
+        self.record(places.clone() if places is not None else tuple(output[1]))
 
-    def where(self, x: Tensor, prefix: int, suffix: int) -> tuple[Any, Any]:
-        patches = x.shape[1] - prefix - suffix
-        places = self.find((x.shape[0], patches), f"{patches} patches")
-        if places is not None:
-            coordinates = torch.nn.functional.pad(places, (0, 0, prefix, suffix)).to(x.device)
-            return coordinates, (id(places), prefix, suffix)
-        return super().where(x, prefix, suffix)
+    def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Any:
+        if not isinstance(grid, Tensor):
+            return super().where(grid, x, prefix, suffix)
+        if grid.shape[:2] != (x.shape[0], x.shape[1] - prefix - suffix):
+            raise ValueError(
+                f"attention got tokens {tuple(x.shape[:2])}, {prefix + suffix} of them not patches, but patch_coord is "
+                f"{tuple(grid.shape)}"
+            )
+        return torch.nn.functional.pad(grid, (0, 0, prefix, suffix)).to(x.device)
 
 
-class PackImages:
-    """Forward pre-hook on a tower that packs images into one sequence and builds an S x S mask (Pixtral).
-
-    It passes the bounds of the images to the attention as ``cu_seq_lens_q``, which the layers hand on, and lets the
-    tower believe, for this forward, that it runs flash attention: then it builds no mask. The tower's ``config`` is
-    replaced by a copy and not written to: its layers, and other models, share it.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        config: Any = module.config
-        if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-            return None  # weights over all tokens: the model's own way, with its mask
-        pixels = args[0] if args else kwargs["pixel_values"]
-        sizes = args[1] if len(args) > 1 else kwargs.get("image_sizes")
-        lengths = _patch_counts(pixels, sizes, int(module.patch_size))  # type: ignore[arg-type]
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(device=pixels.device, dtype=torch.int32)
-        packed = copy.copy(config)
-        packed._attn_implementation = "flash_attention_2"
-        module.__dict__["_spatial_pe_config"] = config
-        module.config = packed
-        names = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-        return args, {**kwargs, **names, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+def _last_two(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
 
 
-class RestoreConfig:
-    """Forward hook, called also when the forward raises: undoes what ``PackImages`` did to the tower."""
+# --------------------------------------------------------------------------------------------------------------- hooks
+
+
+class Hook:
+    def __init__(self, grids: Grids) -> None:
+        self.grids = grids
+
+
+class Enter(Hook):
+    """Forward pre-hook of the tower."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.grids.enter()
+
+
+class Leave(Hook):
+    """Forward hook of the tower, called also when the forward raises."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if "_spatial_pe_config" in module.__dict__:
-            module.config = module.__dict__.pop("_spatial_pe_config")
+        if not torch.compiler.is_compiling():
+            self.grids.leave()
 
 
-def _patch_counts(pixels: Tensor, sizes: Any, patch: int) -> list[int]:
-    """Patches of each image; an image is the upper left part of its padded pixels."""
-    batch, _, height, width = pixels.shape
-    pairs: Iterable = [(height, width)] * batch if sizes is None else sizes
-    if isinstance(pairs, Tensor):
-        pairs = pairs.tolist()
-    return [min(h, height) // patch * (min(w, width) // patch) for (h, w), _ in zip(pairs, range(batch), strict=False)]
+class Begin(Hook):
+    """Forward pre-hook of a module that holds attention."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.grids.begin(module, _first_tensor((*args, *kwargs.values())))
 
 
-def grid_source(tower: nn.Module) -> Callable[[], Grids]:
-    """What hooks up a recorder of the grids of a tower. Raises where nothing tells them."""
+class End(Hook):
+    """Forward hook of a module that holds attention, called also when the forward raises."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.grids.end(_first_tensor(output if isinstance(output, tuple | list) else (output,)))
+
+
+class HandOn(Hook):
+    """Forward hook of a module beside attention."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling() and isinstance(output, Tensor):
+            self.grids.hand_on(_first_tensor(args), output)
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    return next((x for x in values if isinstance(x, Tensor)), None)
+
+
+def grid_source(tower: nn.Module) -> Callable[[list[nn.Module]], Grids]:
+    """What hooks up a recorder of the grids of a tower and its attention modules. Raises where nothing tells them."""
     takes = {m: list(signature(type(m).forward).parameters)[1:] for m in tower.modules()}
     if "spatial_shapes" in takes[tower]:
         shapes = ShapesRecorder(takes[tower].index("spatial_shapes"))
-        return lambda: _hooked(shapes, tower.register_forward_pre_hook, with_kwargs=True)
+        return lambda attention: _hooked(tower, attention, shapes, tower.register_forward_pre_hook, with_kwargs=True)
     embedding = next((m for m, names in takes.items() if "patch_coord" in names and m is not tower), None)
     if embedding is not None:
-        return lambda: _hooked(CoordinatesRecorder(), embedding.register_forward_hook, with_kwargs=True)
+        register = embedding.register_forward_hook
+        return lambda attention: _hooked(tower, attention, CoordinatesRecorder(), register, with_kwargs=True)
     found = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and is_patch_convolution(m)]
     if len(found) != 1:
         raise ValueError(
             f"cannot add RoPE to {type(tower).__name__}: it has {len(found)} convolutions over disjoint patches, the "
             "grid is read from exactly one"
         )
-    return lambda: _hooked(GridRecorder(), found[0].register_forward_hook)
+    return lambda attention: _hooked(tower, attention, GridRecorder(), found[0].register_forward_hook)
 
 
-def _hooked(recorder: Any, register: Callable, **options: Any) -> Grids:
+def _hooked(tower: nn.Module, attention: list[nn.Module], recorder: Any, register: Callable, **options: Any) -> Grids:
+    tower.register_forward_pre_hook(Enter(recorder))  # before that of spatial_shapes, which records
     register(recorder, **options)
+    tower.register_forward_hook(Leave(recorder), always_call=True)
+    # not the attention itself: that it has no hooks tells it, while it is compiled, that nobody wants its weights
+    wanted = set(map(id, attention))
+    holders = [m for m in tower.modules() if id(m) not in wanted and any(id(inner) in wanted for inner in m.modules())]
+    held = set(map(id, holders)) | wanted
+    for module in holders:
+        if module is not tower:
+            module.register_forward_pre_hook(Begin(recorder), with_kwargs=True)
+            module.register_forward_hook(End(recorder), always_call=True)
+            for beside in module.children():
+                if id(beside) not in held:
+                    beside.register_forward_hook(HandOn(recorder))
     return recorder
 
 
@@ -250,17 +399,3 @@ def is_patch_convolution(module: nn.Module) -> bool:
         return False
     kernel, stride = module.kernel_size, module.stride
     return kernel == stride and max(kernel) > 1
-
-
-def pack_images(tower: nn.Module) -> None:
-    tower.register_forward_pre_hook(PackImages(), with_kwargs=True)
-    tower.register_forward_hook(RestoreConfig(), always_call=True)
-
-
-def remove_hooks(module: nn.Module) -> None:
-    """Take our hooks off a module. By class and not by handle: handles do not survive a copy."""
-    for kind in ("_forward_hooks", "_forward_pre_hooks"):
-        hooks = getattr(module, kind)
-        for key in [key for key, hook in hooks.items() if isinstance(hook, Grids | PackImages | RestoreConfig)]:
-            for table in (hooks, getattr(module, f"{kind}_with_kwargs"), module._forward_hooks_always_called):
-                table.pop(key, None)

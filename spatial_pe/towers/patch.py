@@ -14,14 +14,16 @@ from ..backends.call import Call
 from ..backends.select import check_backend, select
 from ..rotary import PAIRINGS
 from .adapters import NO_GRID, Binding, FusedAttention, Known, tested
+from .classes import Swapped
 from .discover import Found, discover
-from .grids import grid_source, pack_images, remove_hooks
+from .grids import grid_source
+from .hooks import remove_hooks
 from .layout import Layout
 from .legacy import warn_of_legacy
 from .report import PatchedRow, PatchReport, SkippedRow
 from .request import Request
 from .saved import forget, mark, remember
-from .swap import restore, swap
+from .swap import restore, swap, swap_tower
 from .verify import Proof, costs, floating_weight, prove
 
 ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|pos_embed(_[yx])?)(\.weight)?$")
@@ -93,7 +95,7 @@ def unpatch(model: nn.Module) -> None:
     """
     _check_model(model)
     for module in list(model.modules()):
-        if isinstance(module, FusedAttention):
+        if isinstance(module, Swapped):
             restore(module)
         remove_hooks(module)
         forget(module)
@@ -262,7 +264,7 @@ def _swap_all(chosen: list[Found], proofs: dict[str, Proof], backend: str, reque
         swap(f.module, _binding(f, proofs[f.name], backend, request))
     for tower in {id(f.tower): f.tower for f in chosen if f.packs_images}.values():
         assert tower is not None
-        pack_images(tower)
+        swap_tower(tower)
 
 
 def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
@@ -279,7 +281,7 @@ def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, reque
         encodings = [request.encoding(f.layout) for f in members]  # type: ignore[arg-type]
         plans.append((tower, source, members, absolute, encodings))
     for tower, source, members, absolute, encodings in plans:
-        grids = source()
+        grids = source([f.module for f in members])
         shared = encodings[0] if not encodings[0].state_dict() and not list(encodings[0].parameters()) else None
         for f, encoding in zip(members, encodings, strict=True):
             binding = _binding(f, proofs[f.name], backend, request)

@@ -12,7 +12,9 @@ from types import FunctionType, MethodType
 
 from torch import nn
 
-from .adapters import Binding, FusedAttention, patched_class
+from .adapters import Binding, FusedAttention
+from .classes import Swapped, swapped_class
+from .packing import PackedTower, pack_images
 from .saved import MARK
 
 
@@ -28,16 +30,24 @@ def swap_refusal(module: nn.Module) -> str | None:
 
 def swap(module: nn.Module, binding: Binding) -> None:
     """Make module an instance of the patched class."""
-    _rebind(module, patched_class(FusedAttention, type(module)))
+    _rebind(module, swapped_class(FusedAttention, type(module)))
     module._spatial_pe = binding  # type: ignore[assignment]
 
 
-def restore(module: FusedAttention) -> None:
+def swap_tower(tower: nn.Module) -> None:
+    """Let a tower that packs images hand their bounds to its attention."""
+    if not isinstance(tower, PackedTower):  # as one is that was made by the class of a patched one
+        _rebind(tower, swapped_class(PackedTower, type(tower)))
+    pack_images(tower)
+
+
+def restore(module: Swapped) -> None:
     """Make module what it was, its added encoding removed."""
-    if module._spatial_pe.added:
-        del module.rope
-        delattr(module, MARK)
-    del module._spatial_pe
+    if isinstance(module, FusedAttention):
+        if module._spatial_pe.added:
+            del module.rope
+            delattr(module, MARK)
+        del module._spatial_pe
     _rebind(module, module.original)
 
 

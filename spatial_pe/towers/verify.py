@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ..rotary import join_pairs
-from .adapters import Binding, FusedAttention, Patched, Shape, patched_class
+from .adapters import Binding, FusedAttention, Patched, Shape
+from .classes import swapped_class
 from .cost import Cost, cost_of
 from .layout import Layout, project
 
@@ -87,7 +88,7 @@ def costs(module: nn.Module, binding: Binding, packs_images: bool, form: int) ->
     weight = floating_weight(module)
     shape, layout = binding.shape, binding.layout
     own = _bare(module, None)
-    patched = _as_patched(own, patched_class(FusedAttention, type(own)), replace(binding, strict=True))
+    patched = _as_patched(own, swapped_class(FusedAttention, type(own)), replace(binding, strict=True))
     examples = list(_examples(own, shape, layout, binding.pairing, packs_images, weight.device, LARGE))
     inputs = examples[form]
     try:
@@ -110,7 +111,7 @@ def _compare(
     inputs: dict[str, Any],
     dtype: torch.dtype,
 ) -> Proof:
-    cls = patched_class(FusedAttention, type(reference))
+    cls = swapped_class(FusedAttention, type(reference))
     try:
         exact, turned = (
             _first(reference(**_own_inputs(given, torch.float64, shape)))

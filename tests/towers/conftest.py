@@ -42,3 +42,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def convolutions_that_can_be_trusted(request):
+    """oneDNN's strided bfloat16 convolution of a few pixels (step3p7's downsampler) returns memory that nobody wrote on a
+    CPU with AMX (torch 2.13): errors of 1e20, and NaN, also of the tower that is not patched."""
+    with torch.backends.mkldnn.flags(enabled="step3p7" not in request.node.name):
+        yield

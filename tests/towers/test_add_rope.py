@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 from families import FAMILIES, GRIDS, HERE, TOKENS_AROUND, outputs, randn, to
 from torch import nn
 
-from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid
+from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid, Rotary
 from spatial_pe.towers import patch, unpatch
 from spatial_pe.towers.saved import MARK
 
@@ -195,7 +198,7 @@ def test_an_encoding_without_parameters_is_shared_and_its_table_made_once(calls)
     outputs(model, FAMILIES["clip"].inputs())
     assert calls[0][0][3] is calls[1][0][3]
     grids = next(m._spatial_pe.grids for m in model.modules() if getattr(m, "rope", None) is first)
-    assert grids.cached is not None and copy.deepcopy(grids).cached is None
+    assert grids.kept is not None and copy.deepcopy(grids).kept is None
     assert [key.rpartition(".")[2] for key in model.state_dict() if "rope" in key] == [MARK] * 2
 
 
@@ -298,6 +301,16 @@ def test_attention_weights_are_those_of_the_rotated_attention(name, calls):
     torch.testing.assert_close(found.attentions[0].sum(-1), torch.ones_like(found.attentions[0][..., 0]))
 
 
+@contextmanager
+def forward_on(module, grid):
+    """As inside of a forward of its tower on this grid."""
+    grids = module._spatial_pe.grids
+    grids.enter()
+    grids.record(grid)
+    yield
+    grids.leave()
+
+
 def test_masks_and_dropout_act_on_the_rotated_attention():
     family = FAMILIES["vit"]
     model = family.make(attention_probs_dropout_prob=0.5)
@@ -307,18 +320,19 @@ def test_masks_and_dropout_act_on_the_rotated_attention():
     hidden(model, inputs)
     module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
     x = randn(2, 17, 48)
-    expected = module(x)[0]
-    module.train()
-    assert not torch.equal(module(x)[0], module(x)[0])  # dropout acts
-    samples = torch.stack([module(x)[0] for _ in range(300)]).mean(0)
-    assert (samples - expected).norm() < 0.15 * expected.norm()  # and has the rotated attention as its mean
-    if "attention_mask" in module.arguments:
-        module.eval()
-        mask = torch.zeros(1, 1, 17, 17)
-        assert (module(x, mask)[0] - expected).norm() < 1e-5 * expected.norm()
-        mask[..., 1:] = torch.finfo(torch.float32).min  # every token sees CLS alone
-        alone = module(x, mask)[0]
-        torch.testing.assert_close(alone, alone[:, :1].expand_as(alone))
+    with forward_on(module, (4, 4)):
+        expected = module(x)[0]
+        module.train()
+        assert not torch.equal(module(x)[0], module(x)[0])  # dropout acts
+        samples = torch.stack([module(x)[0] for _ in range(300)]).mean(0)
+        assert (samples - expected).norm() < 0.15 * expected.norm()  # and has the rotated attention as its mean
+        if "attention_mask" in module.arguments:
+            module.eval()
+            mask = torch.zeros(1, 1, 17, 17)
+            assert (module(x, mask)[0] - expected).norm() < 1e-5 * expected.norm()
+            mask[..., 1:] = torch.finfo(torch.float32).min  # every token sees CLS alone
+            alone = module(x, mask)[0]
+            torch.testing.assert_close(alone, alone[:, :1].expand_as(alone))
 
 
 # -------------------------------------------------------------------------------------------- the grid of the forward
@@ -343,16 +357,162 @@ def test_checkpointing_recomputes_with_the_grid_of_its_forward(reentrant):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpointing_refuses_two_shapes_with_as_many_patches_at_once():
+WIDE, TALL = {"pixel_values": randn(1, 3, 16, 32)}, {"pixel_values": randn(1, 3, 32, 16)}  # as many patches
+
+
+def pipeline(model, hook=lambda: None):
+    """Two forwards, backward of the first, another forward, backward of the second; gradients of the encodings."""
+    first, second = (hidden(model, inputs).square().sum() for inputs in (WIDE, WIDE))
+    first.backward()
+    hidden(model, TALL)
+    hook()
+    second.backward()
+
+
+def kept_graph(model):
+    loss = hidden(model, WIDE).square().sum()
+    loss.backward(retain_graph=True)
+    hidden(model, TALL)
+    loss.backward()
+
+
+def both_at_once(model):
+    (hidden(model, WIDE).square().sum() + hidden(model, TALL).square().sum()).backward()
+
+
+def backward_in_another_thread(model):
+    loss = hidden(model, WIDE).square().sum()
+    hidden(model, TALL)
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("way", [pipeline, kept_graph, both_at_once, backward_in_another_thread])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+def test_a_recomputation_has_the_grid_of_its_forward(name, reentrant, way):
+    """Whatever came in between: forwards on another grid of as many patches, other backwards, another thread."""
+    grads = []
+    for checkpointed in (False, True):
+        options = {"image_size": 32} if name == "clip" else {}
+        model = FAMILIES[name].make(**options).train()
+        report = patch(model, rope="mixed")
+        shaken(model)
+        if name == "clip":
+            forward = model.forward
+            model.forward = functools.partial(forward, interpolate_pos_encoding=True)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant and way is kept_graph and checkpointed:
+            with pytest.raises(RuntimeError):  # torch's own: it frees what it recomputes
+                way(model)
+                raise RuntimeError("torch can do it by now")
+            return
+        way(model)
+        grads.append([p.grad for p in report.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_recomputation_from_an_input_that_moved_is_refused():
+    """What was saved went through memory of another kind, and nothing tells whose it was."""
     model = FAMILIES["dinov2"].make().train()
     patch(model, rope="mixed")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    wide, tall = {"pixel_values": randn(1, 3, 16, 32)}, {"pixel_values": randn(1, 3, 32, 16)}
-    for inputs in (wide, tall, wide):  # one after another is fine
-        hidden(model, inputs).sum().backward()
-    loss = hidden(model, wide).sum() + hidden(model, tall).sum()
-    with pytest.raises(RuntimeError, match="8 patches, but two forwards"):
+    shaken(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
+        loss = hidden(model, WIDE).sum()
+    with pytest.raises(RuntimeError, match="nothing tells its patch grid"):
         loss.backward()
+
+
+@pytest.mark.parametrize("rope", ["axial", "mixed"])
+def test_threads_with_grids_of_their_own(rope):
+    """A server: as many patches in another shape, at the same time."""
+    model = FAMILIES["dinov2"].make()
+    patch(model, rope=rope, start="full")
+    expected = {key: hidden(model, x) for key, x in (("wide", WIDE), ("tall", TALL))}
+    wrong = []
+
+    def serve(key, inputs):
+        for _ in range(60):
+            if not torch.equal(hidden(model, inputs), expected[key]):
+                wrong.append(key)
+
+    threads = [threading.Thread(target=serve, args=pair) for pair in (("wide", WIDE), ("tall", TALL))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and not torch.equal(expected["wide"], expected["tall"])
+
+
+def test_a_layer_outside_of_a_forward_is_refused():
+    model = FAMILIES["dinov2"].make()
+    patch(model, rope="axial", start="full")
+    hidden(model, WIDE)
+    module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
+    for layer in (module, copy.deepcopy(module)):
+        with pytest.raises(RuntimeError, match=r"called outside of a forward of its tower.*Call the tower"):
+            layer(randn(1, 9, 48))
+
+
+def test_a_tower_that_shares_its_encoder_is_refused():
+    """Its own embedding tells nobody its grid; the last one of the other tower is not it."""
+    model, other = FAMILIES["dinov2"].make(), FAMILIES["dinov2"].make(seed=3)
+    patch(model, rope="axial", start="full")
+    other.encoder = model.encoder
+    hidden(model, WIDE)
+    with pytest.raises(RuntimeError, match="called outside of a forward of its tower"):
+        hidden(other, TALL)
+
+
+def test_a_forward_that_fails_leaves_nothing_behind():
+    model = FAMILIES["dinov2"].make()
+    patch(model, rope="axial", start="full")
+    expected = hidden(model, WIDE)
+    layer = next(m for m in model.modules() if type(m).__name__.endswith("MLP"))
+    handle = layer.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hidden(model, TALL)
+    handle.remove()
+    grids = next(m._spatial_pe.grids for m in model.modules() if getattr(m, "rope", None) is not None)
+    assert not grids.here.calls and not grids.here.inside and not grids.running
+    assert torch.equal(hidden(model, WIDE), expected)
+
+
+def test_inference_then_training():
+    """Lightning's sanity check: what was made in inference mode must not be met by autograd."""
+    model = FAMILIES["dinov2"].make()
+    patch(model, rope=AxialRoPE(24), start="full")
+    with torch.inference_mode():
+        hidden(model, WIDE)
+    hidden(model, WIDE).sum().backward()
+
+
+def test_an_encoding_whose_buffer_is_annealed():
+    model = FAMILIES["dinov2"].make()
+    rope = Annealed()
+    patch(model, rope=rope, start="full")
+    shared = next(m.rope for m in model.modules() if getattr(m, "rope", None) is not None)
+    before = hidden(model, WIDE)
+    shared.strength.fill_(0.5)
+    assert not torch.equal(hidden(model, WIDE), before)
+    shared.strength.fill_(1.0)
+    assert torch.equal(hidden(model, WIDE), before)
+
+
+class Annealed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.axial = AxialRoPE(24)
+        self.register_buffer("strength", torch.ones(()), persistent=False)
+
+    def forward(self, grid):
+        table = self.axial(grid)
+        return Rotary.from_angles(torch.atan2(table.sin, table.cos) * self.strength, table.pairing)
 
 
 def test_tokens_that_are_not_the_grid_raise():
@@ -361,7 +521,10 @@ def test_tokens_that_are_not_the_grid_raise():
     inputs = FAMILIES["dinov2"].inputs()
     hidden(model, inputs)
     module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
-    with pytest.raises(ValueError, match=r"attention got 12 tokens, 1 of them not patches.*\(it is 5 x 3\)"):
+    with (
+        pytest.raises(ValueError, match=r"attention got 12 tokens, 1 of them not patches.*\(it is 5 x 3\)"),
+        forward_on(module, (5, 3)),
+    ):
         module(randn(1, 12, 48))
 
 
@@ -378,5 +541,6 @@ def test_the_prefix_is_where_the_model_has_it():
     hidden(model, FAMILIES["dinov2_with_registers"].inputs())
     module = next(m for m in model.modules() if getattr(m, "rope", None) is not None)
     bound = module._spatial_pe
-    rotary = bound.grids.rotary(module.rope, torch.zeros(1, 18, 48), bound.prefix)
+    with forward_on(module, (5, 3)):
+        rotary = bound.grids.rotary(module, torch.zeros(1, 18, 48), bound.prefix)
     assert torch.equal(rotary.cos, AxialRoPE(24)(PatchGrid(5, 3, prefix=3)).cos)

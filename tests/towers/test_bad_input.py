@@ -300,9 +300,12 @@ def test_packed_towers_without_rope_get_none_either(name):
 def test_siglip2_without_spatial_shapes_says_so():
     model = FAMILIES["siglip2"].make()
     patch(model, rope="axial")
-    module = attention_of(model)
+    grids = attention_of(model)._spatial_pe.grids
+    grids.enter()
+    grids.record(torch.tensor([[3, 5], [5, 3]]))
     with pytest.raises(ValueError, match="a batch of 3 images, but no spatial_shapes of so many"):
-        module(randn(3, 15, 48))
+        attention_of(model)(randn(3, 15, 48))
+    grids.leave()
 
 
 # ------------------------------------------------------------------------------------------------------------ the costs

@@ -160,10 +160,13 @@ def test_verification_notices_a_wrong_attention(name, fault, case, monkeypatch):
         monkeypatch.setattr(module, "rope_attention", wrong)
     inputs = to(family.inputs(), dtype)
     classes, before = [type(m) for m in model.modules()], outputs(model, inputs)
+    # with AMX, torch's convolutions in bfloat16 (step3p7's downsampler) do not repeat their bits
+    repeats = all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
     with pytest.raises(RuntimeError, match=r"computes something else when patched: relative error"):
         patch(model)
     assert [type(m) for m in model.modules()] == classes
-    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
+    if repeats:
+        assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
 
 
 def test_a_proof_that_could_not_fail_says_so():

@@ -164,7 +164,8 @@ def test_long_sequences_turn_k_before():
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
 
 
-def test_offsets_beyond_32_bits(tmp_path):
+@pytest.mark.parametrize("hint", ["dense", 200, 128])  # packed: tiles, and windows of the forward
+def test_offsets_beyond_32_bits(hint, tmp_path):
     """The last token lies more than 2^32 elements behind the first: an address must not wrap around."""
     tokens, dim = 300, 16
     stride = triton.MOST_BETWEEN_TOKENS - 8
@@ -173,13 +174,23 @@ def test_offsets_beyond_32_bits(tmp_path):
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(2 * size)
     buffer = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
-    q, k, v = (torch.as_strided(buffer, (1, tokens, 1, dim), (0, stride, dim, 1), i * dim) for i in range(3))
-    for x in (q, k, v):
+    far = [torch.as_strided(buffer, (1, tokens, 1, dim), (0, stride, dim, 1), i * dim) for i in range(4)]
+    for x in far:
         x.copy_(torch.randn(x.shape))
     rotary = Rotary.from_angles(torch.randn(tokens, dim // 2))
-    got = rope_attention(q, k, v, rotary, backend="triton")
-    near = rope_attention(q.contiguous(), k.contiguous(), v.contiguous(), rotary, backend="triton")
-    assert torch.equal(got, near)
+    bounds = {}
+    if hint != "dense":
+        far = [x[0] for x in far]
+        stops = [hint, tokens - hint, tokens] if hint < tokens / 2 else [hint, tokens]
+        bounds = {"cu_seqlens": torch.tensor([0, *stops], dtype=torch.int32), "max_seqlen": hint}
+
+    def results(q, k, v, dout):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = rope_attention(*leaves, rotary, backend="triton", **bounds)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    near = results(*(x.contiguous() for x in far))
+    assert all(torch.equal(a, b) for a, b in zip(results(*far), near, strict=True))
 
 
 REFUSALS = {

@@ -133,31 +133,17 @@ def test_nan_where_cu_seqlens_decrease(wrong, kernels, memory):
     check_decreasing(wrong, kernels, memory)
 
 
-def decrease_kernel():
-    from triton import jit
-    from triton import language as tl
+@pytest.mark.parametrize("at", [31, 32, 33, 37])
+def test_a_decrease_among_many(at, memory):
+    """They are looked at 32 in one go."""
+    from spatial_pe.backends.triton.plan import plan_forward
 
-    from spatial_pe.backends.triton.sequences import _decrease
-
-    def kernel(bounds, sequences, found):
-        tl.store(found, _decrease(bounds, sequences))
-
-    return jit(kernel)
-
-
-@pytest.mark.parametrize("sequences", [1, 2, 127, 128, 129, 256, 300])
-def test_any_decrease_is_found(sequences):
-    found = torch.zeros(1, dtype=torch.int32)
-    kernel = decrease_kernel()
-    bounds = torch.arange(sequences + 2, dtype=torch.int32) // 2
-    bounds[-1] = -1  # behind the last bound
-    kernel[(1,)](bounds, sequences, found)
-    assert found == 0
-    for at in {0, sequences // 2, sequences - 1}:
-        lower = bounds.clone()
-        lower[at] = lower[at + 1] + 1
-        kernel[(1,)](lower, sequences, found)
-        assert found == 1
+    bounds = [0, *[7] * 37, 9]
+    bounds[at] -= 1
+    call, _ = call_of(Wrong("many", tuple(bounds), 9, (), BLOCK), 16, torch.float32)
+    forward = plan_forward(around(call, memory), choice_of("windows"))
+    forward.run(call.q.device)
+    assert all(x.isnan().any() for x in forward.results)
 
 
 @pytest.mark.parametrize("seed", [pytest.param(i, marks=pytest.mark.slow) if i > 3 else i for i in range(24)])

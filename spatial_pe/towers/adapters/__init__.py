@@ -4,7 +4,7 @@ module gets), ``fused`` (its forward), then what that reads: ``tables`` (a tower
 """
 
 from .fused import FusedAttention
-from .patched import Binding, Patched, patched_class
+from .patched import Binding, Patched
 from .shapes import LEFT_ALONE, NO_GRID, SHAPES, TESTED, Known, Shape, tested
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "Known",
     "Patched",
     "Shape",
-    "patched_class",
     "tested",
 ]

@@ -35,7 +35,7 @@ class FusedAttention(Patched):
         rotary = None
         reason = self.refusal(call)
         if bound.added:
-            rotary = bound.grids.rotary(self.rope, flat, bound.prefix, bound.suffix)  # type: ignore[union-attr, arg-type]
+            rotary = bound.grids.rotary(self, flat, bound.prefix, bound.suffix)  # type: ignore[union-attr, arg-type]
         elif bound.shape.rotation and reason is None:
             found = self._own_rotation(call.get(bound.shape.rotation), flat)
             rotary, reason = (None, found) if isinstance(found, str) else (found, None)

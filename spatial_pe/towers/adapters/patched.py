@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class that a patched attention module gets, and the way back to the model's own forward."""
+"""What a patched attention module has beside its forward: its binding, and the way back to the model's own forward."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..classes import Swapped
 from ..grids import Grids
 from ..layout import Layout, dropout_of
 from ..request import Request
@@ -43,16 +44,24 @@ class Binding:
         return self.grids is not None
 
 
-class Patched(nn.Module):
-    """Base of the patched classes: ``class Patched<Original>(FusedAttention, <Original>)``, see ``patched_class``.
+class Patched(Swapped):
+    """Base of the patched classes: ``class Patched<Original>(FusedAttention, <Original>)``, see ``swapped_class``.
 
-    An instance gets such a class by ``module.__class__ = ...``; nothing here has state of its own but the Binding.
+    Nothing here has state of its own but the Binding.
     """
 
-    original: ClassVar[type[nn.Module]]
     arguments: ClassVar[tuple[str, ...]]  # of the original forward
     collector: ClassVar[Any]
     _spatial_pe: Binding
+
+    @classmethod
+    def attributes(cls, original: type[nn.Module]) -> dict[str, Any]:
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        return {
+            "__doc__": f"{original.__name__} with its attention computed by spatial_pe.rope_attention.",
+            "arguments": tuple(signature(original.forward).parameters)[1:],
+            "collector": getattr(capturing, "_active_collector", None),  # transformers 5 collects weights through it
+        }
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positional arguments by name: their order differs between versions of transformers."""
@@ -92,42 +101,6 @@ class Patched(nn.Module):
 
     def warn(self, message: str) -> None:
         _warn_once(self.original.__name__, message)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # the class is made at run time and has no importable name: pickle and deepcopy make it again
-        reduced = super().__reduce_ex__(2)
-        assert isinstance(reduced, tuple)
-        return (_new, (type(self).__mro__[1], self.original), *reduced[2:])
-
-
-_classes: dict[tuple[type[Patched], type[nn.Module]], type[Patched]] = {}
-
-
-def patched_class(fused: type[Patched], original: type[nn.Module]) -> type[Patched]:
-    """The subclass of both, made once."""
-    if (fused, original) not in _classes:
-        _classes[fused, original] = _make_class(fused, original)
-    return _classes[fused, original]
-
-
-def _make_class(fused: type[Patched], original: type[nn.Module]) -> type[Patched]:
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    return type(
-        f"Patched{original.__name__}",
-        (fused, original),
-        {
-            "__module__": original.__module__,
-            "__doc__": f"{original.__name__} with its attention computed by spatial_pe.rope_attention.",
-            "original": original,
-            "arguments": tuple(signature(original.forward).parameters)[1:],
-            "collector": getattr(capturing, "_active_collector", None),  # transformers 5 collects weights through it
-        },
-    )
-
-
-def _new(fused: type[Patched], original: type[nn.Module]) -> Patched:
-    cls = patched_class(fused, original)
-    return cls.__new__(cls)
 
 
 _warned: set[tuple[str, str]] = set()
