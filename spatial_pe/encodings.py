@@ -47,7 +47,18 @@ class _Float32(nn.Module):
         if recurse:
             for child in self.children():  # of a subclass: cast as they are
                 child._apply(fn)
-        return super()._apply(lambda x: _uncast(x, fn(x)), recurse=False)
+        without_values = self._on_meta()
+        super()._apply(lambda x: _uncast(x, fn(x)), recurse=False)
+        if without_values and not self._on_meta():  # to_empty: memory that nobody wrote
+            self.reset_parameters()
+        return self
+
+    def _on_meta(self) -> bool:
+        return any(p is not None and p.is_meta for p in self._parameters.values())
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to what they start at."""
+        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """With ``assign=True`` the saved tensors take the place of the module's: they are made float32 first."""

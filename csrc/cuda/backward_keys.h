@@ -37,10 +37,13 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   Span span;
   if (p.whole) {
     span = whole_sequence(p.sequences, program);
-    span.length = span.length < keys ? span.length : keys;
+    for (int head = kv_head * p.group; head < (kv_head + 1) * p.group; ++head)
+      poison(p, p.dq, span, head, thread, threads);
   } else {
     span = locate(p.sequences, program, keys, first);
   }
+  poison(p, p.dk, span, kv_head, thread, threads);
+  poison(p, p.dv, span, kv_head, thread, threads);
   if (first >= span.length) return;
 
   const Shared k_tile = shared_memory(), v_tile = k_tile + keys * Tile<D>::bytes;

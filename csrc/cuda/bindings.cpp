@@ -40,14 +40,13 @@ Call call_of(const py::dict& d) {
   Call call{};
   Params& p = call.params;
   call.dtype = dtype_of(d["dtype"].cast<std::string>());
-  call.longest = d["longest"].cast<int>();
   p.heads = d["heads"].cast<int>();
   p.group = p.heads / d["kv_heads"].cast<int>();
   p.head_dim = d["head_dim"].cast<int>();
   p.scale = d["scale"].cast<float>();
   p.scale2 = p.scale * LOG2_E;
   p.sequences = {static_cast<Form>(d["form"].cast<int>()), reinterpret_cast<const int*>(d["bounds"].cast<uintptr_t>()),
-                 d["sequences"].cast<int>(), d["tokens"].cast<int>()};
+                 d["sequences"].cast<int>(), d["tokens"].cast<int>(), d["longest"].cast<int>()};
   p.turn_vector = d["vector"].cast<int>();
   p.turn_inputs = d.contains("cos");
   if (p.turn_inputs) {

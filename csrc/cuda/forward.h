@@ -118,8 +118,7 @@ struct Item {
     } else {
       span = whole_sequence(p.sequences, program / p.parts);
       first = program % p.parts * p.passes * block_rows;
-      // a sequence longer than max_seqlen said
-      if (span.length > p.slots * BN) span.length = p.slots * BN;
+      if (first > 0) span.nan = span.end;  // left to the first part
       passes = (span.length - first + block_rows - 1) / block_rows;
       if (passes > p.passes) passes = p.passes;
     }
@@ -337,6 +336,7 @@ SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
 
 template <class E, int D>
 SPE_DEVICE void store(const Params& p, const Item& item, State<D>& rows, int first, int layer_rows, int lane) {
+  const bool poisoned = item.span.start + first + item.head == 0 && decrease(p.sequences, lane);
 #pragma unroll
   for (int m = 0; m < MT<D>; ++m) {
     const int row = first + m * layer_rows + (lane >> 2);
@@ -344,7 +344,7 @@ SPE_DEVICE void store(const Params& p, const Item& item, State<D>& rows, int fir
     float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = rows.sum[m][2 * h];
+      const float sum = poisoned ? NAN : rows.sum[m][2 * h];
       factor[h] = reciprocal(sum);
       if ((lane & 3) == 0 && exists[h])
         store_global_float(p.lse + (static_cast<int64_t>(item.span.sample) * p.heads + item.head) * p.sequences.tokens +
@@ -368,6 +368,7 @@ SPE_DEVICE void consume(const Params& p, const Memory<D>& memory, int warp, int 
   int pass = 0;
   for (int index = p.items.begin(block_index()); index < p.items.begin(forgotten(block_index()) + 1);) {
     const Item item(p, index, memory.block_rows());
+    if (pass == 0) poison_results(p, item.span, item.head, 32 * warp + lane, 32 * p.consumers);
     if (!item.exists()) {
       ++index;
       continue;

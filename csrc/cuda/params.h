@@ -2,6 +2,8 @@
 // One launch, as its kernel receives it.
 #pragma once
 
+#include <cmath>
+
 #include "../common/problem.h"
 #include "sequences.h"
 #include "tile.h"
@@ -79,5 +81,19 @@ struct Params {
   // backward_keys.h
   bool whole;  // a block has all keys of its sequence, and writes dq too
 };
+
+// NaN in the rows of a head of x of which a span says so, by `threads` threads, whole warps.
+SPE_DEVICE void poison(const Params& p, const Tensor& x, const Span& span, int head, int thread, int threads) {
+  for (int row = span.nan + (thread >> 5); row < span.end; row += threads >> 5)
+    for (int i = thread & 31; i < p.head_dim / 4; i += 32)
+      store_global2(x.at(span.sample, row, head) + 4 * i, {{0x7fff7fffu, 0x7fff7fffu}});  // of both types
+}
+
+// Of out and lse.
+SPE_DEVICE void poison_results(const Params& p, const Span& span, int head, int thread, int threads) {
+  poison(p, p.out, span, head, thread, threads);
+  for (int row = span.nan + thread; row < span.end; row += threads)
+    store_global_float(p.lse + (static_cast<int64_t>(span.sample) * p.heads + head) * p.sequences.tokens + row, NAN);
+}
 
 }  // namespace spe::cuda

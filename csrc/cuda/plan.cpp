@@ -34,8 +34,9 @@ int blocks_per_multiprocessor(const Device& device, int shared, int most) {
 
 Launch windows_forward(const Call& call, const Device& device) {
   Params p = call.params;
-  const bool small = call.longest <= 64;
-  const int warps = divide_up(call.longest, 16), rows = 16 * warps;
+  const int longest = p.sequences.longest;
+  const bool small = longest <= 64;
+  const int warps = divide_up(longest, 16), rows = 16 * warps;
   p.stages = windows::shared_bytes(p.head_dim, rows, 2) <= device.shared_per_block ? 2 : 1;
   const int items = p.sequences.count * p.heads;
   const int shared = windows::shared_bytes(p.head_dim, rows, p.stages);
@@ -78,16 +79,17 @@ Shape shape_for(int longest, int mt, int most_consumers) {
 Launch general_forward(const Call& call, const Device& device) {
   using namespace attention;
   Params p = call.params;
-  const int dim = p.head_dim, most = CONSUMERS, mt = query_blocks(dim), sequences = p.sequences.count;
+  const int dim = p.head_dim, most = CONSUMERS, mt = query_blocks(dim);
+  const int sequences = p.sequences.count, longest = p.sequences.longest;
   // the ring's last slot may be short if all sequences end in the same one
-  const int tiles = divide_up(call.longest, BN);
+  const int tiles = divide_up(longest, BN);
   const int resident_rows =
-      p.sequences.form == Form::dense ? (tiles - 1) * BN + round_up(call.longest - (tiles - 1) * BN, 16) : tiles * BN;
+      p.sequences.form == Form::dense ? (tiles - 1) * BN + round_up(longest - (tiles - 1) * BN, 16) : tiles * BN;
 
-  Shape shape = shape_for(call.longest, mt, most);
+  Shape shape = shape_for(longest, mt, most);
   // few sequences: smaller blocks, so that every SM has one
   while (sequences * p.heads * shape.passes < device.multiprocessors && shape.consumers > 2)
-    shape = shape_for(call.longest, mt, shape.consumers - 1);
+    shape = shape_for(longest, mt, shape.consumers - 1);
 
   int shared = 0, items = 0;
   const auto fits = [&](int rows, int slots, int query_slots, int consumers) {
@@ -104,7 +106,7 @@ Launch general_forward(const Call& call, const Device& device) {
     p.parts = divide_up(shape.passes, p.passes);
     items = sequences * p.parts * p.heads;
   } else {
-    shape.consumers = std::min(most, divide_up(divide_up(call.longest, 16), mt));
+    shape.consumers = std::min(most, divide_up(divide_up(longest, 16), mt));
     for (int slots = MOST_STREAMING_SLOTS; !fits(slots * BN, slots, 2, shape.consumers);)
       if (slots > LEAST_SLOTS)
         --slots;
@@ -140,21 +142,22 @@ std::string describe(const Launch& launch) {
 }
 
 std::vector<Launch> plan_forward(const Call& call, const Device& device) {
-  if (call.params.sequences.count == 0 || call.longest == 0) return {};
-  return {call.longest <= 128 ? windows_forward(call, device) : general_forward(call, device)};
+  const Sequences& s = call.params.sequences;
+  if (s.count == 0 || s.longest == 0) return {};
+  return {s.longest <= 128 ? windows_forward(call, device) : general_forward(call, device)};
 }
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
 std::vector<Launch> plan_backward(const Call& call, const Device& device) {
-  if (call.params.sequences.count == 0 || call.longest == 0) return {};
-  const Kernels& t = table(call);
   Params p = call.params;
-  const int dim = p.head_dim, kv_heads = p.heads / p.group;
+  const int dim = p.head_dim, kv_heads = p.heads / p.group, longest = p.sequences.longest;
+  if (p.sequences.count == 0 || longest == 0) return {};
+  const Kernels& t = table(call);
 
   // a block with all keys
   for (int blocks = 1; blocks <= max_key_blocks(dim); ++blocks) {
-    const int warps = divide_up(call.longest, 16 * blocks);
+    const int warps = divide_up(longest, 16 * blocks);
     if (warps > keys::MAX_WARPS) continue;
     const int shared = keys::shared_bytes(dim, blocks, warps, true);
     if (shared > device.shared_per_block) continue;

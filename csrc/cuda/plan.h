@@ -17,11 +17,9 @@ struct Device {
   int shared_per_block, shared_per_multiprocessor;  // bytes; the most that a block can ask for
 };
 
-// A call: what Params says of it, and what only the plan needs.
 struct Call {
   Params params;
   DType dtype;
-  int longest;  // no sequence has more tokens
 };
 
 struct Launch {

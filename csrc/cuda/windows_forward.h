@@ -29,11 +29,13 @@ struct Cursor {
     window = first / p.heads;
     head = first % p.heads - 1;
   }
-  SPE_DEVICE bool next(const Params& p, int rows) {
+  // `visit` is called at each window, those without a token included.
+  template <class Visit>
+  SPE_DEVICE bool next(const Params& p, Visit visit) {
     while (--left >= 0) {
       if (++head == p.heads) head = 0, ++window;
       span = whole_sequence(p.sequences, window);
-      span.length = span.length < rows ? span.length : rows;
+      visit();
       if (span.length > 0) return true;
     }
     return false;
@@ -54,7 +56,7 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
 
   Cursor ahead(p), now(p);
   const auto copy_next = [&](int stage) {
-    if (!ahead.next(p, rows)) return;
+    if (!ahead.next(p, [] {})) return;
     const Shared to = stages + stage * 3 * tile;
     const int kv_head = p.group == 1 ? ahead.head : ahead.head / p.group;
     const auto copy = [&](const Tensor& x, int place, int head) {
@@ -70,7 +72,7 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
 
   int stage = 0;
   uint32_t parity = 0;
-  while (now.next(p, rows)) {
+  while (now.next(p, [&] { poison_results(p, now.span, now.head, thread, threads); })) {
     const int length = now.span.length;
     const Shared q = stages + stage * 3 * tile, k = q + tile, v = k + tile;
     turn_tile<E, D>(p, q, k, length, now.span.sample, now.span.start, now.head, thread, threads,
@@ -132,6 +134,7 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
           multiply_columns<E, D, 1>(o, weights, v, 16 * b, lane);
         }
 
+      if (now.span.start + warp + now.head == 0 && decrease(p.sequences, lane)) sum[0] = sum[2] = NAN;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if ((lane & 3) == 0 && row + 8 * h < length)

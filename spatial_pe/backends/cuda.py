@@ -184,7 +184,7 @@ def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
     form, bounds, sequences, longest = "dense", None, batch, tokens
     if call.cu_seqlens is not None:
         form, bounds, sequences = "packed", call.cu_seqlens, call.cu_seqlens.shape[0] - 1
-        longest = tokens if call.max_seqlen is None else min(int(call.max_seqlen), tokens)
+        longest = tokens if call.max_seqlen is None else min(max(1, int(call.max_seqlen)), tokens)
     elif call.seqlens is not None:
         form, bounds = "padded", call.seqlens
     arguments = {

@@ -40,7 +40,7 @@ class Layout:
     heads: int
     kv_heads: int
     head_dim: int
-    scale: float
+    scaling: str | None  # the attribute that holds the scale of the scores; None: head_dim**-0.5
 
 
 def read_layout(module: nn.Module) -> Layout | str:
@@ -78,7 +78,6 @@ def read_layout(module: nn.Module) -> Layout | str:
         unknown.append(f"norms over {sorted(over)} channels")  # type: ignore[type-var]
     if unknown:
         return f"has {', '.join(unknown)}, which is not part of plain or rotary attention"
-    scale = _first(module, SCALE)
     return Layout(
         qkv=qkv,
         bias=bias,
@@ -93,7 +92,7 @@ def read_layout(module: nn.Module) -> Layout | str:
         heads=heads,
         kv_heads=widths[1] // head_dim,
         head_dim=head_dim,
-        scale=head_dim**-0.5 if scale is None else float(scale),
+        scaling=next((name for name in SCALE if getattr(module, name, None) is not None), None),
     )
 
 
@@ -133,6 +132,11 @@ def output(module: nn.Module, layout: Layout, attended: Tensor, x: Tensor) -> Te
         if name is not None:
             flat = getattr(module, name)(flat)
     return flat
+
+
+def scale_of(module: nn.Module, layout: Layout) -> float:
+    """The factor on the scores, as the module has it now."""
+    return layout.head_dim**-0.5 if layout.scaling is None else float(getattr(module, layout.scaling))
 
 
 def dropout_of(module: nn.Module, layout: Layout) -> float:

@@ -18,11 +18,11 @@ from .classes import Swapped
 from .discover import Found, discover
 from .grids import grid_source
 from .hooks import remove_hooks
-from .layout import Layout
+from .layout import Layout, scale_of
 from .legacy import warn_of_legacy
 from .report import PatchedRow, PatchReport, SkippedRow
-from .request import Request
-from .saved import forget, mark, remember
+from .request import Request, check_encoding
+from .saved import MARK, forget, marking, remember
 from .swap import restore, swap, swap_tower
 from .verify import Proof, costs, floating_weight, prove
 
@@ -102,7 +102,8 @@ def unpatch(model: nn.Module) -> None:
         for name, (value, requires_grad) in module.__dict__.pop("_spatial_pe_absolute", {}).items():
             parameter = module.get_parameter(name)
             with torch.no_grad():
-                parameter.copy_(value)
+                if not parameter.is_meta and not parameter.any():  # else a checkpoint was loaded since: that is its own
+                    parameter.copy_(value)
             parameter.requires_grad_(requires_grad)
 
 
@@ -271,32 +272,56 @@ def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, reque
     towers: dict[int, list[Found]] = {}
     for f in chosen:
         towers.setdefault(id(f.tower), []).append(f)
-    # all that can raise comes first
-    plans = []
-    for members in towers.values():
-        tower = members[0].tower
-        assert tower is not None
-        source = grid_source(tower)
-        absolute = {} if request.keeps_absolute else _absolute(tower)
-        encodings = [request.encoding(f.layout) for f in members]  # type: ignore[arg-type]
-        plans.append((tower, source, members, absolute, encodings))
-    for tower, source, members, absolute, encodings in plans:
-        grids = source([f.module for f in members])
-        shared = encodings[0] if not encodings[0].state_dict() and not list(encodings[0].parameters()) else None
-        for f, encoding in zip(members, encodings, strict=True):
-            binding = _binding(f, proofs[f.name], backend, request)
-            binding.grids, (binding.prefix, binding.suffix) = grids, _other_tokens(tower)
-            swap(f.module, binding)
+    # all that can raise, out of memory say, comes first
+    additions = [_Addition(members, proofs, backend, request) for members in towers.values()]
+    try:
+        for addition in additions:
+            addition.apply()
+    except BaseException:
+        for addition in additions:
+            unpatch(addition.tower)
+        raise
+
+
+class _Addition:
+    """All that one tower gets, ready to be put in place."""
+
+    def __init__(self, members: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
+        assert members[0].tower is not None
+        self.tower: nn.Module = members[0].tower
+        self.modules = [f.module for f in members]
+        self.hook_up = grid_source(self.tower)
+        self.bindings = [_binding(f, proofs[f.name], backend, request) for f in members]
+        self.encodings: list[nn.Module] = []
+        for f in members:
+            assert f.layout is not None
             device = floating_weight(f.module).device
-            # weights that are elsewhere for now (accelerate's offloading) say nothing about where tokens will be
-            device = torch.device("cpu") if device.type == "meta" else device
-            f.module.rope = (shared or encoding).to(device).train(f.module.training)
-            mark(f.module, device)
-        if absolute:
-            tower.__dict__["_spatial_pe_absolute"] = saved = {}
-            for name, parameter in absolute.items():
-                saved[name] = (parameter.detach().clone(), parameter.requires_grad)
-                parameter.requires_grad_(False).zero_()
+            if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in f.module.modules()):
+                # accelerate brings the weights when they are needed, which says nothing about where tokens will be
+                device = torch.device("cpu")
+            encoding = request.encoding(f.layout).to(device).train(f.module.training)
+            check_encoding(encoding, f.layout)
+            self.encodings.append(encoding)
+        if not self.encodings[0].state_dict() and not list(self.encodings[0].parameters()):
+            self.encodings = [self.encodings[0]] * len(members)
+        self.marks = [marking(floating_weight(module).device) for module in self.modules]
+        absolute = {} if request.keeps_absolute else _absolute(self.tower)
+        self.absolute = {name: (p.detach().clone(), p.requires_grad) for name, p in absolute.items()}
+
+    def apply(self) -> None:
+        grids = self.hook_up(self.modules)
+        around = _other_tokens(self.tower)
+        for module, binding, encoding, mark in zip(
+            self.modules, self.bindings, self.encodings, self.marks, strict=True
+        ):
+            binding.grids, (binding.prefix, binding.suffix) = grids, around
+            swap(module, binding)
+            module.rope = encoding
+            module.register_buffer(MARK, mark)
+        if self.absolute:
+            self.tower.__dict__["_spatial_pe_absolute"] = self.absolute
+            for name in self.absolute:
+                self.tower.get_parameter(name).requires_grad_(False).zero_()
 
 
 def _other_tokens(tower: nn.Module) -> tuple[int, int]:
@@ -353,4 +378,4 @@ def _serving_backend(module: nn.Module, layout: Layout, backend: str) -> str:
         return torch.empty(1, 1, heads, layout.head_dim, dtype=weight.dtype, device=weight.device)
 
     keys = empty(layout.kv_heads)
-    return select(Call(empty(layout.heads), keys, keys, None, layout.scale, None, None, None), backend)
+    return select(Call(empty(layout.heads), keys, keys, None, scale_of(module, layout), None, None, None), backend)

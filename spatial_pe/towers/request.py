@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..encodings import AxialRoPE, MixedRoPE
 from ..grid import PatchGrid
+from ..rotary import Rotary
 from .layout import Layout
 from .legacy import LEGACY, Mismatched2DRoPE
 
@@ -110,6 +112,28 @@ class Request:
                 raise ValueError(f"the encoding is a {kind['class']}, which only its author can rebuild: pass rope=")
             kind = rope if rope is not None else _rebuild(kind)
         return cls(kind, saved["start"], saved["keep_absolute"], saved.get("legacy"))
+
+
+def check_encoding(encoding: nn.Module, layout: Layout) -> None:
+    """Raise unless what it returns fits the heads of this attention."""
+    with torch.no_grad():
+        table = encoding(PatchGrid(1, 1))
+    name = type(encoding).__name__
+    if not isinstance(table, Rotary):
+        if not callable(table):
+            raise TypeError(f"rope must return a spatial_pe.Rotary, but {name} returns {type(table).__name__}")
+        return
+    if table.rotary_dim > layout.head_dim:
+        raise ValueError(
+            f"rope rotates {table.rotary_dim} channels, the tower's heads have {layout.head_dim}: build {name} for "
+            f"head_dim={layout.head_dim}"
+        )
+    heads = table.cos.shape[2]
+    if heads != 1 and not heads == layout.heads == layout.kv_heads:
+        raise ValueError(
+            f"rope has a table for each of {heads} heads, the tower's attention has {layout.heads} heads of queries and "
+            f"{layout.kv_heads} of keys: they must be as many, or share one table"
+        )
 
 
 def _options(rope: nn.Module) -> dict[str, Any]:

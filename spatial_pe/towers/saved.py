@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .request import Request
 
@@ -44,5 +44,6 @@ def noted(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def mark(module: nn.Module, device: torch.device) -> None:
-    module.register_buffer(MARK, torch.ones((), device=device))
+def marking(device: torch.device) -> Tensor:
+    """The tensor, named MARK, of an attention module with an added encoding, whose weights are on this device."""
+    return torch.ones((), device="cpu" if device.type == "meta" else device)

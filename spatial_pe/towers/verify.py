@@ -30,7 +30,7 @@ from ..rotary import join_pairs
 from .adapters import Binding, FusedAttention, Patched, Shape
 from .classes import swapped_class
 from .cost import Cost, cost_of
-from .layout import Layout, project
+from .layout import Layout, project, scale_of
 
 PREFIX = 3  # tokens that are not rotated
 SMALL = (0, 5, 6, 15)  # bounds of three sequences, one of a single token
@@ -226,7 +226,9 @@ def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:
         q, k, _ = project(reference, layout, x)
     except Exception:  # then its own forward fails too, and says how
         return 1.0
-    spread = float((q * k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)).sum(-1).std()) * layout.scale
+    spread = float((q * k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)).sum(-1).std()) * scale_of(
+        reference, layout
+    )
     return min(max((2 / spread) ** 0.5, 1e-3), 1e3) if math.isfinite(spread) and spread > 0 else 1.0
 
 

@@ -46,7 +46,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def convolutions_that_can_be_trusted(request):
-    """oneDNN's strided bfloat16 convolution of a few pixels (step3p7's downsampler) returns memory that nobody wrote on a
-    CPU with AMX (torch 2.13): errors of 1e20, and NaN, also of the tower that is not patched."""
+    """oneDNN's strided bfloat16 convolution of a few pixels (step3p7's downsampler) returns memory that nobody wrote on
+    a CPU with AMX (torch 2.13): errors of 1e20, and NaN, also of the tower that is not patched."""
     with torch.backends.mkldnn.flags(enabled="step3p7" not in request.node.name):
         yield

@@ -492,6 +492,110 @@ def test_inference_then_training():
     hidden(model, WIDE).sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("rope", "match"),
+    [
+        (MixedRoPE(24, 3), "rope has a table for each of 3 heads, the tower's attention has 2 heads"),
+        (AxialRoPE(32), "rope rotates 32 channels, the tower's heads have 24: build AxialRoPE for head_dim=24"),
+    ],
+)
+def test_a_rope_that_does_not_fit_raises_at_patch(rope, match):
+    model = FAMILIES["clip"].make()
+    with pytest.raises(ValueError, match=match):
+        patch(model, rope=rope, start="full")
+    assert untouched(model)
+
+
+class OutOfMemory(AxialRoPE):
+    """Raises when the second copy is moved."""
+
+    moves = 0
+
+    def to(self, *args, **kwargs):
+        type(self).moves += 1
+        if type(self).moves == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return super().to(*args, **kwargs)
+
+
+def untouched(model):
+    fresh = FAMILIES["clip"].make()
+    return (
+        [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
+        and set(model.state_dict()) == set(fresh.state_dict())
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        and torch.equal(hidden(model, FAMILIES["clip"].inputs()), hidden(fresh, FAMILIES["clip"].inputs()))
+    )
+
+
+def test_patch_that_runs_out_of_memory_leaves_the_model_as_it_was():
+    model = FAMILIES["clip"].make()
+    with pytest.raises(torch.OutOfMemoryError):
+        patch(model, rope=OutOfMemory(24, strength=0.1), start="full")
+    assert OutOfMemory.moves == 2 and untouched(model)
+
+
+def test_patch_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch):
+    from spatial_pe.towers import patch as module
+
+    swaps = []
+
+    def interrupted(*args):
+        swaps.append(args)
+        if len(swaps) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    source = __import__("sys").modules["spatial_pe.towers.patch"]
+    original = source.swap
+    monkeypatch.setattr(source, "swap", interrupted)
+    model = FAMILIES["clip"].make()
+    with pytest.raises(KeyboardInterrupt):
+        module(model, rope="mixed", keep_absolute=False)
+    assert len(swaps) == 2 and untouched(model)
+
+
+def test_a_checkpoint_loaded_since_stays_when_the_position_embedding_comes_back():
+    model, other = FAMILIES["clip"].make(), FAMILIES["clip"].make(seed=5)
+    patch(model, rope="axial", keep_absolute=False)
+    model.load_state_dict(other.state_dict(), strict=False)
+    unpatch(model)
+    inputs = FAMILIES["clip"].inputs()
+    assert torch.equal(hidden(model, inputs), hidden(other, inputs))
+
+
+@pytest.mark.parametrize("rope", [None, "axial"])
+def test_a_scale_that_is_changed_is_followed(rope):
+    model, plain = FAMILIES["clip"].make(), FAMILIES["clip"].make()
+    patch(model, rope=rope)
+    for each in (model, plain):
+        for module in each.modules():
+            if "Attention" in type(module).__name__:
+                module.scale = 0.5
+    inputs = FAMILIES["clip"].inputs()
+    torch.testing.assert_close(hidden(model, inputs), hidden(plain, inputs))
+
+
+@pytest.mark.parametrize("rope", ["axial", "mixed"])
+def test_an_encoding_that_no_checkpoint_fills_is_initialised(rope):
+    """meta, patch, to_empty, load_state_dict(strict=False): a checkpoint of the tower without RoPE."""
+    with torch.device("meta"):
+        model = FAMILIES["clip"].load()[0](FAMILIES["clip"].load()[1](**FAMILIES["clip"].options))
+    patch(model, rope=rope, verify=False)
+    torch.use_deterministic_algorithms(True)  # what is not filled is NaN
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    weights = FAMILIES["clip"].make()
+    model.load_state_dict(weights.state_dict(), strict=False)
+    for module in model.modules():
+        if hasattr(module, "position_ids"):  # a buffer that checkpoints leave out
+            module.position_ids = torch.arange(module.position_ids.shape[-1]).expand((1, -1))
+    inputs = FAMILIES["clip"].inputs()
+    torch.testing.assert_close(hidden(model.eval(), inputs), hidden(weights, inputs))
+
+
 def test_an_encoding_whose_buffer_is_annealed():
     model = FAMILIES["dinov2"].make()
     rope = Annealed()

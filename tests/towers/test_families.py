@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 import warnings
 from contextlib import contextmanager
 
@@ -269,7 +270,7 @@ def test_pixtral_builds_no_mask(monkeypatch, calls):
         after = outputs(model, inputs)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     assert [kwargs["cu_seqlens"].tolist() for _, kwargs in calls] == [[0, 10, 19]] * 2  # 5 x 2 and 3 x 3 patches
-    assert model.config._attn_implementation == "sdpa" and "_spatial_pe_config" not in model.__dict__
+    assert model.config._attn_implementation == "sdpa"
     # without sizes every image fills its pixels
     calls.clear()
     model(pixel_values=inputs["pixel_values"])
@@ -329,3 +330,60 @@ def test_other_attention_is_skipped_with_the_reason(module, model, config, optio
     configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
     with pytest.raises(ValueError, match=reason):
         patch(getattr(package, model)(getattr(configuration, config)(**options)))
+
+
+def test_pixtral_in_two_threads():
+    """Each forward sees its own config and bounds; the config itself is not written to."""
+    family = FAMILIES["pixtral"]
+    model, inputs = family.make(), family.inputs()
+    other = {"pixel_values": inputs["pixel_values"][:, :, :24, :24].contiguous()}
+    config = model.config
+    plain = [outputs(model, x) for x in (inputs, other)]
+    patch(model)
+    wrong, seen = [], set()
+
+    def serve(x, expected):
+        for _ in range(40):
+            seen.add(config._attn_implementation)
+            got = outputs(model, x)
+            wrong.extend(a for a, b in zip(got, expected, strict=True) if (a - b).norm() > 1e-5 * b.norm())
+
+    threads = [threading.Thread(target=serve, args=pair) for pair in zip((inputs, other), plain, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and seen == {"sdpa"} and model.config is config
+    unpatch(model)
+    assert model.config is config and "config" in model.__dict__
+    for x, expected in zip((inputs, other), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(outputs(model, x), expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ inference mode
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_inference_then_training(name):
+    """Lightning's sanity check: nothing that inference mode made is met by autograd."""
+    family = FAMILIES[name]
+    model, inputs = family.make(), family.inputs()
+    patch(model)
+    with torch.inference_mode():
+        outputs(model, inputs)
+    sum(x.sum() for x in outputs(model, inputs)).backward()
+    with torch.inference_mode():
+        outputs(model, inputs)
+
+
+def test_tables_that_are_written_to_in_inference_mode():
+    """Their version does not count there: the values do."""
+    from spatial_pe.towers.adapters.memo import once_per_forward
+
+    with torch.inference_mode():
+        table = torch.ones(3)
+        made = [once_per_forward(table, (), None, lambda: table.sum().item())]
+        made.append(once_per_forward(table, (), None, lambda: 1 / 0))
+        table.fill_(2)
+        made.append(once_per_forward(table, (), None, lambda: table.sum().item()))
+    assert made == [3, 3, 6]

@@ -162,7 +162,7 @@ def test_tables_are_not_kept_between_forwards(tower):
         outputs(model, inputs)
         outputs(model, inputs)
     gc.collect()
-    assert len(memo._entries) == 0
+    assert len(memo._ENTRIES.by_tensor) == 0
 
 
 # ------------------------------------------------------------------------------------------------- wrapped forwards

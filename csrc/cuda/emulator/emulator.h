@@ -44,6 +44,9 @@ size_t unwritten(const void* p, size_t bytes);
 // default is the environment variable SPATIAL_PE_EMULATOR_SEED, as it was when the program started, or 0.
 void set_schedule(uint32_t seed);
 
+// Whether results may be written twice, as sequences that overlap do; not so from the start.
+void allow_rewrites(bool allowed);
+
 // ------------------------------------------------- for primitives.h: what the calling thread does, see ../primitives.h
 
 constexpr uint32_t kSharedBase = 1024;  // not 0, so that an address that nobody set is out of range

@@ -118,6 +118,7 @@ void bind_emulator(py::module_& m) {
         },
         "multiprocessors"_a = 2, "shared_per_block"_a = 227 * 1024, "shared_per_multiprocessor"_a = 228 * 1024,
         "The device that is emulated.");
+  m.def("allow_rewrites", &emulator::allow_rewrites, "allowed"_a, "Whether results may be written twice.");
   m.def("set_schedule", &emulator::set_schedule, "seed"_a, "The order in which threads run; 0: the plain one.");
 }
 

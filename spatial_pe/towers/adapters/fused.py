@@ -12,7 +12,7 @@ from ...attention import rope_attention
 from ...dispatcher import fx_node
 from ...rotary import Rotary
 from ...rotation import apply_rotary_qk
-from ..layout import dropout_of, output, project
+from ..layout import dropout_of, output, project, scale_of
 from .eager import eager_attention
 from .masks import Padding, attend_padded, padding_of
 from .patched import Patched
@@ -54,7 +54,7 @@ class FusedAttention(Patched):
         self, x: Tensor, rotary: Any, bounds: Tensor | None, padding: Padding | None, call: dict[str, Any]
     ) -> Tensor:
         bound = self._spatial_pe
-        scale, backend = bound.layout.scale, bound.backend
+        scale, backend = scale_of(self, bound.layout), bound.backend
         q, k, v = project(self, bound.layout, x)  # (B, N, H, D), or (T, H, D)
         if rotary is not None and not isinstance(rotary, Rotary):  # no rotation of pairs: a function of q and k
             q, k, rotary = rotary(q), rotary(k), None
@@ -115,7 +115,8 @@ class FusedAttention(Patched):
             self.warn(f"{reason}, so such calls are computed without the fused kernel")
             q, k, v = project(self, bound.layout, x)
             q, k = (rotary(q), rotary(k)) if not isinstance(rotary, Rotary) else apply_rotary_qk(q, k, rotary)
-            attended, weights = eager_attention(q, k, v, bound.layout.scale, dropout_of(self, bound.layout), call)
+            scale = scale_of(self, bound.layout)
+            attended, weights = eager_attention(q, k, v, scale, dropout_of(self, bound.layout), call)
             out = output(self, bound.layout, attended, x)
             return (out, weights) if bound.returns == "tuple" else out
         if bounds is not None and not bound.shape.bounds and call.get("attention_mask") is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -11,22 +12,36 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # an entry goes when its tensor does
+
+class _Entries(threading.local):
+    def __init__(self) -> None:
+        self.by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # an entry goes when its tensor does
+
+
+_ENTRIES = _Entries()
 
 
 def once_per_forward(key: Tensor, others: tuple[Tensor, ...], detail: Hashable, make: Callable[[], Any]) -> Any:
-    """make(), or what it returned for the very same tensors with the same contents and detail. 3 us.
+    """make(), or what it returned in this thread for the very same tensors with the same contents and detail. 3 us.
 
-    What make() returns must not hold ``key`` or a view of it: it would keep its own entry alive.
+    Contents are told by a tensor's version. Those made in inference mode count none: on the CPU their values are
+    compared, elsewhere, where that would wait for the device, nothing of them is kept. What make() returns must not hold
+    ``key`` or a view of it: it would keep its own entry alive.
     """
-    state = (detail, torch.is_inference_mode_enabled(), *map(_version, (key, *others)))
-    entry = _entries.get(key)
+    tensors = (key, *others)
+    entries = _ENTRIES.by_tensor
+    # what is made in inference mode is of no use to autograd
+    state = (detail, torch.is_inference_mode_enabled(), *map(_version, tensors))
+    entry = entries.get(key)
     if entry is not None:
-        refs, known, value = entry
-        if known == state and len(refs) == len(others) and all(ref() is x for ref, x in zip(refs, others, strict=True)):
+        refs, known, copies, value = entry
+        same = known == state and len(refs) == len(others) and all(r() is x for r, x in zip(refs, others, strict=True))
+        if same and all(copy is None or torch.equal(copy, x) for copy, x in zip(copies, tensors, strict=True)):
             return value
     value = make()
-    _entries[key] = (tuple(map(weakref.ref, others)), state, value)
+    if all(x.device.type == "cpu" or not x.is_inference() for x in tensors):
+        copies = tuple(x.clone() if x.is_inference() else None for x in tensors)
+        entries[key] = (tuple(map(weakref.ref, others)), state, copies, value)
     return value
 
 
