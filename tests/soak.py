@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls and patched towers for as long as asked, checked one by one: no error, no growth of memory, no crash.
+"""Random calls, patched towers and episodes of several threads for as long as asked, checked one by one: no error, no
+growth of memory, no crash.
 
     python tests/soak.py --minutes 3 [--seed N]
 
@@ -23,6 +24,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "towers")]
 import oracles  # noqa: E402
+import stress  # noqa: E402
 from families import FAMILIES, HERE  # noqa: E402
 from oracles import Case, exact, make, run  # noqa: E402
 from oracles.rule import check, check_bound  # noqa: E402
@@ -110,15 +112,22 @@ def main() -> int:
         if settled is None and now > begin + (end - begin) / 3:
             settled = resident_mb()
         torch.set_num_threads(rng.randint(1, 4))
-        case: Case | str = draw(rng) if rng.random() < 0.9 else rng.choice(HERE)
+        kind = rng.choices(("calls", "towers", "episodes"), (90, 10, 2))[0]
+        case: Case | str = {"calls": draw, "towers": lambda rng: rng.choice(HERE), "episodes": lambda rng: "threads"}[
+            kind
+        ](rng)
         try:
-            (tower if isinstance(case, str) else attention)(case)  # type: ignore[operator]
+            if kind == "episodes":
+                stress.episode(rng)
+            else:
+                (tower if kind == "towers" else attention)(case)  # type: ignore[operator]
         except Exception as error:
             print(f"--seed {options.seed}, SPATIAL_PE_SEED={oracles.SEED}: {case}: {error}", file=sys.stderr)
             raise
-        done["towers" if isinstance(case, str) else "calls"] += 1
+        done[kind] += 1
     growth = resident_mb() - (settled or 0)
-    print(f"{done['calls']} calls, {done['towers']} towers, {growth:+.0f} MB, --seed {options.seed}")
+    counts = ", ".join(f"{done[kind]} {kind}" for kind in ("calls", "towers", "episodes"))
+    print(f"{counts}, {growth:+.0f} MB, --seed {options.seed}")
     if settled is not None and growth > GROWTH_MB:
         print(f"memory has grown by {growth:.0f} MB, allowed are {GROWTH_MB}", file=sys.stderr)
         return 1

@@ -131,8 +131,8 @@ def check_encoding(encoding: nn.Module, layout: Layout) -> None:
     heads = table.cos.shape[2]
     if heads != 1 and not heads == layout.heads == layout.kv_heads:
         raise ValueError(
-            f"rope has a table for each of {heads} heads, the tower's attention has {layout.heads} heads of queries and "
-            f"{layout.kv_heads} of keys: they must be as many, or share one table"
+            f"rope has a table for each of {heads} heads, the tower's attention has {layout.heads} heads of queries "
+            f"and {layout.kv_heads} of keys: they must be as many, or share one table"
         )
 
 

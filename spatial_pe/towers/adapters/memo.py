@@ -25,8 +25,8 @@ def once_per_forward(key: Tensor, others: tuple[Tensor, ...], detail: Hashable, 
     """make(), or what it returned in this thread for the very same tensors with the same contents and detail. 3 us.
 
     Contents are told by a tensor's version. Those made in inference mode count none: on the CPU their values are
-    compared, elsewhere, where that would wait for the device, nothing of them is kept. What make() returns must not hold
-    ``key`` or a view of it: it would keep its own entry alive.
+    compared; elsewhere, where that would wait for the device, nothing of them is kept. What make() returns must not
+    hold ``key`` or a view of it: it would keep its own entry alive.
     """
     tensors = (key, *others)
     entries = _ENTRIES.by_tensor
