@@ -12,6 +12,7 @@ from torch import Tensor
 from .dispatcher import in_transform
 from .rotary import Rotary, check_rotary_fits
 
+INTEGERS = (int, torch.SymInt)  # as a tuple: dynamo of torch 2.9 knows no union of types
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -74,7 +75,7 @@ def _check_lengths(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None,
         _check_index(cu_seqlens, "cu_seqlens", q)
         if cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens must have sequences + 1 entries, got {cu_seqlens.shape[0]}")
-        if max_seqlen is not None and not isinstance(max_seqlen, int | torch.SymInt):
+        if max_seqlen is not None and not isinstance(max_seqlen, INTEGERS):
             raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}: use int(max_seqlen)")
     if seqlens is not None:
         _check_index(seqlens, "seqlens", q)

@@ -157,6 +157,7 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
     if (index < end) {
       if (step == 0) {
         item = Item(p, index, memory.block_rows());
+        poison_results(p, item.span, item.head, thread, 32 * PRODUCERS);
         if (!item.exists()) {
           ++index;
           continue;
@@ -368,7 +369,6 @@ SPE_DEVICE void consume(const Params& p, const Memory<D>& memory, int warp, int 
   int pass = 0;
   for (int index = p.items.begin(block_index()); index < p.items.begin(forgotten(block_index()) + 1);) {
     const Item item(p, index, memory.block_rows());
-    if (pass == 0) poison_results(p, item.span, item.head, 32 * warp + lane, 32 * p.consumers);
     if (!item.exists()) {
       ++index;
       continue;

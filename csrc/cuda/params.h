@@ -84,7 +84,9 @@ struct Params {
 
 // NaN in the rows of a head of x of which a span says so, by `threads` threads, whole warps.
 SPE_DEVICE void poison(const Params& p, const Tensor& x, const Span& span, int head, int thread, int threads) {
+#pragma unroll 1
   for (int row = span.nan + (thread >> 5); row < span.end; row += threads >> 5)
+#pragma unroll 1
     for (int i = thread & 31; i < p.head_dim / 4; i += 32)
       store_global2(x.at(span.sample, row, head) + 4 * i, {{0x7fff7fffu, 0x7fff7fffu}});  // of both types
 }
@@ -92,6 +94,7 @@ SPE_DEVICE void poison(const Params& p, const Tensor& x, const Span& span, int h
 // Of out and lse.
 SPE_DEVICE void poison_results(const Params& p, const Span& span, int head, int thread, int threads) {
   poison(p, p.out, span, head, thread, threads);
+#pragma unroll 1
   for (int row = span.nan + thread; row < span.end; row += threads)
     store_global_float(p.lse + (static_cast<int64_t>(span.sample) * p.heads + head) * p.sequences.tokens + row, NAN);
 }

@@ -77,6 +77,7 @@ SPE_DEVICE Span locate(const Sequences& s, int program, int block, int& first) {
 // Whether packed bounds do so anywhere: of a whole warp. Of all warps only that of token 0 of head 0 asks.
 SPE_DEVICE bool decrease(const Sequences& s, int lane) {
   if (s.form != Form::packed) return false;
+#pragma unroll 1
   for (int base = 0; base < s.count; base += 32) {
     const int i = base + lane;
     if (warp_any(i < s.count && load_global_int(s.bounds + i + 1) < load_global_int(s.bounds + i))) return true;

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +55,11 @@ class _Stack:
         self.loose: Forward | None = None  # of an embedding that was called without its tower (timm's forward_features)
 
 
-class _Threads(threading.local):
+class _Here(threading.local):
+    """The stack of the thread that asks."""
+
     def __init__(self) -> None:
-        self.stacks: WeakKeyDictionary[Grids, _Stack] = WeakKeyDictionary()
-
-
-_THREADS = _Threads()
+        self.stack = _Stack()
 
 
 class Grids:
@@ -72,17 +70,18 @@ class Grids:
         self.read_by_compiled = False
         self.running: dict[int, Forward] = {}  # by thread
         self.kept: tuple[Any, Any] | None = None
+        self.local = _Here()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is another tower's: it has seen no forward."""
-        return {**self.__dict__, "compiled": None, "running": {}, "kept": None}
+        return {**self.__dict__, "compiled": None, "running": {}, "kept": None, "local": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "running": {}, "local": _Here()})
 
     @property
     def here(self) -> _Stack:
-        stacks = _THREADS.stacks
-        if self not in stacks:
-            stacks[self] = _Stack()
-        return stacks[self]
+        return self.local.stack
 
     # ------------------------------------------------------------------------------------------ what the hooks tell
 
@@ -163,7 +162,7 @@ class Grids:
         return current if current is not None and current.task == _task() and current.grid is not None else None
 
     def _tag(self, x: Tensor | None, forward: Forward) -> None:
-        if x is None or is_traced(x) or not (torch.is_grad_enabled() or x.requires_grad):
+        if x is None or not (torch.is_grad_enabled() or x.requires_grad) or is_traced(x):
             return  # no gradient, so nothing is computed again
         tags = x.untyped_storage().__dict__.setdefault("_spatial_pe", {})
         tags[id(self), x.storage_offset(), x.shape] = forward
@@ -348,7 +347,7 @@ class HandOn(Hook):
     """Forward hook of a module beside attention."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling() and isinstance(output, Tensor):
+        if not torch.compiler.is_compiling() and isinstance(output, Tensor) and output.requires_grad:
             self.grids.hand_on(_first_tensor(args), output)
 
 
@@ -388,7 +387,7 @@ def _hooked(tower: nn.Module, attention: list[nn.Module], recorder: Any, registe
             module.register_forward_pre_hook(Begin(recorder), with_kwargs=True)
             module.register_forward_hook(End(recorder), always_call=True)
             for beside in module.children():
-                if id(beside) not in held:
+                if id(beside) not in held and "norm" in type(beside).__name__.lower():
                     beside.register_forward_hook(HandOn(recorder))
     return recorder
 

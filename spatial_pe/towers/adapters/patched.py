@@ -65,7 +65,7 @@ class Patched(Swapped):
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positional arguments by name: their order differs between versions of transformers."""
-        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        return {**dict(zip(self.arguments[: len(args)], args, strict=True)), **kwargs}
 
     def refusal(self, call: dict[str, Any]) -> str | None:
         """Why the fused op must not serve this call, or None."""
