@@ -35,7 +35,7 @@ test-all: $(TEST_ENVS) $(TORCHES:%=test-torch-%)
 
 # The oldest torch that pyproject.toml allows, and the newest that can be had: what depends on torch's insides. Each has
 # an environment of its own, 5 GB with the CUDA libraries that its wheel asks for.
-TORCHES := 2.8.0 2.14.1
+TORCHES := 2.9.0 2.14.1
 TORCH_TESTS := $(QUICK_TESTS) tests/test_attention.py tests/transforms tests/towers/test_patch.py tests/towers/test_add_rope.py
 test-torch-%: $(VENV)/torch-%/installed
 	$(VENV)/torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(TORCH_TESTS)

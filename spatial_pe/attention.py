@@ -16,7 +16,7 @@ from . import batching, decompositions
 from .backends import composed, reference
 from .backends.call import Call
 from .backends.select import BACKENDS, select
-from .checks import check_call, check_fits
+from .checks import check_angle_gradient, check_call, check_fits, check_gradients
 from .dispatcher import (
     are_special,
     has_autocast,
@@ -185,12 +185,15 @@ def _forward_op(*args):
 
 @torch.library.impl(_LIBRARY, "rope_attention_backward", "CompositeExplicitAutograd")
 def _backward_op(dout, out, lse, *args):
-    check_fits(_unflatten(*args[:-1]))
+    call = _unflatten(*args[:-1])
+    check_fits(call)
+    check_gradients(call, out, lse, dout)
     return _backward(dout, out.contiguous(), lse.contiguous(), *args)
 
 
 @torch.library.impl(_LIBRARY, "angle_gradient", "CompositeExplicitAutograd")
 def _angle_gradient_op(*args):
+    check_angle_gradient(*args[:5])
     return _angle_gradient(*args).contiguous()  # as the fake kernel says
 
 

@@ -39,7 +39,32 @@ def check_fits(call: Any) -> None:
     """The same for a ``Call`` that came through the torch op, from a traced graph say."""
     packed = call.cu_seqlens is not None
     q, k, v = (x[0] if packed and x.ndim == 4 else x for x in (call.q, call.k, call.v))
+    if call.rotary is not None:
+        call.rotary.check()
     check_call(q, k, v, call.rotary, call.cu_seqlens, call.max_seqlen, call.seqlens)
+
+
+def check_gradients(call: Any, out: Tensor, lse: Tensor, dout: Tensor) -> None:
+    """What the backward gets beside the call."""
+    q = call.q
+    for name, x in (("dout", dout), ("out", out)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be as q, {tuple(q.shape)} {q.dtype} on {q.device}, got {tuple(x.shape)} {x.dtype} on "
+                f"{x.device}"
+            )
+    rows = (q.shape[0], q.shape[2], q.shape[1])
+    if lse.shape != rows or lse.dtype != torch.float32 or lse.device != q.device:
+        raise ValueError(f"lse must be (B, H, N) float32 on {q.device}, got {tuple(lse.shape)} {lse.dtype}")
+
+
+def check_angle_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor) -> None:
+    """What the op angle_gradient gets."""
+    if dq.shape != q.shape or dk.shape != k.shape:
+        raise ValueError(f"dq and dk must have the shapes of q and k, {tuple(q.shape)} and {tuple(k.shape)}")
+    rotary = Rotary._unchecked(cos, cos, "half")
+    for name, x in (("q", q), ("k", k)):
+        check_rotary_fits(x, rotary, name)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -145,7 +145,10 @@ def fx_node(target: Callable | torch.nn.Module, *args: Any, **kwargs: Any) -> An
 
     What a function does here depends on shapes and on what its tensors are, which a symbolic trace cannot ask.
     """
-    proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, fx.Proxy)), None)
+    proxy = None
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, fx.Proxy):
+            proxy = x
     if proxy is None:
         return None
     if isinstance(target, torch.nn.Module):

@@ -53,9 +53,10 @@ class Rotary:
             unrecorded(_check_table, table, name)
             if table.ndim == 2:
                 object.__setattr__(self, name, table[None, :, None, :])
-        unrecorded(self._check)
+        unrecorded(self.check)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise unless the two tables fit each other, and hold finite numbers where they can be looked at."""
         if self.cos.shape != self.sin.shape:
             raise ValueError(f"cos has shape {tuple(self.cos.shape)}, sin {tuple(self.sin.shape)}: they must be equal")
         if self.cos.dtype != self.sin.dtype or self.cos.device != self.sin.device:

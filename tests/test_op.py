@@ -359,3 +359,46 @@ def test_autocast_with_norms_in_front():
     with torch.autocast("cpu", torch.bfloat16):
         out = rope_attention(q, k, v.bfloat16(), inputs.rotary())
         assert torch.equal(out, rope_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), inputs.rotary()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({1: lambda k: k[:, :-1]}, "k and v must have the same shape"),
+        ({1: lambda k: k[:, :-1], 2: lambda v: v[:, :-1]}, "q and k must have the same batch and tokens"),
+        ({2: lambda v: v.double()}, "must share a dtype"),
+        ({0: lambda q: q.mT.contiguous().mT}, "contiguous in its last dimension"),
+        ({3: lambda cos: cos[:, :-1], 4: lambda sin: sin[:, :-1]}, "rotary has 19 tokens, q has 20"),
+        ({4: lambda sin: sin[..., :-1]}, "cos has shape .*, sin .*: they must be equal"),
+        ({9: lambda _: torch.tensor([20, 20, 20], dtype=torch.int32)}, "seqlens must have an entry for each of the 2"),
+        ({9: lambda _: torch.tensor([20, 21], dtype=torch.int32)}, "seqlens must lie between 0 and the 20 tokens"),
+        ({9: lambda _: torch.tensor([20, 20])}, "seqlens must be int32"),
+    ],
+)
+def test_the_op_checks_what_could_crash(backend, change, match):
+    """A traced graph calls it with tensors that rope_attention has not seen."""
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments(CASES["dense"], backend)]
+    args = [change[i](x) if i in change else x for i, x in enumerate(args)]
+    with pytest.raises((TypeError, ValueError), match=match):
+        OP(*args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", ["dout", "out", "lse"])
+def test_the_backward_op_checks_what_could_crash(backend, which):
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments(CASES["dense"], backend)]
+    out, lse = OP(*args)
+    given = {"dout": torch.randn_like(out), "out": out, "lse": lse}
+    given[which] = given[which][:, :-1]
+    with pytest.raises(ValueError, match=f"{which} must be"):
+        BACKWARD(*given.values(), *args)
+
+
+def test_patch_and_calls_under_a_default_device():
+    """It says where new tensors are made; those that are given stay where they are."""
+    inputs = make(CASES["packed"])
+    expected = run(inputs, "auto")
+    with torch.device("meta"):
+        got = run(inputs, "auto")
+    assert all(torch.equal(got[name], x) for name, x in expected.items())

@@ -100,7 +100,7 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
             if (16 * b + 8 * (i >> 2) + (i & 1) >= left) s[b][0][0][i >> 2][i & 3] = -INFINITY;
       }
 
-      const float scale = p.scale2;
+      const float scale = now.span.start + warp + now.head == 0 && decrease(p.sequences, lane) ? NAN : p.scale2;
       float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
@@ -134,7 +134,6 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
           multiply_columns<E, D, 1>(o, weights, v, 16 * b, lane);
         }
 
-      if (now.span.start + warp + now.head == 0 && decrease(p.sequences, lane)) sum[0] = sum[2] = NAN;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if ((lane & 3) == 0 && row + 8 * h < length)

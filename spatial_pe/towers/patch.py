@@ -299,8 +299,9 @@ class _Addition:
             if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in f.module.modules()):
                 # accelerate brings the weights when they are needed, which says nothing about where tokens will be
                 device = torch.device("cpu")
-            encoding = request.encoding(f.layout).to(device).train(f.module.training)
-            check_encoding(encoding, f.layout)
+            with torch.device("cpu"):  # whatever the default device is: the weights say where it belongs
+                encoding = request.encoding(f.layout).to(device).train(f.module.training)
+                check_encoding(encoding, f.layout)
             self.encodings.append(encoding)
         if not self.encodings[0].state_dict() and not list(self.encodings[0].parameters()):
             self.encodings = [self.encodings[0]] * len(members)

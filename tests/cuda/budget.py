@@ -241,7 +241,9 @@ def parts(flow: Flow, kernel: str, dim: int) -> dict[str, Part]:
         found["produce"] = part(code(flow, [block for block in way if block not in inside]), 1)
     elif first == "windows":  # blocks that have one window at a time copy after the products
         late = flow.after_any(block for block in loop.blocks if count(flow, block, "HMMA"))
-        add("main", WORTH, {block for block in late if count(flow, block, "LDGSTS")})
+        # and of all windows one asks whether bounds decrease
+        seldom = {block for block in loop.blocks if count(flow, block, "VOTE")}
+        add("main", WORTH, seldom | {block for block in late if count(flow, block, "LDGSTS")})
     elif first == "keys" and (inner := [one for one in flow.inside(loop) if multiplies(flow, one)]):
         nested = blocks_of(inner)
         add("whole", WORTH | {"STS": 1}, set())

@@ -569,3 +569,18 @@ print(len(patch(tower).patched))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "1", result.stderr
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3", "qwen2_5_vl", "pixtral"])
+@pytest.mark.parametrize("rope", [None, "mixed"])
+def test_patch_under_a_default_device(name, rope):
+    """The model is where it is, whatever new tensors are made on."""
+    if rope is not None and name != "clip":
+        pytest.skip("has a RoPE of its own")
+    family = FAMILIES[name]
+    model, inputs = family.make(), family.inputs()
+    before = outputs(model, inputs)
+    with torch.device("meta"):
+        patch(model, rope=rope)
+    assert all(x.device.type == "cpu" for x in (*model.parameters(), *model.buffers()))
+    torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-4, atol=1e-5)
