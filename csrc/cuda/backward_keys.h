@@ -37,17 +37,14 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   Span span;
   if (p.whole) {
     span = whole_sequence(p.sequences, program);
+#pragma unroll 1
+    for (int head = kv_head * p.group; head < (kv_head + 1) * p.group; ++head)
+      poison_gradient(p, p.dq, span, head, thread, threads);
   } else {
     span = locate(p.sequences, program, keys, first);
   }
-  if (span.nan < span.end) {
-    // forgotten: what is worked out here would be kept for what follows, which has no register left
-    const int own = forgotten(thread), all = forgotten(threads), head = forgotten(kv_head);
-    poison(p, p.dk, span, head, own, all);
-    poison(p, p.dv, span, head, own, all);
-#pragma unroll 1
-    for (int i = 0; i < p.group && p.whole; ++i) poison(p, p.dq, span, head * p.group + i, own, all);
-  }
+  poison_gradient(p, p.dk, span, kv_head, thread, threads);
+  poison_gradient(p, p.dv, span, kv_head, thread, threads);
   if (first >= span.length) return;
 
   const Shared k_tile = shared_memory(), v_tile = k_tile + keys * Tile<D>::bytes;

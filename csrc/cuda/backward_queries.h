@@ -24,7 +24,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   const int head = block_index() % p.heads;
   int first;
   const Span span = locate(p.sequences, block_index() / p.heads, block_rows, first);
-  poison(p, p.dq, span, head, thread, threads);
+  poison_gradient(p, p.dq, span, head, thread, threads);
   if (first >= span.length) return;
 
   const Shared tiles = shared_memory(), q_tile = tiles + 2 * STAGES * BN * Tile<D>::bytes;

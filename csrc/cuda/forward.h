@@ -157,8 +157,8 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
     if (index < end) {
       if (step == 0) {
         item = Item(p, index, memory.block_rows());
-        poison_results(p, item.span, item.head, thread, 32 * PRODUCERS);
         if (!item.exists()) {
+          poison_results(p, item.span, item.head, thread, 32 * PRODUCERS);
           ++index;
           continue;
         }
@@ -173,6 +173,7 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
       // a slot that is not free yet: first finish what is on its way
       if (!arriving.any) barrier_wait(memory.empty(slot), round ^ 1);
       if (barrier_test(memory.empty(slot), round ^ 1)) {
+        if (step == 0) poison_results(p, item.span, item.head, thread, 32 * PRODUCERS);
         const int first = is_keys ? i * BN : item.first + i * memory.layer_rows();
         const int head = is_keys ? item.head / p.group : item.head;
         const int token = item.span.start + first;

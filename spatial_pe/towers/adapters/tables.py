@@ -27,6 +27,8 @@ from ...dispatcher import is_traced
 from ...rotary import Rotary, split_pairs
 from .memo import once_per_forward
 
+# of types, as a tuple: dynamo of torch 2.9 knows no union of them
+PAIR = (tuple, list)
 DIFFER = "the two halves of cos and sin differ"
 
 
@@ -46,8 +48,8 @@ def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: 
     tables = _tables(value, argument, head_dim)
     if isinstance(tables, str):
         return tables
-    key = value[0] if isinstance(value, tuple | list) else value
-    others = tuple(value[1:]) if isinstance(value, tuple | list) else ()
+    key = value[0] if isinstance(value, PAIR) else value
+    others = tuple(value[1:]) if isinstance(value, PAIR) else ()
     cos, sin, repeated = tables
     prefix = tokens - cos.shape[1]
     if prefix < 0:
@@ -69,7 +71,7 @@ def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: 
 
 def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
     """cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
-    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
+    if isinstance(value, PAIR) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
         cos, sin = value
         if cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-1] <= head_dim and cos.shape[-1] % 2 == 0:
             lead = (1,) * (3 - cos.ndim)
