@@ -449,6 +449,38 @@ def test_threads_with_grids_of_their_own(rope):
     assert not wrong and not torch.equal(expected["wide"], expected["tall"])
 
 
+def test_compiled_layers_in_two_threads_are_refused():
+    """Compiled code reads one attribute, which another thread would change between its guards and its reads."""
+    model = FAMILIES["dinov2"].make()
+    patch(model, rope="axial", start="full")
+    expected = {key: hidden(model, x) for key, x in (("wide", WIDE), ("tall", TALL))}
+    torch._dynamo.reset()
+    layers = [m for m in model.modules() if type(m).__name__ == "Dinov2Layer"]
+    for layer in layers:
+        layer.compile(backend="eager")
+    for key, x in (("wide", WIDE), ("tall", TALL), ("wide", WIDE)):  # one after another is right
+        torch.testing.assert_close(hidden(model, x), expected[key], rtol=1e-4, atol=1e-5)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        go_on.wait(20)
+
+    handle = model.embeddings.register_forward_hook(wait)  # its grid is known, its layers have not begun
+    found = []
+    thread = threading.Thread(target=lambda: found.append(hidden(model, WIDE)))
+    thread.start()
+    try:
+        assert inside.wait(20)
+        handle.remove()
+        with pytest.raises(RuntimeError, match=r"grids of \(2, 4\) and \(4, 2\) patches at once"):
+            hidden(model, TALL)
+    finally:
+        go_on.set()
+        thread.join()
+    torch.testing.assert_close(found[0], expected["wide"], rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_outside_of_a_forward_is_refused():
     model = FAMILIES["dinov2"].make()
     patch(model, rope="axial", start="full")
