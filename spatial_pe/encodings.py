@@ -48,8 +48,10 @@ class _Float32(nn.Module):
             for child in self.children():  # of a subclass: cast as they are
                 child._apply(fn)
         without_values = self._on_meta()
-        super()._apply(lambda x: _uncast(x, fn(x)), recurse=False)
-        if without_values and not self._on_meta():  # to_empty: memory that nobody wrote
+        # to_empty makes memory that nobody wrote of what has values here: of a tower that was patched on meta, say
+        empties = getattr(fn, "__qualname__", "").startswith("Module.to_empty")
+        super()._apply(lambda x: _uncast(x, fn(x), empties and not x.is_meta), recurse=False)
+        if without_values and not self._on_meta():
             self.reset_parameters()
         return self
 
@@ -86,12 +88,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.detach().float() if x.is_floating_point() and x.dtype not in _WIDE else x
 
 
-def _uncast(before: Tensor, after: Tensor) -> Tensor:
-    """The result of a cast or a move, but with the values from before where it rounded them.
+def _uncast(before: Tensor, after: Tensor, lost: bool = False) -> Tensor:
+    """The result of a cast or a move, but with the values from before where it rounded or lost them.
 
     Values that were rounded already stay in half precision, so that forward still refuses them.
     """
     rounds = before.dtype in _WIDE and after.dtype not in _WIDE
+    if lost:
+        return before.to(after.device, copy=True)
     return before.to(after.device, torch.float32) if rounds else after
 
 

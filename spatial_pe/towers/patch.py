@@ -296,9 +296,8 @@ class _Addition:
         for f in members:
             assert f.layout is not None
             device = floating_weight(f.module).device
-            if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in f.module.modules()):
-                # accelerate brings the weights when they are needed, which says nothing about where tokens will be
-                device = torch.device("cpu")
+            # weights that are elsewhere for now (accelerate's offloading) say nothing about where tokens will be
+            device = torch.device("cpu") if device.type == "meta" else device
             with torch.device("cpu"):  # whatever the default device is: the weights say where it belongs
                 encoding = request.encoding(f.layout).to(device).train(f.module.training)
                 check_encoding(encoding, f.layout)
