@@ -173,6 +173,7 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
       // a slot that is not free yet: first finish what is on its way
       if (!arriving.any) barrier_wait(memory.empty(slot), round ^ 1);
       if (barrier_test(memory.empty(slot), round ^ 1)) {
+        // here, since a step is tried until its slot is free
         if (step == 0) poison_results(p, item.span, item.head, thread, 32 * PRODUCERS);
         const int first = is_keys ? i * BN : item.first + i * memory.layer_rows();
         const int head = is_keys ? item.head / p.group : item.head;
@@ -338,6 +339,7 @@ SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
 
 template <class E, int D>
 SPE_DEVICE void store(const Params& p, const Item& item, State<D>& rows, int first, int layer_rows, int lane) {
+  // the warp of token 0 of head 0 looks at all bounds
   const bool poisoned = item.span.start + first + item.head == 0 && decrease(p.sequences, lane);
 #pragma unroll
   for (int m = 0; m < MT<D>; ++m) {

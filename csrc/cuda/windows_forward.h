@@ -12,7 +12,6 @@
 
 namespace spe::cuda::windows {
 
-
 // Of windows of 64, as far as registers go: 168 a thread, or 255.
 constexpr int blocks_per_multiprocessor(int dim) { return dim <= 80 ? 3 : 2; }
 
@@ -100,6 +99,7 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
             if (16 * b + 8 * (i >> 2) + (i & 1) >= left) s[b][0][0][i >> 2][i & 3] = -INFINITY;
       }
 
+      // the warp of token 0 of head 0 looks at all bounds
       const float scale = now.span.start + warp + now.head == 0 && decrease(p.sequences, lane) ? NAN : p.scale2;
       float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll

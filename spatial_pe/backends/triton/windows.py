@@ -48,7 +48,7 @@ def window_forward_kernel(
     sample = tl.cast(sample, tl.int64)
     begin = tl.program_id(1) * PER_PROGRAM
     stop = tl.minimum(begin + PER_PROGRAM, heads)
-    if FORM != "dense":
+    if FORM != "dense":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
         if nan < end:
             for index in tl.range(begin, stop):
                 poison(out, sample * tokens, nan, end, heads, index, D)
