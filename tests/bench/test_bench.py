@@ -220,7 +220,8 @@ def test_peaks_are_above_what_kernels_reach():
     row = suites.Attention("attention", "576", SPEED["576"], "fp32", "forward", 1, ("ours",), 3).run("cpu")
     # 1.3 on a quiet machine, as low as 1.0 beside other tests; operations counted twice would give 0.65
     assert 0.7 < found["gflops"]["fp32"] / results.gflops(row, "ours") < 20
-    assert found["gflops"]["bf16"] > 0.9 * found["gflops"]["fp32"]
+    # 1.9 on an AMD core with AVX-512, 0.49 on an Intel one, 0.38 there beside other tests
+    assert found["gflops"]["bf16"] > 0.25 * found["gflops"]["fp32"]
     assert found["copy_gigabytes_per_second"] > 1
 
 
