@@ -205,7 +205,7 @@ def test_memory_of_scores_is_quadratic_and_ours_linear():
     ours = [memory.measure("ours", shape, "fp32") for shape in (few, many)]
     scores = 4 * 4 * 2048**2
     assert scores < naive[1] < 6 * scores
-    assert naive[1] > 10 * naive[0]
+    assert naive[1] > 7 * naive[0]  # 16 were there scores alone; 9.4 to 12 with what is linear, and grows as 4
     assert ours[1] < 8 * max(ours[0], 1 << 20) and ours[1] < scores / 8
 
 
