@@ -25,7 +25,9 @@ test-quick: $(VENV)/installed
 QUICK_TESTS := tests/test_op.py tests/test_rotary.py tests/test_checks.py tests/test_grid.py tests/test_modules.py \
   tests/test_encodings.py tests/test_verify.py tests/test_cli.py
 
-test: $(TEST_ENVS)
+# the environments at once: most of an installation is waiting
+test: $(VENV)/installed
+	$(MAKE) --jobs 3 $(TEST_ENVS)
 	$(OLDER) -m "not slow and not gpu"
 	$(PYTEST) -m "not slow and not gpu"
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .dispatcher import somebody_listens
 
 
 @dataclass(frozen=True, init=False)
@@ -97,13 +99,30 @@ class PatchGrid:
     @property
     def rotated(self) -> Tensor:
         """(N,) bool: False for prefix and suffix tokens."""
-        return torch.cat(
-            [_pad(torch.ones(h * w, dtype=torch.bool, device="cpu"), self.prefix, self.suffix) for h, w in self.images]
-        )
+        return self._once("rotated", lambda h, w: torch.ones(h * w, dtype=torch.bool, device="cpu"))
 
     def coordinates(self) -> Tensor:
         """(N, 2) float32: (row, column) in patches; 0 for tokens that are not rotated."""
-        return torch.cat([_pad(_raster(h, w, self.merge_size), self.prefix, self.suffix) for h, w in self.images])
+        return self._once("coordinates", lambda h, w: _raster(h, w, self.merge_size))
+
+    def _once(self, name: str, of_patches: Callable[[int, int], Tensor]) -> Tensor:
+        """What is made of the patches of each image, zeros for other tokens. Each layer of a tower asks the same grid:
+        45 us, and 2 for a copy."""
+
+        def make() -> Tensor:
+            return torch.cat([_pad(of_patches(h, w), self.prefix, self.suffix) for h, w in self.images])
+
+        if somebody_listens():
+            return make()
+        kept: dict[str, Tensor] = self.__dict__.get("_kept", {})
+        if name not in kept:
+            with torch.inference_mode(False):  # of use to autograd too
+                kept = {**kept, name: make()}
+            object.__setattr__(self, "_kept", kept)  # a new one, since other threads may read the old one
+        return kept[name].clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def sizes(self) -> Tensor:
         """(N, 2) float32: (height, width) of the image that each token belongs to."""

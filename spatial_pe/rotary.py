@@ -115,7 +115,10 @@ class Rotary:
 
     def to(self, *args, **kwargs) -> Rotary:
         """Like Tensor.to, for both tables."""
-        return Rotary(self.cos.to(*args, **kwargs), self.sin.to(*args, **kwargs), self.pairing)
+        cos, sin = self.cos.to(*args, **kwargs), self.sin.to(*args, **kwargs)
+        if cos is self.cos and sin is self.sin:
+            return self  # looking for NaN again costs 30 us
+        return Rotary(cos, sin, self.pairing)
 
     def index_tokens(self, index: Tensor) -> Rotary:
         """Rows in another order, e.g. the permutation of ``PatchGrid.windows``."""

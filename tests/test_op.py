@@ -60,7 +60,7 @@ def arguments(case: Case, backend: str, tables_want_grad: bool = True) -> tuple:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("tables_want_grad", [True, False])
+@pytest.mark.parametrize("tables_want_grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_opcheck(name, backend, tables_want_grad):
     """Schema, autograd registration, fake tensors, and compiled gradients with static and dynamic shapes."""
     args = arguments(CASES[name], backend, tables_want_grad)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -248,7 +249,8 @@ class GridRecorder(Grids):
                 f"forward is not of {patches} patches (it is {known}): RoPE needs every patch of the image, in order"
             )
         height, width = grid
-        return PatchGrid(height, width, prefix, suffix)
+        make = PatchGrid if torch.compiler.is_compiling() else _patch_grid
+        return make(height, width, prefix, suffix)
 
 
 class ShapesRecorder(Grids):
@@ -297,6 +299,10 @@ class CoordinatesRecorder(GridRecorder):
                 f"{tuple(grid.shape)}"
             )
         return torch.nn.functional.pad(grid, (0, 0, prefix, suffix)).to(x.device)
+
+
+# kept: a grid keeps the coordinates that it was asked for
+_patch_grid = lru_cache(16)(PatchGrid)
 
 
 def _last_two(x: Tensor) -> tuple[int, int]:

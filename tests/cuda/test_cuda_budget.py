@@ -53,7 +53,7 @@ def broken(report: dict) -> list[str]:
 
 
 @built
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 def test_the_extension(target):
     assert EXTENSION is not None
     if target not in budget.architectures(EXTENSION):

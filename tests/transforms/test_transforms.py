@@ -26,7 +26,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 OF_MODULES = {"functional_call", "parameter_gradients", "deepcopy", "pickled"}
 EXPORTS_TO_ONNX = {"onnx_dynamo", "onnx_opset_23", "onnx_torchscript"}
 # Minutes all together, and the same machinery as a faster column.
-SLOW = {"aot_inductor", "compiled_inductor", "compiled_dynamic", "export_strict", "export_saved", "pickled"}
+SLOW = {
+    "aot_inductor",
+    "compiled_transforms",
+    "export_run_decompositions",
+    "compiled_inductor",
+    "compiled_dynamic",
+    "export_strict",
+    "export_saved",
+    "pickled",
+}
 # Of the towers that repeat another one, and of the encodings, these columns are enough in `make test`.
 FEW = {
     "jit_trace",

@@ -21,7 +21,6 @@ pytestmark = [
 ]
 CASES = [case for case in [*ROTATIONS, *HEAD_DIMS[:5], *VIEWS] if case.dim <= 128 and case.pairs and not case.lengths]
 GROUPED = Case(batch=2, tokens=70, heads=5, kv_heads=1, dim=72)
-DTYPES = [torch.float32, torch.float16]
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=2 * eps, atol=8 * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 @pytest.mark.parametrize("case", [*CASES, GROUPED], ids=str)
 def test_rotation(case, dtype):
     q, k, rotary = drawn(case, dtype)

@@ -96,7 +96,7 @@ def around(call: Call, memory: Memory) -> Call:
     return Call(q, k, v, call.rotary, call.scale, *bounds)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", [*FEW, *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS if k not in FEW)])
 @pytest.mark.parametrize("wrong", wrong_cases(BLOCK), ids=str)
 def test_nan_where_the_lengths_are_wrong(wrong, kernels, memory):
     dtype = KERNELS[kernels]
