@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention import rope_attention
+from ...backends.longest import longest_sequence
 from ...dispatcher import fx_node
 from ...rotary import Rotary
 from ...rotation import apply_rotary_qk
@@ -59,8 +60,6 @@ class FusedAttention(Patched):
         if rotary is not None and not isinstance(rotary, Rotary):  # no rotation of pairs: a function of q and k
             q, k, rotary = rotary(q), rotary(k), None
         if bounds is not None:
-            longest = call.get("max_seqlen", call.get("max_length_q"))
-            longest = longest if isinstance(longest, int) else None
             batch_of_one = x.ndim == 3  # Pixtral, HunYuan-VL
             if batch_of_one:
                 q, k, v = q[0], k[0], v[0]
@@ -71,7 +70,7 @@ class FusedAttention(Patched):
                 rotary,
                 scale=scale,
                 cu_seqlens=bounds.to(q.device, torch.int32),
-                max_seqlen=longest,
+                max_seqlen=self._longest(bounds, call, q.device),
                 backend=backend,
             )
             return out[None] if batch_of_one else out
@@ -85,6 +84,14 @@ class FusedAttention(Patched):
         """Starts of packed sequences: an argument of packed attention, or recorded for Pixtral by ``PackImages``."""
         name = self._spatial_pe.shape.bounds
         return call.get(name or "cu_seq_lens_q")
+
+    def _longest(self, bounds: Tensor, call: dict[str, Any], device: torch.device) -> int | None:
+        """The longest packed sequence, as the call says it, or as the kernels of a GPU need to know it."""
+        said = call.get("max_seqlen", call.get("max_length_q"))
+        if isinstance(said, int):
+            return said
+        on_gpu = device.type != "cpu" or self._spatial_pe.backend in ("triton", "cuda")  # run on the CPU in tests
+        return longest_sequence(bounds, id(self)) if on_gpu else None
 
     def _own_rotation(self, value: Any, x: Tensor) -> Rotary | str | None:
         bound = self._spatial_pe
