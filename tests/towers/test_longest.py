@@ -97,10 +97,10 @@ def test_the_cuda_kernels_are_told_too(backend, monkeypatch):
         said.append(max_seqlen)
         return original(*args, max_seqlen=max_seqlen, **kwargs)
 
-    monkeypatch.setattr(fused, "rope_attention", spy)
     family = FAMILIES["qwen2_5_vl"]
     model = family.make()
     spatial_pe.patch(model)
+    monkeypatch.setattr(fused, "rope_attention", spy)
     for block in model.blocks:
         block.attn._spatial_pe.backend = backend  # which is not here
     model(**family.inputs())
