@@ -108,6 +108,45 @@ def test_a_candidate_that_does_not_compile_is_noted(modules, tmp_path, monkeypat
     assert row["query"] != asdict(broken)
 
 
+@pytest.mark.parametrize("unit", ["forward", "key"])
+def test_a_candidate_that_corrupts_one_row_of_one_image_is_left_out(unit, modules, tmp_path, monkeypatch):
+    """Of 2 x 40 x 2 rows: 8 % of the norm of all."""
+    configs, tune, _ = modules
+    broken, real = configs.Tile(64, 64, 8, 2), tune.plan_of
+    monkeypatch.setitem(tune.CANDIDATES, unit, (broken,))
+
+    class Corrupting:
+        def __init__(self, plan):
+            self.results, self.plan = plan.results, plan
+
+        def run(self, device):
+            self.plan.run(device)
+            self.results[-1 if unit == "key" else 0][1, 7, 1] *= 1.1
+
+    def plan_of(asked, call, choice, results):
+        plan = real(asked, call, choice, results)
+        return Corrupting(plan) if asked == unit and getattr(choice, unit) == broken else plan
+
+    monkeypatch.setattr(tune, "plan_of", plan_of)
+    problem = tune.Problem(40, 16, heads=2, dtype="float16", budget=80)
+    clock = clock_that_prefers([broken])
+    (row,) = tune.tune([problem], CPU, file=tmp_path / "t.json", clock=clock, workers=0, say=lambda _: None).values()
+    name = "dv" if unit == "key" else "out"
+    assert row["failed"] == [f"{unit} {broken}: {name}: a row is off by 1.0e-01 of its norm"]
+    assert row[unit] != asdict(broken)
+
+
+def test_no_tile_is_kept_where_none_is_right(modules, tmp_path, monkeypatch):
+    _, tune, _ = modules
+    monkeypatch.setattr(tune, "_run", lambda plan, device: {"out": torch.zeros(1, 40, 1, 16)})
+    problem = tune.Problem(40, 16, heads=1, dtype="float16", budget=40)
+    clock = clock_that_prefers([])
+    (row,) = tune.tune([problem], CPU, file=tmp_path / "t.json", clock=clock, workers=0, say=lambda _: None).values()
+    assert not set(row) & {"forward", "query", "key"} and row["faster"] == dict.fromkeys(
+        ("inference", "training"), "composed"
+    )
+
+
 def test_no_time_is_no_loss(modules, tmp_path):
     _, tune, _ = modules
     said: list[str] = []
@@ -235,8 +274,16 @@ def served_by():
 
 found = {"triton": triton.unavailable(), "before": served_by(), "row": tuned_row(), "after": served_by()}
 found["file"] = tuned.path(torch.device("cuda", 0)).name
-cuda.forward = lambda call: [2 * x for x in reference.forward(call)]
+def corrupted(call):  # one row of 20: 11 % of the norm of all
+    out, lse = reference.forward(call)
+    out[-1, -1, -1] *= 0.5
+    return out, lse
+
+turn = iter(range(100))
+cuda.forward = corrupted
 found |= {"wrong": tuned_row(), "after wrong": served_by()}
+cuda.forward = lambda call: [x * (1 + 5e-4 * next(turn)) for x in reference.forward(call)]
+found |= {"unsteady": tuned_row()}
 print(json.dumps(found))
 """
 
@@ -256,7 +303,8 @@ def test_the_cuda_kernels_are_measured_without_triton(tmp_path):
         f"{name}, {use}" for name in ("cuda", "composed") for use in ("inference", "training")
     }
     assert found["wrong"]["faster"] == {"inference": "composed", "training": "composed"}
-    assert found["wrong"]["failed"] == ["cuda: out is off by 1.0e+00 of its norm"]
+    assert found["wrong"]["failed"] == ["cuda: out: a row is off by 5.0e-01 of its norm"]
+    assert found["unsteady"]["failed"] == ["cuda: out: two runs differ"]
     assert found["file"].startswith("NVIDIA-H200-triton-none-spatial-pe-")
 
 

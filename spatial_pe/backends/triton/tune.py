@@ -2,8 +2,9 @@
 """Measure tiles and backends on this GPU: `spatial-pe tune`, or `python -m spatial_pe.cli tune`.
 
 A few candidates for each unit (forward, query, key, windows) are timed on the shapes that vision towers have, and what
-wins is kept on disk for this GPU and these versions (tuned.py). Candidates are compiled beforehand by as many processes
-as there are cores, into Triton's own cache. Without Triton there are no tiles, and only backends are compared.
+wins is kept on disk for this GPU and these versions (tuned.py). Only what is right takes part: every row of every result is
+compared with float64, and two runs bit for bit (guard.py). Candidates are compiled beforehand by as many processes as
+there are cores, into Triton's own cache. Without Triton there are no tiles, and only backends are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...rotary import Rotary
-from .. import composed, cuda, triton
+from .. import composed, cuda, guard, triton
 from ..call import Call
 from . import configs, tuned
 from .configs import Choice, Tile, Window
@@ -169,13 +170,14 @@ def tune(
 def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[str, Any]:
     call = problem.call(device)
     dout = torch.randn(call.q.shape, device=device, dtype=call.q.dtype)
+    expected = guard.exact(call, dout)
     row: dict[str, Any] = {"milliseconds": {}}
     backends = [_composed(call, dout)]
-    if triton.unavailable() is None:
-        backends.insert(0, _tuned_tiles(problem, call, dout, clock, row))
+    if triton.unavailable() is None and (found := _tuned_tiles(problem, call, dout, expected, clock, row)) is not None:
+        backends.insert(0, found)
     if cuda.unavailable() is None and cuda.cannot_serve(call) is None:
         found = Timed("cuda", lambda: cuda.forward(call)[:1], lambda: _cuda_gradients(call, dout))
-        if (why := _differs(found, backends[0], call.q.dtype)) is None:
+        if (why := _wrong(found.results, expected, call)) is None:
             backends.append(found)
         else:
             row.setdefault("failed", []).append(f"cuda: {why}")
@@ -190,6 +192,9 @@ class Timed:
     name: str
     inference: Callable[[], tuple[Tensor, ...]]
     training: Callable[[], tuple[Tensor, ...]]
+
+    def results(self) -> dict[str, Tensor]:
+        return dict(zip(guard.RESULTS, (self.inference()[0], *self.training()), strict=True))
 
 
 def _composed(call: Call, dout: Tensor) -> Timed:
@@ -208,37 +213,37 @@ def _cuda_gradients(call: Call, dout: Tensor) -> tuple[Tensor, ...]:
     return cuda.backward(call, *cuda.forward(call), dout)
 
 
-def _tuned_tiles(problem: Problem, call: Call, dout: Tensor, clock: Callable, row: dict[str, Any]) -> Timed:
-    """Time the candidates of each unit, write what wins into the row, and return Triton with it."""
+def _tuned_tiles(
+    problem: Problem, call: Call, dout: Tensor, expected: dict[str, Tensor], clock: Callable, row: dict[str, Any]
+) -> Timed | None:
+    """Time the candidates of each unit, write what wins into the row, and return Triton with it; None where no candidate of
+    a unit is right, and the row has no tiles then."""
     device = call.q.device
     dtype, dim, longest = problem.regime()
     choice = configs.prebuilt(configs.family_of(device), dtype, dim, longest)
-    results: tuple = ()
+    # every backward of the right forward: a wrong one must not make the candidates of the others wrong
+    results = (expected["out"].to(dtype), expected["lse"], dout)
+    units: dict[str, Any] = {}
     # windows before tiles: None among them means that the tiles are timed, and have to be the best ones
     for unit in tuned.UNITS:
-        tried = candidates(unit, problem, choice)
         base = replace(choice, window_forward=None) if unit == "forward" else choice
         base = replace(base, window_backward=None) if unit in ("query", "key") else base
         runs: dict[Any, Callable[[], None]] = {}
-        for config in tried:
-            try:
-                plan = plan_of(unit, call, replace(base, **{unit: config}), results)
-                plan.run(device)
+        for config in candidates(unit, problem, choice):
+            plan = plan_of(unit, call, replace(base, **{unit: config}), results)
+            if (why := _wrong(functools.partial(_run, plan, device), expected, call)) is None:
                 runs[config] = functools.partial(plan.run, device)
-            except (
-                Exception
-            ) as error:  # does not compile, or does not fit: the compiler's failures have no common class
-                row.setdefault("failed", []).append(f"{unit} {config}: {type(error).__name__}: {error}"[:200])
+            else:
+                row.setdefault("failed", []).append(f"{unit} {config}: {why}")
+        if not runs:
+            return None
         times = clock(runs)
         best = min(times, key=lambda config: times[config])
         choice = replace(choice, **{unit: best})
-        row[unit] = tuned.plain(best)
+        units[unit] = tuned.plain(best)
         row["milliseconds"][unit] = times[best]
-        if unit == "window_forward":
-            plan = plan_of("forward", call, choice, ())
-            plan.run(device)
-            results = (*plan.results, dout)
-    forward, backward = plan_of("forward", call, choice, ()), plan_of("backward", call, choice, results)
+    forward = plan_of("forward", call, choice, ())
+    backward = plan_of("backward", call, choice, (*forward.results, dout))
 
     def inference() -> tuple[Tensor, ...]:
         forward.run(device)
@@ -249,7 +254,18 @@ def _tuned_tiles(problem: Problem, call: Call, dout: Tensor, clock: Callable, ro
         backward.run(device)
         return backward.results
 
-    return Timed("triton", inference, training)
+    found = Timed("triton", inference, training)
+    if (why := _wrong(found.results, expected, call)) is not None:
+        row.setdefault("failed", []).append(f"triton: {why}")
+        return None
+    row |= units
+    return found
+
+
+def _run(plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    plan.run(device)
+    names = ("out", "lse") if len(plan.results) == 2 else ("dq", "dk", "dv")
+    return {name: x for name, x in zip(names, plan.results, strict=True) if name != "lse"}
 
 
 def _fastest(backends: list[Timed], clock: Callable, row: dict[str, Any]) -> dict[str, str]:
@@ -260,18 +276,12 @@ def _fastest(backends: list[Timed], clock: Callable, row: dict[str, Any]) -> dic
     return {use: min((found.name for found in backends), key=lambda name: times[f"{name}, {use}"]) for use in uses}
 
 
-def _differs(found: Timed, other: Timed, dtype: torch.dtype) -> str | None:
-    """Return how two backends disagree by more than 16-bit rounding, or None."""
+def _wrong(run: Callable[[], dict[str, Tensor]], expected: dict[str, Tensor], call: Call) -> str | None:
+    """Why a candidate does not take part, or None. The compiler's failures have no common class."""
     try:
-        results = (found.inference()[0], *found.training())
-    except Exception as error:  # does not launch, or fails on the device
+        return guard.wrong(run, expected, call.q.dtype)
+    except Exception as error:  # does not compile, does not fit, does not launch, or fails on the device
         return f"{type(error).__name__}: {error}"[:200]
-    expected = (other.inference()[0], *other.training())
-    for name, a, b in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
-        distance = (a.float() - b.float()).norm() / b.float().norm()
-        if not distance < 16 * torch.finfo(dtype).eps:
-            return f"{name} is off by {distance:.1e} of its norm"
-    return None
 
 
 def milliseconds(runs: dict[Any, Callable[[], None]], rounds: int = 5) -> dict[Any, float]:
