@@ -9,6 +9,7 @@ import inspect
 import math
 import sys
 import types
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -179,7 +180,7 @@ def gpu(monkeypatch):
 
     def pretend(capability: tuple[int, int], *modules: types.ModuleType) -> None:
         monkeypatch.setattr(flash, "DEVICE", "cpu")
-        monkeypatch.setattr(flash, "capability", lambda index: capability)
+        monkeypatch.setattr(flash, "major", lambda device: capability[0])
         monkeypatch.setattr(flash, "_FAILED", {})
         for provider in flash.PROVIDERS:
             monkeypatch.setitem(sys.modules, provider.module, None)
@@ -341,6 +342,24 @@ def test_who_watches_gets_torch_operators(gpu):
     assert not CALLS
     close(function(q))
     assert len(CALLS) == 1
+
+
+def test_traces_see_no_size_that_is_compared(gpu):
+    """Sizes stay free in an export, and a TorchScript trace warns of none."""
+    gpu((9, 0), fa2(), fa3())
+
+    class Dense(torch.nn.Module):
+        def forward(self, x):
+            return rope_attention(x, x, x, backend="composed")
+
+    x = torch.randn(2, 2100, 1, 16, dtype=torch.bfloat16)
+    tokens = torch.export.Dim("tokens", min=2, max=8192)
+    exported = torch.export.export(Dense(), (x,), dynamic_shapes=({1: tokens},), strict=False).module()
+    torch.testing.assert_close(exported(x[:, :40]), Dense()(x[:, :40]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        torch.jit.trace(Dense(), (x[:, :40],), check_trace=False)
+    assert not CALLS
 
 
 def test_installed_torch_has_the_signature():
@@ -555,7 +574,7 @@ def orders(monkeypatch):
     real = composed.F.scaled_dot_product_attention
     monkeypatch.setattr(composed.F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(composed, "_TORCH_DECIDED", False)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91600)
+    monkeypatch.setattr(composed, "_cudnn", lambda: 91600)
     assert torch._C._get_sdp_priority_order() == FLASH_FIRST
     yield seen
     assert torch._C._get_sdp_priority_order() == FLASH_FIRST
@@ -567,7 +586,7 @@ def orders(monkeypatch):
         ((9, 0), 256, 91002, CUDNN_FIRST),
         ((9, 0), 196, 91600, CUDNN_FIRST),
         ((9, 0), 196, 91500, FLASH_FIRST),
-        ((9, 0), 196, None, FLASH_FIRST),
+        ((9, 0), 196, 0, FLASH_FIRST),
         ((10, 0), 256, 91500, CUDNN_FIRST),
         ((10, 3), 196, 91600, CUDNN_FIRST),
         ((8, 0), 256, 91600, FLASH_FIRST),
@@ -579,7 +598,7 @@ def test_the_kernel_that_is_fastest_on_the_chip_is_asked_first(
     capability, tokens, cudnn, order, gpu, orders, monkeypatch
 ):
     gpu(capability)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(composed, "_cudnn", lambda: cudnn)
     x = torch.zeros(1, tokens, 2, 64, dtype=torch.bfloat16)
     rope_attention(x, x, x, backend="composed")
     assert orders == [order]
@@ -612,6 +631,7 @@ def test_the_order_of_the_user_and_what_is_switched_off_stay(gpu, orders, monkey
         rope_attention(x, x, x, backend="composed")
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(composed, "_DEPRIORITIZED", True)
+    monkeypatch.setattr(composed, "_TORCH_DECIDED", False)
     rope_attention(x, x, x, backend="composed")
     assert orders[2] == FLASH_FIRST
 

@@ -89,18 +89,25 @@ def _order(q: Tensor, k: Tensor, v: Tensor) -> list[int] | None:
     1 us. sdpa_kernel takes 70, and sets what is switched on, too, also of another thread that is in one meanwhile.
     """
     global _TORCH_DECIDED
-    if q.device.type != flash.DEVICE or needs_dispatcher((q, k, v)) or torch.version.hip is not None or _DEPRIORITIZED:
+    if q.device.type != flash.DEVICE or is_traced(q):
         return None
     if not _TORCH_DECIDED:  # it does when it is first asked, and would overrule an order that was set before
+        if _DEPRIORITIZED or needs_dispatcher((q, k, v)):
+            return None
         x, y, z = (x.transpose(1, 2) for x in (q, k, v))
         torch._fused_sdp_choice(x, y, z, enable_gqa=q.shape[2] != k.shape[2])
         _TORCH_DECIDED = True
     if torch._C._get_sdp_priority_order() != _numbers(_FLASH_FIRST):  # torch's own for this GPU, or the user's
         return None
-    if q.shape[1] % 128 and (torch.backends.cudnn.version() or 0) <= CUDNN_NEEDS_128:
+    order = ORDERS.get(flash.major(q.device))
+    if order is None or (q.shape[1] % 128 and _cudnn() <= CUDNN_NEEDS_128) or needs_dispatcher((q, k, v)):
         return None
-    order = ORDERS.get(flash.capability(q.device.index)[0])
-    return None if order is None else _numbers((*order, SDPBackend.OVERRIDEABLE))
+    return _numbers((*order, SDPBackend.OVERRIDEABLE))
+
+
+@functools.cache
+def _cudnn() -> int:
+    return torch.backends.cudnn.version() or 0
 
 
 @functools.cache

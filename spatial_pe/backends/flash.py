@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..dispatcher import needs_dispatcher
+from ..dispatcher import is_traced, needs_dispatcher
 from ..rotary import Rotary
 from ..rotation import apply_rotary_qk
 from ..terminal import first_line
@@ -99,42 +99,45 @@ MOST_SEQUENCES = 65535
 
 def choose(call: Call) -> tuple[Row | None, str]:
     """Return the row that serves this call and why; or None, and why SDPA does."""
-    q = call.q
+    q, packed = call.q, call.cu_seqlens is not None
     if q.device.type != DEVICE:
         return None, "flash-attn computes on a GPU"
-    packed = call.cu_seqlens is not None
-    if needs_dispatcher((*call.tensors, call.cu_seqlens) if packed else call.tensors):  # type: ignore[arg-type]
-        return None, "traced, transformed or watched calls are made of torch's operators"
-    if not torch.backends.cuda.flash_sdp_enabled():
-        return None, "flash attention is switched off (torch.nn.attention.sdpa_kernel)"
+    if is_traced(q):  # sizes may be symbols
+        return None, _WATCHED
     if call.seqlens is not None:
         return None, "padded samples need a mask"
+    plain = q.shape[2] == call.k.shape[2] and call.scale == 1.0 / math.sqrt(q.shape[-1])
+    found = _choose(q.device, q.dtype, q.shape[-1], packed, q.shape[1] >= 2048, plain)
+    if found[0] is None:  # most dense calls
+        return found
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return None, "flash attention is switched off (torch.nn.attention.sdpa_kernel)"
     if q.numel() == 0 or call.k.numel() == 0:
         return None, "there are no tokens"
-    longest = q.shape[1]
-    if packed:
-        if call.cu_seqlens.shape[0] > MOST_SEQUENCES + 1:  # type: ignore[union-attr]
-            return None, f"{call.cu_seqlens.shape[0] - 1} sequences: at most {MOST_SEQUENCES}"  # type: ignore[union-attr]
-        longest = 1  # no row asks how long packed sequences are
-    plain = call.scale == 1.0 / math.sqrt(q.shape[-1]) and q.shape[2] == call.k.shape[2]
-    return _choose(q.device, q.dtype, q.shape[-1], packed, longest >= 2048, plain)
+    tensors = call.tensors
+    if call.cu_seqlens is not None:
+        if call.cu_seqlens.shape[0] > MOST_SEQUENCES + 1:
+            return None, f"{call.cu_seqlens.shape[0] - 1} sequences: at most {MOST_SEQUENCES}"
+        tensors = (*tensors, call.cu_seqlens)
+    return (None, _WATCHED) if needs_dispatcher(tensors) else found
+
+
+_WATCHED = "traced, transformed or watched calls are made of torch's operators"
 
 
 @functools.lru_cache(256)
 def _choose(
     device: torch.device, dtype: torch.dtype, dim: int, packed: bool, long: bool, plain: bool
 ) -> tuple[Row | None, str]:
-    if torch.version.hip is not None:
-        return None, "on ROCm torch's own attention serves"
     if dtype not in DTYPES:
         return None, f"flash-attn has no {dtype}: bfloat16 and float16 only"
     if dim % 8:
         return None, f"head_dim is {dim}: flash-attn needs a multiple of 8"
-    major, _ = capability(device.index)
+    chip = major(device)
     missing = []
     for row in ROWS:
         provider = row.provider
-        if row.packed != packed or major not in row.majors or (row.longest > 1 and not long):
+        if row.packed != packed or chip not in row.majors or (row.longest > 1 and not long):
             continue
         if dim > provider.most_dim:
             missing.append(f"{provider.name} has no head_dim {dim}")
@@ -143,6 +146,11 @@ def _choose(
         else:
             return row, row.why
     return None, "; ".join(missing) or "torch's SDPA has as fast a kernel"
+
+
+def major(device: torch.device) -> int:
+    """Return the major compute capability; 0 of what is none of NVIDIA's: ROCm, a fake tensor's GPU."""
+    return capability(device.index)[0] if torch.version.cuda is not None and torch.cuda.is_available() else 0
 
 
 def unusable(provider: Provider, plain: bool = True) -> str | None:

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import torch
 
-from . import composed, cpu, cuda, reference, triton
+from . import composed, cpu, cuda, flash, reference, triton
 from .call import Call
+from .triton.configs import family_of
 
 # In the order in which "auto" asks them. The reference serves only when it is named: it builds N x N scores.
 BACKENDS: dict[str, ModuleType] = {
@@ -73,22 +74,38 @@ def _slower(name: str, call: Call) -> str | None:
 
 
 def _triton_slower(call: Call) -> str | None:
-    """What `spatial-pe tune` measured; else modelled. Packed calls stay: the composed path waits for their lengths."""
+    """What `spatial-pe tune` measured; else published or modelled."""
     tokens, dim = call.q.shape[1], call.q.shape[-1]
     if call.q.device.type == "cpu":
         return "Triton's interpreter is for tests"
     faster = triton.faster(call)
     if faster == "cuda":
         return "cuda was measured to be faster"
-    if call.cu_seqlens is not None:
+    packed = call.cu_seqlens is not None
+    row, _ = flash.choose(call)
+    if faster is not None:  # what waits for the lengths is no choice, whatever it took when all were alike
+        return f"{faster} was measured to be faster" if faster != "triton" and not (packed and row is None) else None
+    if row is not None and row.beats_triton is not None and _longest(call) >= row.beats_triton:
+        return f"{row.provider.name} behind a rotation is likely faster (published, not measured here)"
+    if packed:
         return None
-    if faster is not None:
-        return None if faster == "triton" else f"{faster} was measured to be faster"
     if call.q.dtype == torch.float32:
         return "float32 products leave the tensor cores idle: torch's own attention is likely faster (modelled)"
+    if family_of(call.q.device) == "blackwell":
+        # B200, head_dim 64: cuDNN 979 TFLOP/s at 1,024 tokens (flash-attention#2605); plain Triton, head_dim 128: 267
+        # to 567 at 1,024 to 4,096 (tritonbench#1014). Not so sm_120: there is no tcgen05 that cuDNN could use, FA2's
+        # kernels are what it competes with, as on Ampere.
+        return "cuDNN's attention is 2 to 3.5 times as fast as Triton's on this GPU (published, not measured here)"
     if dim > 80 and tokens > 1024:
         return f"head_dim {dim} and {tokens} tokens: torch's own attention is likely faster (modelled)"
     return None
+
+
+def _longest(call: Call) -> int:
+    """Tokens of the longest sequence; 1 for packed ones of which nobody has said it."""
+    if call.cu_seqlens is None:
+        return call.q.shape[1]
+    return 1 if call.max_seqlen is None else int(call.max_seqlen)
 
 
 def _cuda_slower(call: Call) -> str | None:

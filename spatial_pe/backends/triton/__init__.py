@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...dispatcher import assume_constant
 from ...rotary import Rotary
 from ..call import Call
 from . import tuned
-from .configs import INTERPRETED, bucket, capability, longest_of
+from .configs import INTERPRETED, bucket, capability, few_programs, longest_of
 
 
 def _installed_version() -> str | None:
@@ -44,14 +45,23 @@ def _unusable(version: str | None) -> str | None:
     """Return why the kernels cannot be compiled with this version, or None."""
     if version is None:
         return "triton is not installed: pip install triton (Linux; comes with torch's CUDA and ROCm builds)"
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST:
+    if (numbers := _numbers(version)) and numbers < OLDEST:
         return f"triton {version} is installed, the kernels need 3.5 or newer (as torch 2.9 has): pip install -U triton"
     return None
 
 
+def _numbers(version: str | None) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
 # constexpr_function in its top level
 OLDEST = (3, 5)
+# The first versions whose tl.dot gives the same right result each time on datacenter Blackwell, whose products go
+# through tensor memory: before, waits for it are missing (triton#9871: sm_100, 4 warps, wrong by orders of magnitude in
+# 3.6; #10590: sm_103 still in 3.7, no longer in its main branch). sm_120, consumer Blackwell, has no tensor memory: it
+# multiplies by mma.sync, as sm_80 does, and no such case is known.
+SOUND_PRODUCTS = {(10, 0): (3, 7), (10, 1): (3, 7), (10, 3): (3, 8), (11, 0): (3, 7)}
 VERSION = _installed_version()
 # Found once: unavailable() is asked in every call, and while one is traced.
 UNUSABLE = _unusable(VERSION)
@@ -70,6 +80,25 @@ def unavailable() -> str | None:
 
 
 def cannot_serve(call: Call) -> str | None:
+    return _cannot_compute(call) or _unsound_products(call.q.device)
+
+
+@assume_constant
+def _unsound_products(device: torch.device) -> str | None:
+    """Return why attention is wrong on this GPU as this version compiles it, or None. Rotations have no products."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = capability(device.index)
+    wanted, numbers = SOUND_PRODUCTS.get((major, minor)), _numbers(VERSION)
+    if wanted is None or numbers is None or numbers >= wanted:
+        return None
+    return (
+        f"triton {VERSION} compiles products for sm_{major}{minor} that differ from run to run (triton#9871, #10590): "
+        f"needs {wanted[0]}.{wanted[1]} or newer"
+    )
+
+
+def _cannot_compute(call: Call) -> str | None:
     device = call.q.device
     dim = call.q.shape[-1]
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
@@ -90,9 +119,12 @@ def cannot_serve(call: Call) -> str | None:
 
 
 def faster(call: Call) -> str | None:
-    """ "triton", "cuda" or "composed", as `spatial-pe tune` measured it for such calls on this GPU; None if it did not."""
+    """ "triton", "cuda" or "composed", as `spatial-pe tune` measured it for such calls on this GPU; None if it did not.
+
+    It measures large batches, which say nothing of one image: that leaves SMs without a program.
+    """
     q = call.q
-    if q.device.type != "cuda" or not tuned.any_rows(q.device):
+    if q.device.type != "cuda" or not tuned.any_rows(q.device) or few_programs(call):
         return None
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v))
     return tuned.faster(q.device, q.dtype, q.shape[-1], bucket(longest_of(call)), training)
@@ -175,7 +207,7 @@ def angle_gradient(
 
 def cannot_rotate(x: Tensor) -> str | None:
     """As cannot_serve, for the rotation alone."""
-    return unavailable() or cannot_serve(Call(x, x, x, None, 1.0, None, None, None))
+    return unavailable() or _cannot_compute(Call(x, x, x, None, 1.0, None, None, None))
 
 
 def rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> tuple[Tensor, ...]:
