@@ -98,16 +98,18 @@ spatial: $(VENV)/installed
 	$(BIN)/spatial-pe spatial report $(SPATIAL)/*.json --out $(SPATIAL)/report.html
 	$(BIN)/python -m benchmarks.readme
 
-# On a machine with a GPU, with its own Python packages and no network: build, test, tune and measure into OUT, in at
-# most 9 minutes. QUICK=1: six shapes, 3 minutes. DRY=1: no GPU; compiles every kernel for every GPU, checks what the
-# benchmark compares and plans every launch.
+# On a machine with a GPU, with its own Python packages and no network, in three steps: STEP=1 builds, checks every
+# kernel against float64 and measures the shapes with targets (285 s), STEP=2 tests, tunes and measures small batches
+# (300 s), STEP=3 measures torch.compile and FlexAttention, sanitizes and profiles (120 s). Figures and report.md are in
+# OUT. DRY=1: no GPU; checks what is compared, compiles a sample of the kernels, and fails where a step does not fit its
+# time. 4 minutes.
 OUT ?= gpu-results
 ifdef DRY
-gpu: $(VENV)/installed triton-budget
-	PYTHONPATH=. $(BIN)/python -m benchmarks.throughput.attention_gpu --dry
+gpu: $(VENV)/installed $(VENV)/triton-3.6
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gpu_session --dry --out $(OUT)
 else
 gpu:
-	$(PYTHON) -m benchmarks.gpu_session --out $(OUT) $(if $(QUICK),--quick)
+	$(PYTHON) -m benchmarks.gpu_session --step $(STEP) --out $(OUT)
 endif
 
 # What the compiler makes of every Triton kernel on every GPU, without one, and its limits in the tests. Two targets at a

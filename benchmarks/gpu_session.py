@@ -1,201 +1,285 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that is done on a machine with a GPU, in a bounded time: build, test, sanitize, tune, measure. `make gpu`.
+"""What is done on a machine with a GPU, in three steps of bounded time, each useful if it is the last. `make gpu`.
 
-    python -m benchmarks.gpu_session --out DIR [--quick]
+    python -m benchmarks.gpu_session --step 1 --out DIR
+    python -m benchmarks.gpu_session --dry [--out DIR]
 
-Ends within 9 minutes, with --quick within 3. No step keeps the next from running; the exit status says whether all went
-well. What it leaves in DIR:
+1. 285 s: builds for this GPU, compiles the kernels of the ten shapes with targets, compares every kernel with float64,
+   measures the ten shapes, and a layer of two real towers.
+2. 300 s: the tests, tuning, small batches.
+3. 120 s: torch.compile, FlexAttention, cuDNN's own rotation, compute-sanitizer, a profile of two kernels.
 
-    session.txt    what ran, how long and how it ended; the output of building, tuning and measuring
-    tests.txt      pytest -m gpu
-    sanitizer.txt  compute-sanitizer, or why there is none
-    tune.json      the tile sizes that were chosen
-    attention.json, table.md, attention.png   benchmarks.throughput.attention_gpu
+The steps are meant to run one after the other on one machine: they share the build and Triton's cache. A step prints
+as it goes, and leaves in DIR, complete after every row, whenever it ends:
+
+    step1.json   phases, checks, rows; of steps 2 and 3 likewise
+    step1.txt    the output of all phases
+    report.md    of all steps that are there: what was measured, what is modelled, which targets are met
+
+No phase keeps the next from running; the exit status says whether all went well. ``--dry`` needs no GPU: it checks what
+the steps compare, times their parts on this machine or by a model, and fails where a step would not fit its limit.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
-import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-PYTHON = sys.executable
-TESTS = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--durations=10", "-m", "gpu", "tests/gpu"]
-MEMCHECK = [
+from benchmarks.throughput.gpu import machine, report, state, watch
+from benchmarks.throughput.gpu.watch import Ended, Running, python
+
+# Of a step, for the report and for ending what has to be killed.
+CLOSING_SECONDS = 10.0
+TESTS = python("pytest", "-p", "no:cacheprovider", "-v", "--durations=5", "-m", "gpu", "tests/gpu")
+INSTALL = python("pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
+SANITIZE = [
     *("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only"),
-    *("--error-exitcode", "99", PYTHON, "-m", "benchmarks.gpu_memcheck"),
+    *("--error-exitcode", "99", *python("benchmarks.gpu_memcheck")),
 ]
-# The tool's own words for a machine that it cannot work on.
-NOT_SUPPORTED = re.compile(r"device not supported|not supported on|failed to initialize|error 999", re.IGNORECASE)
+# clocks stay as they are: they belong to whoever owns the machine
+PROFILE = [
+    *("ncu", "--clock-control", "none", "--kernel-name", "regex:^(forward_kernel|key_kernel)$", "--launch-count", "2"),
+    *("--section", "SpeedOfLight", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "LaunchStats"),
+    *python("benchmarks.gpu_memcheck", "--profile"),
+]
+# The tools' own words for a machine that they cannot work on.
+NOT_SUPPORTED = re.compile(
+    r"device not supported|not supported on|failed to initialize|error 999|ERR_NVGPUCTRPERM|LibraryNotLoaded", re.I
+)
+GPU = "benchmarks.throughput.gpu."
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Seconds: of the whole, and the most that a step may take. Measuring gets what is left."""
+class Phase:
+    """A part of a step.
 
-    total: float
-    install: float
-    tests: float
-    sanitizer: float
-    tune: float
+    seconds: at most so many; less where the phases behind it would not have theirs (`keeps`: what they leave it).
+    beside: it starts, and the next phases run while it does; `after`: those that this one waits for.
+    supervised: started again behind what breaks it, after `stall` seconds without a sign of life.
+    tool: left out, with the reason, where it is not on the PATH.
+    """
 
-
-FULL = Budget(total=525, install=120, tests=150, sanitizer=90, tune=90)
-QUICK = Budget(total=170, install=60, tests=40, sanitizer=40, tune=15)
-# What is kept for measuring whatever the steps before it take, and what measuring may take over its time.
-MEASURE_AT_LEAST, MEASURE_OVER = 30.0, 25.0
+    name: str
+    command: list[str]
+    seconds: float
+    keeps: float
+    beside: bool = False
+    after: tuple[str, ...] = ()
+    supervised: bool = False
+    stall: float = watch.STALL_SECONDS
+    tool: str | None = None
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Step:
-    name: str
-    status: int | None  # None: ended at its limit
     seconds: float
-    note: str = ""
+    phases: tuple[Phase, ...]
 
-    @property
-    def ok(self) -> bool:
-        return self.status == 0
 
-    def __str__(self) -> str:
-        how = "at its limit" if self.status is None else f"status {self.status}"
-        return f"{self.name:<10} {self.seconds:6.0f} s  {how}  {self.note}".rstrip()
+WARM = python(GPU + "warm", "--out", "{out}", "--seconds", "{seconds}", "--plan")
+# {seconds}, {out}, {folder} and {arch} are filled in when a phase starts; gpu/dry.py checks that all of it fits.
+STEPS = {
+    1: Step(
+        285,
+        (
+            Phase("build", INSTALL, 100, 0, beside=True, variables=(("SPATIAL_PE_CUDA_ARCHS", "{arch}"),)),
+            Phase("compile", [*WARM, "table"], 70, 40),
+            Phase("check triton", python(GPU + "check", "--backend", "triton"), 60, 20, supervised=True),
+            Phase("check cuda", python(GPU + "check", "--backend", "cuda"), 60, 15, after=("build",), supervised=True),
+            Phase("table", python(GPU + "measure", "--plan", "table"), 125, 75, supervised=True),
+            Phase("layers", python(GPU + "layers"), 60, 30, supervised=True, stall=45),
+        ),
+    ),
+    2: Step(
+        300,
+        (
+            Phase("tests", TESTS, 160, 60, variables=(("OMP_NUM_THREADS", "1"),)),
+            Phase(
+                "tune",
+                python("spatial_pe.cli", "tune", "--quick", "--seconds", "{seconds}", "--out", "{folder}/tune.json"),
+                *(85, 40),
+            ),
+            Phase("small", python(GPU + "measure", "--plan", "small"), 50, 30, supervised=True),
+        ),
+    ),
+    3: Step(
+        120,
+        (
+            Phase(
+                "sanitizer", SANITIZE, 60, 0, beside=True, tool="compute-sanitizer",
+                variables=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+            ),
+            Phase("compile", [*WARM, "compiled"], 50, 30),
+            Phase(
+                "compiled", python(GPU + "measure", "--plan", "compiled"), 50, 25,
+                after=("sanitizer",), supervised=True, stall=45,
+            ),
+            Phase("profile", PROFILE, 35, 15, tool="ncu"),
+        ),
+    ),
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--step", type=int, choices=STEPS, help="1, 2 or 3")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder (default: gpu-results)")
+    parser.add_argument("--dry", action="store_true", help="without a GPU: check and time all three")
     options = parser.parse_args(argv)
-    out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    budget = QUICK if options.quick else FULL
-    begin = time.monotonic()
-    log = out / "session.txt"
-    log.write_text("")
+    if options.dry:
+        from benchmarks.throughput.gpu import dry
 
-    def left() -> float:
-        return budget.total - (time.monotonic() - begin)
-
-    steps = [install(log, budget.install)]
-    # neither measures anything, so they may share the machine
-    with ThreadPoolExecutor(2) as pool:
-        checks = [pool.submit(test, out / "tests.txt", budget.tests, options.quick)]
-        checks += [pool.submit(sanitize, out / "sanitizer.txt", budget.sanitizer)]
-        steps += [check.result() for check in checks]
-    steps.append(tune(log, out / "tune.json", min(budget.tune, left() - MEASURE_OVER - MEASURE_AT_LEAST)))
-    steps.append(measure(log, out / "attention.json", left() - MEASURE_OVER, options.quick))
-
-    summary = "\n".join(map(str, steps)) + f"\nall        {time.monotonic() - begin:6.0f} s"
-    log.write_text(f"{summary}\n\n{log.read_text()}")
-    print(summary, flush=True)
-    return 0 if all(step.ok for step in steps) else 1
+        return dry.run(STEPS, options.out)
+    if options.step is None:
+        parser.error("--step is missing")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whoever ends this process ends what it runs
+        signal.signal(number, lambda *_: sys.exit(1))
+    return Session(options.step, options.out).run()
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
+class Session:
+    """One step: its phases in their order, and its JSON."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        self.number, self.step = number, STEPS[number]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.out, self.log = folder, folder / f"step{number}.json", folder / f"step{number}.txt"
+        self.begin = time.monotonic()
+        self.machine = machine.describe()
+        self.beside: dict[str, tuple[Phase, Running]] = {}
+        self.log.write_text("")
+        state.save(self.out, state.new(step=number, seconds=self.step.seconds, machine=self.machine))
+
+    def left(self) -> float:
+        return self.step.seconds - CLOSING_SECONDS - (time.monotonic() - self.begin)
+
+    def run(self) -> int:
+        print(*machine.lines(self.machine), sep="\n", flush=True)
+        try:
+            for index, phase in enumerate(self.step.phases):
+                for name in phase.after:
+                    self.join(name, kept=self.kept(index))
+                self.phase(phase, limit(phase, self.left(), self.kept(index + 1)))
+            for name in list(self.beside):
+                self.join(name, kept=0)
+        finally:
+            for _, running in self.beside.values():
+                running.kill()
+            report.write(self.folder)
+        phases = state.load(self.out)["phases"]
+        summary = [f"step {self.number}: {time.monotonic() - self.begin:.0f} of {self.step.seconds:.0f} s"]
+        summary += [f"  {entry['name']:<13} {entry['seconds']:6.1f} s  {entry['note']}" for entry in phases]
+        print(*summary, sep="\n", flush=True)
+        return 0 if all(entry["ok"] for entry in phases) else 1
+
+    def kept(self, index: int) -> float:
+        """Seconds that the phases from this one on are sure to have."""
+        return sum(phase.keeps for phase in self.step.phases[index:])
+
+    def phase(self, phase: Phase, seconds: float) -> None:
+        if phase.tool is not None and self.machine["tools"].get(phase.tool) is None:
+            self.record(phase, None, f"not run: {phase.tool} is not on the PATH")
+            return
+        if seconds < 2:
+            self.record(phase, None, "not run: no time was left", ok=False)
+            return
+        command, variables = self.filled(phase, seconds)
+        if phase.beside:
+            self.beside[phase.name] = phase, Running(command, self.log, **variables)
+        elif phase.supervised:
+            self.record(phase, watch.supervise(command, self.out, self.log, seconds, phase.stall))
+        else:
+            self.record(phase, watch.run(command, self.log, seconds, **variables))
+
+    def join(self, name: str, kept: float) -> None:
+        if name in self.beside:
+            phase, running = self.beside.pop(name)
+            started = time.monotonic() - running.begin
+            self.record(phase, running.wait(max(0.0, min(phase.seconds - started, self.left() - kept))))
+
+    def filled(self, phase: Phase, seconds: float) -> tuple[list[str], dict[str, str]]:
+        values = {
+            "seconds": f"{max(1.0, seconds - 5):.0f}",
+            "out": str(self.out),
+            "folder": str(self.folder),
+            "arch": machine.architecture(self.machine) or "",
+        }
+        command = [part.format_map(values) if "{" in part else part for part in phase.command]
+        if phase.name == "tests":
+            command += test_options(self.machine["cores"])
+        return command, {name: value.format_map(values) for name, value in phase.variables}
+
+    def record(self, phase: Phase, ended: Ended | None, why: str | None = None, ok: bool = True) -> None:
+        """Into the JSON; the phase's own process is over."""
+        text = self.log.read_text(errors="replace")
+        if ended is not None:
+            ok, why = verdict(phase.name, ended, text)
+        entry = {"name": phase.name, "seconds": round(ended.seconds, 1) if ended else 0.0, "ok": ok, "note": why}
+        content = state.load(self.out)
+        content["phases"].append(entry)
+        state.save(self.out, content)
 
 
-def install(log: Path, limit: float) -> Step:
-    """The C++ extension and the package. The Triton kernels need neither: the checkout is on the path anyway."""
-    return run("install", [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."], log, limit)
+def limit(phase: Phase, left: float, kept: float) -> float:
+    """Seconds for a phase, with so many left of the step, of which the phases behind it keep some."""
+    return min(phase.seconds, left if phase.beside else left - kept)
 
 
-def test(log: Path, limit: float, quick: bool) -> Step:
-    """Most of the time of a test is compiling its kernels, so several run at once where pytest-xdist is there."""
-    workers = max(1, min(8, len(os.sched_getaffinity(0)) // 2 - 1))
-    options = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    if options and importlib.util.find_spec("pytest_timeout"):  # a kernel that never ends costs a worker, not the run
-        options += ["--timeout", "60", "--timeout-method", "thread"]
-    step = run("tests", [*TESTS, *options], log, limit, OMP_NUM_THREADS="2")
-    text = log.read_text(errors="replace")
+def test_options(cores: int) -> list[str]:
+    """As many workers as there are cores: most of the time of a test is compiling its kernels. A test that takes 180 s
+    fails by a signal: killing its worker would move that worker's tests to others, and lose what it reported."""
+    import importlib.util
+
+    options = []
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(max(1, cores - 1)), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", "180", "--timeout-method", "signal"]
+    return options
+
+
+def verdict(name: str, ended: Ended, text: str) -> tuple[bool, str]:
+    """Whether a phase went well, and what is to be said of it; text: the step's log."""
+    how = ended.why or ("at its limit" if ended.status is None else "done")
+    found = VERDICTS.get(name, lambda *_: None)(ended, text)
+    return found or (ended.status == 0, how)
+
+
+def _tests(ended: Ended, text: str) -> tuple[bool, str]:
+    """By the lines of the tests: there is no summary where the time was up."""
     passed = len(set(re.findall(r"PASSED (tests/\S+)|(tests/\S+) PASSED", text)))
-    failed = len(set(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", text)))
-    note = f"{passed} passed, {failed} failed"
-    if step.status is not None:
-        return replace(step, note=note)
-    # the short run has no time for all of them
-    return replace(step, status=0 if quick and passed and not failed else None, note=f"{note}, not all were run")
+    failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", text)))
+    note = f"{passed} passed, {len(failed)} failed" + "".join(f"; {name}" for name in failed[:10])
+    if ended.status is None:
+        return passed > 0 and not failed, f"{note}; its time was up before all were run"
+    return ended.status == 0, note
 
 
-def sanitize(log: Path, limit: float) -> Step:
-    if shutil.which(MEMCHECK[0]) is None:
-        log.write_text(f"{MEMCHECK[0]} is not available: it is not on the PATH\n")
-        return Step("sanitizer", 0, 0, "not available")
-    step = run("sanitizer", MEMCHECK, log, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    text = log.read_text(errors="replace")
-    if not step.ok and NOT_SUPPORTED.search(text):
-        return replace(step, status=0, note="not supported on this machine")
+def _sanitizer(ended: Ended, text: str) -> tuple[bool, str]:
+    if ended.status and NOT_SUPPORTED.search(text):
+        return True, "not run: not supported on this machine"
     errors = re.findall(r"ERROR SUMMARY: (\d+) error", text)
     note = f"{len(re.findall('done$', text, re.MULTILINE))} shapes, {errors[-1] if errors else 'unknown'} errors"
-    if step.status is None and not re.search("Invalid|Misaligned|out-of-range", text):
-        return replace(step, status=0, note=f"{note}, nothing found before its limit")
-    return replace(step, note=note)
+    if ended.status is None and not re.search("Invalid|Misaligned|out-of-range", text):
+        return True, f"{note}, nothing found before its limit"
+    return ended.status == 0, note
 
 
-def tune(log: Path, out: Path, limit: float) -> Step:
-    command = [PYTHON, "-m", "spatial_pe.cli", "tune", "--quick", "--seconds", f"{max(limit - 10, 1):.0f}"]
-    return run("tune", [*command, "--out", str(out)], log, limit)
+def _profile(ended: Ended, text: str) -> tuple[bool, str] | None:
+    if ended.status and NOT_SUPPORTED.search(text):
+        return True, "not run: not supported on this machine"
+    return None
 
 
-def measure(log: Path, out: Path, seconds: float, quick: bool) -> Step:
-    command = [PYTHON, "-m", "benchmarks.throughput.attention_gpu", "--out", str(out), "--seconds", f"{seconds:.0f}"]
-    step = run("measure", [*command, *(["--quick"] if quick else [])], log, seconds + 15)
-    if step.status is None and out.exists() and not out.with_name("table.md").exists():
-        run("report", [PYTHON, "-m", "benchmarks.throughput.gpu.report", str(out)], log, 10)
-    return step
-
-
-# ---------------------------------------------------------------------------------------------------- running a command
-
-
-def run(name: str, command: list[str], log: Path, limit: float, **variables: str) -> Step:
-    """Runs a command, its output here and at the end of the log. At its limit it is interrupted, then killed."""
-    begin = time.monotonic()
-    if limit < 1:
-        return Step(name, None, 0, "no time was left")
-    path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path} | variables
-    with log.open("a") as file:
-        head = f"$ {' '.join(command)}"
-        print(head, file=file, flush=True)
-        print(head, flush=True)
-        process = subprocess.Popen(
-            command, env=environment, start_new_session=True, text=True, errors="replace",
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        copier = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
-        copier.start()
-        status: int | None
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-            process.send_signal(signal.SIGINT)  # pytest sums up what it has
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(8)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        copier.join(5)
-    return Step(name, status, time.monotonic() - begin)
-
-
-def _copy(source, file) -> None:
-    for line in source:
-        print(line, end="", flush=True)
-        with contextlib.suppress(ValueError):  # closed: a process that outlived its group still writes
-            print(line, end="", file=file, flush=True)
+VERDICTS: dict[str, Callable[[Ended, str], Any]] = {"tests": _tests, "sanitizer": _sanitizer, "profile": _profile}
 
 
 if __name__ == "__main__":

@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 import spatial_pe
+from spatial_pe.backends.call import Call
 
-DIMS = (64, 72, 80, 96, 128)
-TOKENS = (64, 196, 256, 576, 729, 1024, 1025, 2304, 4096)
+DIMS = (64, 72, 80)
 # 64 tokens are a window of Qwen2.5-VL: packed, and an image of 448 x 448 pixels has 16 of them.
 WINDOW, WINDOWS_OF_AN_IMAGE = 64, 16
 HEADS = 16
 # Tokens of all samples in the large batch: 80 MB for each of q, k, v at head_dim 64, more than an L2 holds.
 LARGE = 36_864
-# Images in the small batches, the ends first.
-SMALL = (1, 8, 4, 2)
-# (tokens, head_dim) that the project has promised figures for (report.TARGETS): measured first.
+# Images in the small batches.
+SMALL = (1, 8)
+# (tokens, head_dim) that the project has promised figures for (report.TARGETS); the windows and what is unlike the
+# others first, so that a run that ends early has one of each kind.
 TARGETS = (
-    *((64, 80), (64, 64), (196, 64), (256, 64), (576, 64)),
-    *((729, 72), (1024, 64), (1025, 64), (1024, 80), (4096, 64)),
+    *((64, 80), (576, 64), (196, 64), (729, 72), (1024, 80)),
+    *((64, 64), (1024, 64), (4096, 64), (256, 64), (1025, 64)),
 )
-QUICK = ((64, 80), (196, 64), (576, 64), (729, 72), (1024, 80), (4096, 64))
+# torch.compile and FlexAttention compile for half a minute each, whatever the shape
+COMPILED = {(576, 64): ("forward", "backward"), (64, 80): ("forward",)}
 ATTENTION = ("forward", "backward", "forward+backward")
 
 
@@ -57,50 +59,66 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """A shape and what is measured of it. "rotary" is the rotation alone. compiled: torch.compile takes part too, which
-    costs half a minute of compilation for a shape."""
+    """A shape, what is measured of it ("rotary" is the rotation alone), and which variants (see variants.py) take
+    part."""
 
     shape: Shape
     directions: tuple[str, ...]
     rounds: int
-    compiled: bool
+    variants: tuple[str, ...]
 
 
-def plan(quick: bool) -> list[Work]:
+FUSED = ("ours", "off", "cuda", "cuda-off", "auto")
+SEPARATE = ("rotary-cudnn", "rotary-flash", "fa2", "fa3", "fa4")
+EAGER = ("eager-cudnn", "eager-flash")
+PACKED = ("eager-loop", "rotary-varlen")
+TABLE = (*FUSED, *SEPARATE, *EAGER)
+COMPILER = ("compiled-cudnn", "flex", "cudnn-rope")
+
+
+def plan(name: str) -> list[Work]:
     """Most important first: a run does as many as it has time for, and lists the others.
 
-    The shapes with targets come first, then small batches of them, then all other shapes, at last their small batches.
+    table: the shapes with targets, a large batch of each. small: one image, and eight. compiled: what torch.compile
+    makes, and cuDNN's own rotation.
     """
-    if quick:
-        return [Work(_large(*pair), ("rotary", *ATTENTION), 5, True) for pair in QUICK]
-    others = [(tokens, dim) for dim in DIMS for tokens in TOKENS if (tokens, dim) not in TARGETS]
-    return [
-        *(Work(_large(*pair), ("rotary", *ATTENTION), 9, True) for pair in TARGETS),
-        *(Work(_small(*pair, batch), ATTENTION, 5, False) for batch in SMALL for pair in TARGETS),
-        *(Work(_large(*pair), ("forward", "backward"), 5, False) for pair in others),
-        *(Work(_small(*pair, batch), ("forward",), 5, False) for batch in SMALL for pair in others),
-    ]
+    if name == "table":
+        return [Work(large(*pair), ("forward", "backward", "rotary"), 5, _names(pair, TABLE)) for pair in TARGETS]
+    if name == "small":
+        few = ("ours", "off", "cuda", "auto", *SEPARATE, *EAGER)
+        return [Work(small(*pair, n), ("forward",), 5, _names(pair, few)) for n in SMALL for pair in TARGETS[:5]]
+    if name == "compiled":
+        some = ("ours", "rotary-cudnn", "eager-cudnn", *COMPILER)
+        return [Work(large(*pair), directions, 5, some) for pair, directions in COMPILED.items()]
+    raise ValueError(f"no plan is called {name!r}")
 
 
-def _large(tokens: int, dim: int) -> Shape:
+PLANS = ("table", "small", "compiled")
+
+
+def _names(pair: tuple[int, int], names: tuple[str, ...]) -> tuple[str, ...]:
+    return (*names, *PACKED) if pair[0] == WINDOW else names
+
+
+def large(tokens: int, dim: int) -> Shape:
     return Shape(LARGE // tokens, tokens, dim)
 
 
-def _small(tokens: int, dim: int, images: int) -> Shape:
+def small(tokens: int, dim: int, images: int) -> Shape:
     return Shape(images * WINDOWS_OF_AN_IMAGE if tokens == WINDOW else images, tokens, dim)
 
 
 class Inputs:
-    """Random normal bfloat16 q, k, v, as views of one fused projection; dense (B, N, H, D), packed (T, H, D)."""
+    """Random normal q, k, v, as views of one fused projection; dense (B, N, H, D), packed (T, H, D)."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.shape, self.device = shape, device
         sequences, tokens = shape.batch, shape.tokens
         lead = (sequences * tokens,) if shape.packed else (sequences, tokens)
-        qkv = torch.randn(*lead, 3, shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
+        qkv = torch.randn(*lead, 3, shape.heads, shape.dim, device=device, dtype=dtype)
         self.qkv = qkv.unbind(-3)
         self.leaves = [x.detach().requires_grad_() for x in self.qkv]
-        self.grad = torch.randn(*lead, shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
+        self.grad = torch.randn(*lead, shape.heads, shape.dim, device=device, dtype=dtype)
 
         side = int(tokens**0.5) + 1
         token = torch.arange(tokens)
@@ -114,3 +132,13 @@ class Inputs:
         if shape.packed:
             bounds = torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32)
             self.cu_seqlens, self.max_seqlen = bounds.to(device), tokens
+
+    def call(self, rotated: bool = True) -> Call:
+        """What a backend receives; packed sequences are one sample."""
+        q, k, v = (x[None] for x in self.qkv) if self.shape.packed else self.qkv
+        rotary = self.rotary if rotated else None
+        return Call(q, k, v, rotary, self.shape.dim**-0.5, self.cu_seqlens, self.max_seqlen, None)
+
+    @property
+    def batched_grad(self) -> Tensor:
+        return self.grad[None] if self.shape.packed else self.grad

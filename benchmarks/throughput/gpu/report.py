@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the JSON of a run: the table, beside what the project has promised, and the plot.
+"""From the JSON files of the steps to report.md: what was measured, what is modelled, and which targets are met.
 
-    python -m benchmarks.throughput.gpu.report DIR/attention.json
+    python -m benchmarks.throughput.gpu.report DIR
 
-Needs no torch and no GPU. Writes table.md and attention.png beside the JSON.
+Needs no torch and no GPU. A figure without a mark was measured; "modelled" stands beside what is not; a target is met,
+MISSED, or its row says "not run".
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import state
+from . import model, state
 
 # Variants that stand for one thing, of which the best counts: what Hugging Face's towers do, with any SDPA; the same
 # compiled; our rotary kernel and any attention.
@@ -24,7 +24,7 @@ GROUPS = {
     "compiled": ("compiled", "compiled-cudnn"),
     "separate": (
         *("rotary-default", "rotary-cudnn", "rotary-flash", "rotary-varlen"),
-        *("flex", "fa2", "fa3", "fa4"),
+        *("flex", "fa2", "fa3", "fa4", "cudnn-rope"),
     ),
 }
 LOOP = "eager-loop"  # what Qwen2.5-VL's tower does for windows, on torch's SDPA
@@ -80,14 +80,24 @@ CUDA_TARGETS = (
 )
 
 
-def write(path: Path) -> None:
-    content = state.load(path)
-    path.with_name("table.md").write_text(table(content))
+def write(folder: Path) -> None:
+    content = merged([state.load(path) for path in sorted(folder.glob("step?.json"))])
+    (folder / "report.md").write_text(table(content))
     print(targets(content["rows"]), flush=True)
-    try:
-        plot(content, path.with_name("attention.png"))
-    except Exception as error:  # no matplotlib, no font: the figures are in the JSON
-        print(f"no plot: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def merged(contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all steps: their lists one behind the other, and of the rest what any of them has."""
+    found: dict[str, Any] = state.new()
+    for content in contents:
+        for name, value in content.items():
+            if name in state.LISTS:
+                found[name] += [{"step": content["step"], **x} if isinstance(x, dict) else x for x in value]
+            elif name == "compiled":
+                found[name] = {**found.get(name, {}), **value}
+            else:
+                found.setdefault(name, value)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- ratios
@@ -132,50 +142,90 @@ def large(rows: Iterable[Row]) -> dict[tuple[int, int], Row]:
 
 
 def table(content: dict[str, Any]) -> str:
-    device = content.get("device", {})
-    versions = content.get("versions", {})
-    what = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "flash-attn") if name in versions)
-    command = content["command"]
+    device, versions = content.get("device", {}), content.get("machine", {}).get("versions", {})
+    what = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
         f"# Attention with 2D RoPE on {device.get('name', 'an unknown GPU')}",
-        f"bf16, 16 heads; medians; {what}, CUDA {device.get('cuda')}, cuDNN {device.get('cudnn')}. `{command}`",
+        f"bf16, 16 heads; medians of interleaved samples. {what}, CUDA {device.get('cuda')}, "
+        f"cuDNN {device.get('cudnn')}",
+        'A figure without a mark was measured in this run; "modelled" is a model (gpu/model.py), and no measurement.',
+        phases(content["phases"]),
+        checks(content["checks"]),
         targets(content["rows"]),
         cuda_targets(content["rows"]),
         shapes(content["rows"]),
         rotary(content["rows"]),
+        layers(content["layers"]),
         host(content.get("host_microseconds", {})),
         left_out(content),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def phases(found: list[Row]) -> str:
+    cells = [
+        [str(entry["step"]), entry["name"], f"{entry['seconds']:.0f} s", "" if entry["ok"] else "FAILED", entry["note"]]
+        for entry in found
+    ]
+    return "## What ran\n\n" + markdown(["step", "", "", "", ""], cells) if cells else ""
+
+
+def checks(found: list[Row]) -> str:
+    """By kernel and dtype: the worst row of all shapes, and whether it is within the limit, the same bits twice."""
+    groups: dict[tuple[str, str, str], list[tuple[float | None, str | None]]] = {}
+    for row in found:
+        errors = row.get("worst_row") or {row["unit"]: None}
+        for name, error in errors.items():
+            kernel = row.get("kernels", {}).get(name, name)
+            why = row.get("wrong") or row.get("refused")
+            groups.setdefault((row["backend"], kernel, row["dtype"]), []).append(
+                (error, f"{'x'.join(map(str, row['size']))}: {why}" if why else None)
+            )
+    cells = []
+    for (backend, kernel, dtype), results in groups.items():
+        errors = [error for error, _ in results if error is not None]
+        bad = list(dict.fromkeys(why for _, why in results if why))
+        worst = f"{max(errors):.2%}" if errors else "not run"
+        cells.append([backend, kernel, dtype, worst, f"WRONG, {'; '.join(bad)[:300]}" if bad else "right"])
+    what = "The worst row of all target shapes relative to its norm, against float64 on the GPU; two runs bit for bit."
+    return f"## Kernels\n\n{what}\n\n" + markdown(["", "kernel", "", "worst row", ""], cells) if cells else ""
+
+
 def targets(rows: list[Row]) -> str:
     """Every promise and what became of it, in the forward; the backward stands beside it, promised nothing."""
     forward = large(row for row in rows if row["direction"] == "forward")
-    both = large(row for row in rows if row["direction"] == "forward+backward")
+    backward = large(row for row in rows if row["direction"] == "backward")
     cells = []
     for target in TARGETS:
         row = forward.get((target.tokens, target.dim))
-        start = [_name(target.tokens, target.dim)]
         if row is None:
-            cells.append([*start, *["not run"] * 6])
+            cells.append([_name(target.tokens, target.dim), *modelled(target), *["not run"] * 4])
             continue
         eager, separate = best(row, "eager"), best(row, "separate")
+        trained = backward.get((target.tokens, target.dim), {"median_ms": {}})
         cells.append(
             [
-                *start,
+                _name(target.tokens, target.dim),
                 judged(against(row, eager), target.eager, eager),
                 judged(against(row, separate), target.separate, separate),
                 judged_cost(rotation_cost(row), target.rotation),
                 judged(auto_ratio(row), target.auto, None),
+                *(times(against(trained, best(trained, group))) for group in ("eager", "separate")),
             ]
         )
-        trained = both.get((target.tokens, target.dim), {"median_ms": {}})
-        for group in ("eager", "separate"):
-            cells[-1].append(times(against(trained, best(trained, group))))
     header = ["large batch, forward", "against eager + best SDPA", "against our rotary kernel + best attention"]
-    header += ["rotation on / off", "auto / fastest path", "fwd+bwd against eager", "fwd+bwd against rotary + best"]
+    header += ["rotation on / off", "auto / fastest path", "backward against eager", "backward against rotary + best"]
     return "## Targets\n\nOf the forward; the last two columns have none.\n\n" + markdown(header, cells)
+
+
+def modelled(target: Target) -> list[str]:
+    """What a model says of the two ratios of a target that was not measured."""
+    size = [model.LARGE // target.tokens, model.HEADS, target.tokens, target.dim]
+    ours, others = (
+        model.milliseconds("ours", size),
+        (model.milliseconds(x, size) for x in ("eager-cudnn", "rotary-cudnn")),
+    )
+    return [f"not run (modelled {ms / ours:.2f}x)" if ms and ours else "not run" for ms in others]
 
 
 def cuda_targets(rows: list[Row]) -> str:
@@ -205,6 +255,8 @@ def shapes(rows: list[Row]) -> str:
     for row in rows:
         if row["direction"] not in DIRECTIONS:
             continue
+        expected = model.milliseconds("ours", row["size"], row["direction"])
+        ms = row["median_ms"].get("ours")
         chosen = {group: best(row, group) for group in GROUPS}
         ratios = [f"{times(against(row, name))} {name or ''}".strip() for name in chosen.values()]
         if LOOP in row["median_ms"]:
@@ -214,13 +266,16 @@ def shapes(rows: list[Row]) -> str:
             [
                 label(row),
                 row["direction"],
+                "–" if ms is None else f"{1e3 * ms:.0f}",
+                "–" if expected is None else f"{1e3 * expected:.0f}",
                 *(rate(row, name) for name in ("ours", "off", "cuda", "cuda-off")),
                 *ratios,
                 "–" if cost is None else f"{cost:+.1%}",
                 times(auto_ratio(row)),
             ]
         )
-    header = ["batch x tokens, head_dim", "", "ours (Triton), TFLOP/s", "rotation off", "CUDA", "rotation off"]
+    header = ["batch x tokens, head_dim", "", "ours, us", "modelled, us", "ours (Triton), TFLOP/s", "rotation off"]
+    header += ["CUDA", "rotation off"]
     header += ["against eager + best SDPA"]
     header += ["against compiled", "against our rotary kernel + best", "rotation on / off", "auto / fastest path"]
     return "## All shapes\n\nBelow 1.00x ours is slower.\n\n" + markdown(header, cells) if cells else ""
@@ -244,6 +299,27 @@ def rotary(rows: list[Row]) -> str:
     header += ["against eager"]
     what = "GB/s of the bytes that must move: q and k read and written, the tables read."
     return f"## The rotary kernel alone\n\n{what}\n\n{markdown(header, cells)}" if cells else ""
+
+
+def layers(found: list[Row]) -> str:
+    cells = []
+    for row in found:
+        if "refused" in row:
+            cells.append([row["name"], f"not run: {row['refused']}", *["–"] * 4])
+            continue
+        for direction, ms in row["median_ms"].items():
+            cells.append(
+                [
+                    row["what"],
+                    direction,
+                    *(f"{ms[name]:.2f}" for name in ("unpatched", "patched")),
+                    times(ms["unpatched"] / ms["patched"]),
+                    f"{', '.join(row['kernels']) or '–'}; differs by {row['differs_by']:.1e}",
+                ]
+            )
+    header = ["", "", "unpatched, ms", "patched, ms", "as fast", "Triton's kernels"]
+    what = "The whole tower with one layer, transformers' class, called as users call it; SDPA before."
+    return f"## Layers of real towers\n\n{what}\n\n{markdown(header, cells)}" if cells else ""
 
 
 def host(found: dict[str, Any]) -> str:
@@ -308,65 +384,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def _name(tokens: int, dim: int) -> str:
     return f"{'windows of ' if tokens == WINDOW else ''}{tokens}, {dim}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- plot
-
-
-def plot(content: dict[str, Any], path: Path) -> None:
-    """TFLOP/s over the tokens, a panel for each head_dim and direction, at the large batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = {direction: large(r for r in content["rows"] if r["direction"] == direction) for direction in DIRECTIONS[:2]}
-    found = sorted({pair for by_pair in rows.values() for pair in by_pair})
-    dims = sorted({dim for _, dim in found})
-    if not dims:
-        raise ValueError("no row of attention")
-    every = sorted({tokens for tokens, _ in found})
-    figure, axes = pyplot.subplots(
-        len(rows), len(dims), figsize=(1.5 + 3.6 * len(dims), 7.5), sharex=True, sharey="row", squeeze=False
-    )
-    for upper, (direction, by_pair) in zip(axes, rows.items(), strict=True):
-        for axis, dim in zip(upper, dims, strict=True):
-            for label, color, style, pick in _LINES:
-                points = [(every.index(n), _rate(row, pick)) for (n, d), row in sorted(by_pair.items()) if d == dim]
-                points = [(x, y) for x, y in points if y is not None]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4)
-            axis.set_title(f"head_dim {dim}, {direction}", fontsize=11)
-            axis.set_xticks(range(len(every)), [str(n) for n in every], rotation=60)
-            axis.grid(alpha=0.3)
-            axis.set_ylim(bottom=0)
-    for axis in axes[-1]:
-        axis.set_xlabel("tokens (64: packed windows)")
-    for upper in axes:
-        upper[0].set_ylabel("TFLOP/s")
-    handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(_LINES), frameon=False)
-    figure.suptitle(f"bf16 attention with 2D RoPE, {content.get('device', {}).get('name', '')}, large batch")
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-_LINES = (
-    ("spatial_pe, Triton", "tab:red", "o-", "ours"),
-    ("the same without rotation", "tab:red", "o:", "off"),
-    ("spatial_pe, CUDA", "tab:purple", "o-", "cuda"),
-    ("the same without rotation", "tab:purple", "o:", "cuda-off"),
-    ("our rotary kernel + best attention", "tab:blue", "s-", "separate"),
-    ("torch.compile of eager", "tab:green", "^-", "compiled"),
-    ("eager rotary + best SDPA", "tab:gray", "v-", "eager"),
-)
-
-
-def _rate(row: Row, pick: str) -> float | None:
-    name = best(row, pick) if pick in GROUPS else pick
-    value = row["tflops"].get(name)
-    return None if value is None or not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON that a run leaves, which is also how one that was cut short goes on.
+"""The JSON that a step leaves, which is also how a process that was started again goes on.
 
-``rows``: what was measured. ``not_run``: [size, direction] of what was planned and was not reached. ``broken``: calls
-that ended the process or never came back; they are not tried again.
+``phases``: what ran, how long, how it ended. ``checks``: kernels against float64. ``rows``: what was measured.
+``layers``: of real towers. ``not_run``: [size, direction] of what was planned and was not reached. ``broken``: calls
+that ended their process or never came back; they are not tried again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from typing import Any
 
 # A variant that broke this many processes is not tried on any other shape.
 BROKEN_FOR_GOOD = 2
+LISTS = ("phases", "checks", "rows", "layers", "broken", "not_run")
+
+
+def new(**content: Any) -> dict[str, Any]:
+    return {**content, **{name: [] for name in LISTS}}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -25,6 +31,11 @@ def save(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, path)
+
+
+def mark(now: Path, size: list[int] | None, direction: str | None, variant: str, error: str | None = None) -> None:
+    """Says what is about to run, or what ended this process."""
+    save(now, {"size": size, "direction": direction, "variant": variant, "error": error})
 
 
 def why_not(broken: list[dict], size: list[int], direction: str, variant: str) -> str | None:

@@ -11,6 +11,7 @@ compiled, compiled-cudnn eager-default and eager-cudnn under torch.compile
 rotary-*                 our rotary kernel, then torch's SDPA, or its varlen_attn for windows
 flex                     our rotary kernel, then FlexAttention, compiled
 fa2, fa3, fa4            our rotary kernel, then flash-attn's attention, its varlen form for windows
+cudnn-rope               cuDNN's own rotation and attention in one graph, forward of dense calls
 """
 
 from __future__ import annotations
@@ -28,40 +29,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import spatial_pe
 from spatial_pe.bench.variants import rotate
 
-from .cases import Inputs, Shape
+from .cases import Inputs
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # name -> backend
 OURS = {"ours": "triton", "off": "triton", "cuda": "cuda", "cuda-off": "cuda", "auto": "auto"}
 PLAIN = ("off", "cuda-off")  # compute attention without rotation
-EAGER = ("eager-default", "eager-cudnn", "eager-flash")
-LOOP = "eager-loop"
-COMPILED = ("compiled", "compiled-cudnn")
-VARLEN = "rotary-varlen"
-SEPARATE = ("rotary-default", "rotary-cudnn", "rotary-flash", "fa2", "fa3", "fa4")
-FLEX = "flex"
+OUR_KERNELS = ("ours", "off", "cuda", "cuda-off")  # give the same bits every time; others' backward need not
 FLASH_ATTN = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 SDPA = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# of cuDNN itself, by its front end's package
+OLDEST_CUDNN_THAT_ROTATES = 92400
 
 # a compiled backward may reuse what the forward has saved, and then runs only once: "backward" runs it many times
 torch._functorch.config.donated_buffer = False
-
-
-def names(shape: Shape, compiled: bool) -> list[str]:
-    """Those that make sense for a shape; whether one can run shows when it does."""
-    found = [*EAGER, *OURS, *SEPARATE]
-    if shape.packed:
-        found += [LOOP, VARLEN]
-    if compiled:
-        found += [*COMPILED, FLEX]
-    return found
 
 
 def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
     """The variant for these inputs. Raises ImportError where it needs a package that is missing."""
     if name in OURS:
         return _fused(name, inputs)
+    if name == "cudnn-rope":
+        return _cudnn(inputs)
     rotation, _, core = name.partition("-")
     if rotation == "eager":
         attend = _loop(inputs) if core == "loop" else sdpa(inputs, core)
@@ -150,6 +140,45 @@ def _flash_attn(inputs: Inputs, module: str) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attention(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out  # some releases return lse too
+
+    return attend
+
+
+def _cudnn(inputs: Inputs) -> Attention:
+    """A graph of cuDNN's: it takes angles, and computes their cos and sin itself. Not run yet: needs cuDNN 9.24."""
+    import cudnn
+
+    if not hasattr(cudnn.pygraph, "rope") or cudnn.backend_version() < OLDEST_CUDNN_THAT_ROTATES:
+        raise ImportError(f"cuDNN {cudnn.backend_version()} does not rotate: needs 9.24 and its front end of 1.24.1")
+    if inputs.shape.packed:
+        raise ValueError("cuDNN's rotation has no packed sequences")
+    q, k, v = (x.transpose(1, 2) for x in inputs.qkv)
+    angles = torch.zeros(inputs.shape.tokens, 1, 1, inputs.shape.dim, device=inputs.device)
+    angles[:, 0, 0, : inputs.shape.dim // 2] = torch.atan2(inputs.rotary.sin, inputs.rotary.cos)[0, :, 0]
+    kind = cudnn.data_type.BFLOAT16 if q.dtype == torch.bfloat16 else cudnn.data_type.HALF
+    wide = cudnn.data_type.FLOAT
+    graph = cudnn.pygraph(intermediate_data_type=wide, compute_data_type=wide)
+    turned = [torch.empty_like(x) for x in (q, k)]
+    out = torch.empty(inputs.qkv[0].shape, device=inputs.device, dtype=q.dtype).transpose(1, 2)
+    nodes = [graph.tensor(dim=list(x.shape), stride=list(x.stride()), data_type=kind) for x in (q, k, v)]
+    nodes.append(graph.tensor(dim=list(angles.shape), stride=list(angles.stride()), data_type=wide))
+    rotated = [graph.rope(input=node, freqs=nodes[3]) for node in nodes[:2]]
+    result, _ = graph.sdpa(q=rotated[0], k=rotated[1], v=nodes[2], is_inference=True, attn_scale=inputs.shape.dim**-0.5)
+    for node, x in zip((*rotated, result), (*turned, out), strict=True):
+        node.set_output(True).set_data_type(kind).set_dim(list(x.shape)).set_stride(list(x.stride()))
+    graph.build([cudnn.heur_mode.A])
+    handle = cudnn.create_handle()
+    workspace = torch.empty(max(1, graph.get_workspace_size()), device=inputs.device, dtype=torch.uint8)
+    uids = [node.get_uid() for node in (*nodes, *rotated, result)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("measured in the forward only")
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        tensors = (q, k, v, angles, *turned, out)
+        pointers = {uid: x.data_ptr() for uid, x in zip(uids, tensors, strict=True)}
+        graph.execute(pointers, workspace.data_ptr(), handle)
+        return out.transpose(1, 2)
 
     return attend
 

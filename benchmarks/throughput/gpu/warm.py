@@ -1,89 +1,158 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what measure.py is going to run, in many processes, into the caches of Triton and inductor on the disk.
+"""Compiles what is going to run, in many processes, into the caches of Triton and inductor on the disk.
 
-    python -m benchmarks.throughput.gpu.warm --seconds SECONDS [--quick]
+    python -m benchmarks.throughput.gpu.warm --plan table --out step1.json --seconds 60
 
-A variant that does not work is left for measure.py to find; so is one that takes the device of a process down.
+table: exactly the Triton kernels of check.py and measure.py, from tensors without memory: nothing is launched here, and
+`launches` says which kernels those are. compiled: what torch.compile and FlexAttention make of the shapes of that plan,
+which has to run. What fails here fails again where it is used, and is noted there.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import variants
-from .cases import Inputs, Shape, plan
+from . import state
+from .cases import TARGETS, Inputs, Shape, Work, large, plan
 
-# Each holds a CUDA context and up to 3 GB of tensors.
-MOST_PROCESSES = 10
+MOST_PROCESSES = 14
 # The slowest task, a compilation by inductor, does not take as long: nothing comes back once a process has died.
-TASK_SECONDS = 45
-Task = tuple[Shape, tuple[str, ...], tuple[str, ...]]  # variants, directions
+TASK_SECONDS = 50
+FORWARD = ("forward_kernel", "window_forward_kernel", "operands_kernel", "rotate_kernel")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def tasks(quick: bool) -> list[Task]:
-    """In the order of the plan. What torch.compile compiles takes longest, and each is a task of its own."""
-    found: list[Task] = []
-    for work in plan(quick):
-        directions = tuple(d for d in work.directions if d in ("forward", "forward+backward"))
-        if "backward" in work.directions and "forward+backward" not in directions:
-            directions += ("forward+backward",)
-        found.append((work.shape, ("ours", "off", "rotary-default"), directions))
-        if work.compiled:
-            found += [(work.shape, (name,), directions) for name in (*variants.COMPILED, variants.FLEX)]
-    return found
+def launches(shape: Shape, dtype: torch.dtype, family: str) -> Iterator[Any]:
+    """Of a shape at its full size: forward, backward, rotation and angles; in bfloat16 also without rotation."""
+    import spatial_pe
+    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
+
+    with torch.device("meta"):
+        lead = (1, shape.batch * shape.tokens) if shape.packed else (shape.batch, shape.tokens)
+        qkv = torch.empty(*lead, 3, shape.heads, shape.dim, dtype=dtype).unbind(2)
+        grad = torch.empty(*lead, shape.heads, shape.dim, dtype=dtype)
+        table = torch.empty(1, lead[1], 1, shape.dim // 2)
+        bounds = torch.empty(shape.batch + 1, dtype=torch.int32) if shape.packed else None
+    turned = spatial_pe.Rotary(table, table)
+    longest = shape.tokens if shape.packed else None
+    for rotary in (turned, None) if dtype == torch.bfloat16 else (turned,):
+        call = Call(*qkv, rotary, shape.dim**-0.5, bounds, longest, None)
+        # what was tuned on this GPU is not asked: a session starts without
+        bucket = configs.bucket(configs.longest_of(call))
+        choice = configs.prebuilt(family, dtype, shape.dim, bucket, configs.few_programs(call))
+        forward = plan_forward(call, choice)
+        backward = plan_backward(call, *forward.results, grad, choice)
+        yield from (*backward.launches, *forward.launches)
+    yield from plan_rotation(qkv[:2], turned).launches
+    yield from plan_angles(qkv[0], qkv[1], *backward.results[:2], table.shape, "half", None).launches
 
 
-def warm(task: Task) -> list[str]:
-    """Runs once what a task names; returns what failed."""
-    shape, names, directions = task
-    failed = []
+def kernels(family: str) -> list[tuple[Shape, str, int]]:
+    """(shape, dtype, index among its launches) of every distinct kernel, in the order of the plans: the large
+    batches, then the small ones, which have tiles of their own."""
+    found: dict[Any, tuple[Shape, str, int]] = {}
+    wanted = [(large(*pair), name, True) for pair in TARGETS for name in DTYPES]
+    wanted += [(work.shape, "bf16", False) for work in plan("small")]
+    for shape, name, trained in wanted:
+        for index, launch in enumerate(launches(shape, DTYPES[name], family)):
+            if trained or launch.kernel.fn.__name__ in FORWARD:
+                found.setdefault(specialised(launch), (shape, name, index))
+    return list(found.values())
+
+
+def specialised(launch: Any) -> tuple:
+    """What the just-in-time compiler tells kernels apart by: constants, dtypes, integers of 1 and multiples of 16."""
+    kinds = tuple(
+        str(x.dtype) if isinstance(x, torch.Tensor) else type(x) if isinstance(x, float) else (x == 1, x % 16 == 0)
+        for x in launch.arguments
+    )
+    return launch.kernel.fn.__name__, tuple(sorted(launch.constants.items())), launch.num_warps, kinds
+
+
+def build(task: tuple[Shape, str, int], family: str) -> str | None:
+    """Compiles a kernel and what launches it; returns why it could not."""
+    shape, dtype, index = task
+    launch = list(launches(shape, DTYPES[dtype], family))[index]
     try:
-        inputs = Inputs(shape, "cuda")
-        for name in names:
-            for direction in directions:
-                try:
-                    variants.call(variants.build(name, inputs), inputs, direction)()
-                    torch.cuda.synchronize()
-                except Exception as error:
-                    failed.append(f"{shape}, {name} {direction}: {type(error).__name__}: {error}"[:200])
+        compiled = launch.compile()
+        if torch.cuda.is_available():
+            _ = compiled.run  # loads it, and compiles the C code that launches it
     except Exception as error:
-        failed.append(f"{shape}: {type(error).__name__}: {error}"[:200])
-    inputs = None
-    torch._dynamo.reset()
-    gc.collect()
-    with suppress(Exception):  # the device of this process is lost: all that follows is compiled by the others
-        torch.cuda.empty_cache()
-    return failed
+        return f"{launch}: {type(error).__name__}: {error}"[:300]
+    return None
+
+
+def build_for_this_gpu(task: tuple[Shape, str, int]) -> str | None:
+    from spatial_pe.backends.triton import configs
+
+    return build(task, configs.family_of(torch.device("cuda", 0)))
+
+
+def run(task: tuple[Work, str]) -> str | None:
+    """Runs a variant once in both directions; returns what failed."""
+    from . import variants
+
+    work, name = task
+    try:
+        inputs = Inputs(work.shape, "cuda")
+        function = variants.build(name, inputs)
+        for direction in work.directions:
+            variants.call(function, inputs, direction)()
+            torch.cuda.synchronize()
+    except Exception as error:
+        return f"{work.shape}, {name}: {type(error).__name__}: {error}"[:300]
+    return None
+
+
+def tasks(name: str) -> tuple[Any, list[Any]]:
+    if name == "table":
+        from spatial_pe.backends.triton import configs
+
+        return build_for_this_gpu, kernels(configs.family_of(torch.device("cuda", 0)))
+    compiled = ("compiled-cudnn", "flex")
+    return run, [(work, variant) for work in plan(name) for variant in work.variants if variant in compiled]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=("table", "compiled"), required=True)
     parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     begin = time.monotonic()
-    todo = tasks(options.quick)
+    function, todo = tasks(options.plan)
     processes = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2, len(todo)))
     pool = multiprocessing.get_context("spawn").Pool(processes)
-    results = pool.imap_unordered(warm, todo)
-    done = 0
+    results = pool.imap_unordered(function, todo)
+    done, failed = 0, []
     for _ in todo:
         try:
             left = options.seconds - (time.monotonic() - begin)
-            failed = results.next(timeout=max(0.0, min(left, TASK_SECONDS)))
+            why = results.next(timeout=max(0.0, min(left, TASK_SECONDS)))
         except multiprocessing.TimeoutError:
             break
         done += 1
-        print(*failed, sep="\n", end="\n" if failed else "", flush=True)
-    print(f"compiled ahead: {done} of {len(todo)} tasks in {time.monotonic() - begin:.0f} s", flush=True)
-    pool.terminate()
+        if why:
+            failed.append(why)
+            print(why, flush=True)
+    found = {"done": done, "of": len(todo), "seconds": round(time.monotonic() - begin, 1), "failed": failed}
+    print(f"compiled ahead: {done} of {len(todo)} in {found['seconds']:.0f} s, {processes} processes", flush=True)
+    content = state.load(options.out)
+    content["compiled"] = {**content.get("compiled", {}), options.plan: found}
+    state.save(options.out, content)
+    with suppress(Exception):
+        pool.terminate()
 
 
 if __name__ == "__main__":

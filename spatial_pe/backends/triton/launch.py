@@ -27,9 +27,9 @@ class Launch:
             return None
         return self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps)
 
-    def compile(self) -> None:
-        """Without running it, for the current device."""
-        self.kernel.warmup(*self.arguments, **self.constants, num_warps=self.num_warps, grid=self.grid)
+    def compile(self) -> Any:
+        """The compiled kernel, for the current device, without running it."""
+        return self.kernel.warmup(*self.arguments, **self.constants, num_warps=self.num_warps, grid=self.grid)
 
     def __str__(self) -> str:
         """The kernel, its dtype and what it was compiled for, as a name."""
