@@ -182,7 +182,7 @@ def _print_backends() -> list[str]:
         else:
             print(f"  {name:<10} available, BUT WRONG")
             broken.append(f'backend "{name}": {error}')
-    for line in _automatic() if not broken else ():
+    for line in (*_automatic(), *_behind_the_rotation()) if not broken else ():
         print(line)
     return broken
 
@@ -199,6 +199,26 @@ def _automatic() -> list[str]:
         why = refusal(AUTO[0], call)
         lines.append(f"  auto       {str(dtype).removeprefix('torch.')} on the CPU: {select(call, 'auto')}")
         lines[-1] += "" if why is None else f" (not {AUTO[0]}: {why})"
+    return lines
+
+
+def _behind_the_rotation() -> list[str]:
+    """Which attention the composed path uses on the GPU for dense and packed images, and why; without a GPU, what of
+    flash-attn is here."""
+    from .backends import flash
+    from .backends.call import Call
+
+    if not torch.cuda.is_available():
+        states = {provider.name: flash.unusable(provider) for provider in flash.PROVIDERS}
+        found = ", ".join(name for name, why in states.items() if why is None) or "nothing but torch's own attention"
+        return [f"  composed   has, for GPUs: {found}"]
+    lines = []
+    for form, tokens in (("dense", 576), ("dense", 4096), ("packed", 4096)):
+        x = torch.empty(1, tokens, 16, 64, dtype=torch.bfloat16, device=flash.DEVICE)
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=flash.DEVICE) if form == "packed" else None
+        row, why = flash.choose(Call(x, x, x, None, 0.125, bounds, tokens if form == "packed" else None, None))
+        name = "torch's own attention" if row is None else row.provider.name
+        lines.append(f"  composed   {form} bfloat16, {tokens} tokens, on the GPU: {name} ({why})")
     return lines
 
 

@@ -12,7 +12,10 @@ import torch
 from . import __version__
 
 # Packages whose version can change a result or a timing; those that are not installed are left out.
-PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy", "onnx", "onnxruntime", "openvino")
+PACKAGES = (
+    *("torch", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"),
+    *("numpy", "onnx", "onnxruntime", "openvino"),
+)
 
 
 def versions() -> dict[str, str]:

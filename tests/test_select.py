@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from spatial_pe import cli
 from spatial_pe.backends import flash, select, triton
 from spatial_pe.backends.call import Call
 
@@ -88,6 +89,19 @@ def test_packed_calls_go_where_it_was_measured_to_be_faster_and_nobody_waits(row
     monkeypatch.setattr(flash, "choose", lambda call: (row, ""))
     why = select._slower("triton", call_of(bounds=torch.empty(3, dtype=torch.int32, device="meta")))
     assert why == ("composed was measured to be faster" if row else None)
+
+
+def test_doctor_says_which_attention_is_behind_the_rotation(monkeypatch):
+    """On a GPU for each form, and without one what is installed."""
+    monkeypatch.setattr(flash, "unusable", lambda provider: None if provider is flash.FA2 else "is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli._behind_the_rotation() == ["  composed   has, for GPUs: flash-attn 2"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(flash, "choose", lambda call: (HOPPER_PACKED if call.max_seqlen else None, "because"))
+    monkeypatch.setattr(flash, "DEVICE", "cpu")
+    lines = cli._behind_the_rotation()
+    assert lines[0] == "  composed   dense bfloat16, 576 tokens, on the GPU: torch's own attention (because)"
+    assert lines[2] == "  composed   packed bfloat16, 4096 tokens, on the GPU: flash-attn 3 (because)"
 
 
 # --------------------------------------------------------------------------------------------------------- one image
