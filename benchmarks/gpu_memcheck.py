@@ -30,6 +30,9 @@ CASES: tuple[tuple[tuple[int, int] | list[int], int, tuple[int, int]], ...] = (
 )
 
 
+DEVICE = "cuda"
+
+
 def main() -> int:
     if "--profile" in sys.argv[1:]:
         once("triton", (64, 576), 64, (16, 16))
@@ -49,11 +52,11 @@ def once(backend: str, lengths: tuple[int, int] | list[int], dim: int, counts: t
     bounds = longest = None
     lead = lengths
     if isinstance(lengths, list):
-        bounds, longest = torch.tensor([0, *lengths]).cumsum(0).int().cuda(), max(lengths)
+        bounds, longest = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE), max(lengths)
         lead = (sum(lengths),)
-    rotary = spatial_pe.Rotary.from_angles(torch.rand(lead[-1], dim // 2, generator=generator)).to("cuda")
+    rotary = spatial_pe.Rotary.from_angles(torch.rand(lead[-1], dim // 2, generator=generator)).to(DEVICE)
     q, k, v = (
-        torch.randn(*lead, count, dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        torch.randn(*lead, count, dim, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
         for count in (heads, kv_heads, kv_heads)
     )
     out = spatial_pe.rope_attention(q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend=backend)

@@ -220,10 +220,13 @@ class Session:
     def record(self, phase: Phase, ended: Ended | None, why: str | None = None, ok: bool = True) -> None:
         """Into the JSON; the phase's own process is over."""
         text = self.log.read_text(errors="replace")
+        content = state.load(self.out)
         if ended is not None:
             ok, why = verdict(phase.name, ended, text)
+            if ended.status == 1 and not phase.beside and not counted(phase.name, content):
+                why = f"{why}: {text.strip().splitlines()[-1]}"[:200]
+            why = "; ".join([str(why), *counted(phase.name, content)])
         entry = {"name": phase.name, "seconds": round(ended.seconds, 1) if ended else 0.0, "ok": ok, "note": why}
-        content = state.load(self.out)
         content["phases"].append(entry)
         state.save(self.out, content)
 
@@ -251,6 +254,18 @@ def verdict(name: str, ended: Ended, text: str) -> tuple[bool, str]:
     how = ended.why or ("at its limit" if ended.status is None else "done")
     found = VERDICTS.get(name, lambda *_: None)(ended, text)
     return found or (ended.status == 0, how)
+
+
+def counted(name: str, content: dict[str, Any]) -> list[str]:
+    """What a phase has left in the JSON, in words."""
+    kind, _, backend = name.partition(" ")
+    if kind == "check":
+        rows = [row for row in content["checks"] if row["backend"] == backend]
+        wrong = [f"{row['unit']} {row['dtype']} {row['size']}: {row['wrong']}" for row in rows if row.get("wrong")]
+        return [f"{len(rows) - len(wrong)} right, {len(wrong)} wrong", *wrong[:5]]
+    if name in ("table", "small", "compiled"):
+        return [f"{len(content['rows'])} rows, {len(content['not_run'])} not run, {len(content['broken'])} broken"]
+    return []
 
 
 def _tests(ended: Ended, text: str) -> tuple[bool, str]:

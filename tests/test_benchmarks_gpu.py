@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import spatial_pe
-from benchmarks import gpu_session
+from benchmarks import gpu_memcheck, gpu_session
 from benchmarks.throughput.gpu import (
     cases,
     check,
@@ -29,9 +29,10 @@ from benchmarks.throughput.gpu import (
     state,
     timing,
     variants,
+    warm,
     watch,
 )
-from spatial_pe.backends import guard
+from spatial_pe.backends import guard, triton
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,6 +192,7 @@ def test_the_first_step_checks_before_it_measures(session, tmp_path):
     assert status == 0
     names = [entry["name"] for entry in content["phases"]]
     assert names == ["compile", "check triton", "build", "check cuda", "table", "layers"]  # in the order of their ends
+    assert content["phases"][1]["note"] == "done; 0 right, 0 wrong"
     words = last_words(ran)
     assert words[0].startswith("starts pip install --no-build-isolation")
     assert "warm" in words[1] and "--backend triton" in words[2]
@@ -366,6 +368,8 @@ NAMES = ("ours", "off", "auto", "fa3", "eager-cudnn", "eager-flash", "rotary-def
 @pytest.fixture
 def host(monkeypatch, tmp_path):
     """A run of two tiny shapes on the CPU: its JSON file, and a function that measures until a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the shapes are tiny
     monkeypatch.setattr(torch.cuda, "Event", HostEvent)
     for name in ("_sleep", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
@@ -386,7 +390,8 @@ def host(monkeypatch, tmp_path):
         return state.load(out)
 
     run.out, run.now = out, tmp_path / "now.json"
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 def test_measures_every_direction_of_every_shape(host):
@@ -535,6 +540,8 @@ def checks(monkeypatch, tmp_path):
 
     monkeypatch.setattr(check, "DEVICE", "cpu")
     monkeypatch.setitem(check.BACKENDS, "cuda", reference)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the shapes are tiny
     out, now = tmp_path / "step1.json", tmp_path / "now.json"
     state.save(out, state.new(step=1))
     shapes = [cases.Shape(2, cases.WINDOW, 80, heads=2), cases.Shape(2, 30, 64, heads=2)]
@@ -544,7 +551,39 @@ def checks(monkeypatch, tmp_path):
         return state.load(out)["checks"]
 
     run.reference, run.out = reference, out
-    return run
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}")
+@pytest.mark.skipif(not triton.INTERPRETED, reason="a GPU is here")
+def test_every_triton_kernel_is_checked(checks, monkeypatch):
+    """In the interpreter, which has no bfloat16."""
+    monkeypatch.setattr(check, "DTYPES", {"fp16": torch.float16})
+    shapes = [cases.Shape(2, cases.WINDOW, 16, heads=2), cases.Shape(1, 130, 16, heads=1)]
+    check.Run("triton", checks.out, time.time() + 300, checks.out.with_name("now.json"), shapes).all()
+    rows = state.load(checks.out)["checks"]
+    assert [row["unit"] for row in rows] == ["backward", "forward", "rotate", "angles"] * 2
+    assert all(row["wrong"] is None for row in rows)
+    names = {kernel for row in rows for kernel in row["kernels"].values()}
+    assert names == {"window_backward", "window_forward", "query", "key", "forward", "rotate", "angles"}
+
+
+@pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}")
+@pytest.mark.parametrize("shape", [cases.Shape(2, 200, 64, heads=2), cases.Shape(3, cases.WINDOW, 80, heads=2)])
+def test_what_is_compiled_ahead_is_what_is_launched(shape):
+    """The same constants, dtypes and divisibility, from tensors without memory and from those of a measurement."""
+    from spatial_pe.backends.triton.plan import plan_backward, plan_forward, plan_rotation
+
+    inputs = cases.Inputs(shape, "cpu")
+    ahead = {warm.specialised(launch) for launch in warm.launches(shape, torch.bfloat16, "hopper")}
+    for rotated in (True, False):
+        call = inputs.call(rotated)
+        forward = plan_forward(call)
+        backward = plan_backward(call, *forward.results, inputs.batched_grad)
+        assert {warm.specialised(launch) for launch in (*forward.launches, *backward.launches)} <= ahead
+    call = inputs.call()
+    assert {warm.specialised(x) for x in plan_rotation([call.q, call.k], call.rotary).launches} <= ahead
 
 
 def test_every_kernel_is_checked_backward_first(checks):
@@ -611,6 +650,14 @@ def test_float64_by_heads_is_float64(kv_heads, monkeypatch):
     out = spatial_pe.rope_attention(*leaves, rotary, scale=0.25, backend="composed")
     for name, x in zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout.double()), strict=True):
         assert torch.allclose(whole[name], x, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", gpu_memcheck.CASES, ids=str)
+def test_what_the_sanitizer_runs(case, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_memcheck, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gpu_memcheck.once("reference", *case)
+    assert capsys.readouterr().out.endswith("done\n")
 
 
 # --------------------------------------------------------------------------------------------------------------- towers

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "transformers", "timm", "flash-attn", "flash-attn-4", "nvidia-cudnn-frontend", "pytest")
@@ -18,11 +20,13 @@ def describe() -> dict[str, Any]:
     query = "name,driver_version,compute_cap,memory.total,clocks.sm,temperature.gpu"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
     fields = [field.strip() for field in (smi or "").splitlines()[0].split(",")] if smi else []
-    nvcc = re.search(r"release (\S+),", _output("nvcc", "--version") or "")
+    release = re.compile(r"release \S+ V(\S+)")
+    nvcc, ptxas = (release.search(_output(tool, "--version") or "") for tool in ("nvcc", _ptxas()))
     return {
         "gpu": dict(zip(query.split(","), fields, strict=False)),
         "cores": len(os.sched_getaffinity(0)),
         "nvcc": nvcc[1] if nvcc else None,
+        "ptxas": ptxas[1] if ptxas else None,
         "tools": {name: shutil.which(name) for name in TOOLS},
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
@@ -38,11 +42,15 @@ def lines(machine: dict[str, Any]) -> list[str]:
     gpu = ", ".join(f"{name} {value}" for name, value in machine["gpu"].items()) or "no GPU that nvidia-smi knows"
     missing = [name for name, path in machine["tools"].items() if path is None]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    return [
-        gpu,
-        f"{versions}, nvcc {machine['nvcc']}, {machine['cores']} cores",
-        f"not there: {', '.join(missing) or '-'}",
-    ]
+    compilers = ", ".join(f"{name} {machine.get(name)}" for name in ("nvcc", "ptxas"))
+    return [gpu, f"{versions}; {compilers}; {machine['cores']} cores", f"not there: {', '.join(missing) or '-'}"]
+
+
+def _ptxas() -> str:
+    """Triton's own, which compiles its kernels: versions below 13.1 have had wrong results of wgmma (triton#11781)."""
+    spec = importlib.util.find_spec("triton")
+    own = Path(spec.origin).with_name("backends") / "nvidia/bin/ptxas" if spec and spec.origin else Path("ptxas")
+    return os.environ.get("TRITON_PTXAS_PATH") or str(own)
 
 
 def _version(package: str) -> str | None:
