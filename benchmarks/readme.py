@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites the README's tables, and the pictures of the accuracy study, from benchmarks/results/cpu.
+"""Rewrite the tables of the README and the docs, and the pictures of the accuracy study, from benchmarks/results/cpu.
 
     python -m benchmarks.readme [--check]
 
-``--check`` writes nothing and fails if the README is stale.
+``--check`` writes nothing and fails if a table is stale.
 """
 
 from __future__ import annotations
@@ -52,6 +52,40 @@ def demo() -> str:
     ]
     header = ["", "relative error", "bf16's own", "cosine", "images/s before", "after", "speed-up"]
     return table(header, rows) + f"\n\n`make demo`; {machine(result['environment'])}."
+
+
+# (suite, row, dtype, what it is called): the README's numbers, wins and near-losses
+NUMBERS = (
+    ("attention", "windows", "fp32", "attention of 70 windows of 64 tokens, 16 heads of 80, against Hugging Face's"),
+    ("attention", "576", "fp32", "attention of 4 images of 576 tokens, 16 heads of 64, against Hugging Face's"),
+    ("towers", "pixtral", "fp32", "Pixtral's tower (4 layers), four images, patched against unpatched"),
+    ("towers", "siglip_so400m", "fp32", "SigLIP-so400m's tower (4 layers), patched against unpatched"),
+)
+
+
+def numbers() -> str:
+    """Five gains, with their machines."""
+    result = load("bench")
+    rows = []
+    for suite, name, dtype, what in NUMBERS:
+        found = [row for row in bench.rows(result, suite) if (row["name"], row["dtype"]) == (name, dtype)]
+        if suite == "attention":
+            found = [row for row in found if (row["direction"], row["threads"]) == ("forward", 2)]
+            gain = bench.speedup(found[0], "eager")
+        else:
+            gain = bench.speedup(found[0], "before", of="after")
+        rows.append([f"{what}, {dtype}", CORES[result["cpu"]], f"{gain:.2f}x"])
+    shown = load("demo")
+    tower = next(row for row in shown["rows"] if (row["dtype"], row["size"]) == ("bf16", 518))
+    what = "DINOv2-small with its real weights, 518 px, patched against unpatched, bf16"
+    rows.append([what, CORES[shown["environment"]["cpu"]], f"{tower['speed_up']:.2f}x"])
+    return table(["forward", "machine, two cores", "gain"], rows)
+
+
+CORES = {
+    "AMD EPYC (family 25, model 1)": "AMD Zen 3: AVX2",
+    "AMD EPYC (family 25, model 17)": "AMD Zen 4: AVX-512, bfloat16",
+}
 
 
 def results() -> str:
@@ -232,30 +266,38 @@ def machine(result: dict) -> str:
     return ", ".join([result["cpu"], *peers])
 
 
-BLOCKS = {"demo": demo, "results": results, "accuracy": accuracy}
+# file -> its blocks
+BLOCKS = {
+    "README.md": {"numbers": numbers},
+    "docs/benchmarks.md": {"demo": demo, "results": results},
+    "docs/spatial-study.md": {"accuracy": accuracy},
+}
 
 
-def written(text: str) -> str:
-    """The README's text with its blocks as the results have them."""
-    for name, make in BLOCKS.items():
+def written(file: str, text: str) -> str:
+    """The text of a file with its blocks as the results have them."""
+    for name, make in BLOCKS[file].items():
         block = f"<!-- {name}: written by `python -m benchmarks.readme` -->\n{make()}\n<!-- end of {name} -->"
         stale = re.compile(rf"<!-- {name}: .*?<!-- end of {name} -->", re.DOTALL)
         text, count = stale.subn(lambda _, block=block: block, text)
         if count != 1:
-            sys.exit(f"README.md must hold one block of {name}, found {count}")
+            sys.exit(f"{file} must hold one block of {name}, found {count}")
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if the README is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a table is stale")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    text = written(path.read_text())
-    if check and text != path.read_text():
-        sys.exit("README.md is stale: run python -m benchmarks.readme")
+    for file in BLOCKS:
+        path = ROOT / file
+        before = path.read_text()
+        text = written(file, before)
+        if check and text != before:
+            sys.exit(f"{file} is stale: run python -m benchmarks.readme")
+        if not check:
+            path.write_text(text)
     if not check:
-        path.write_text(text)
         figures()
 
 

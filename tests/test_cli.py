@@ -59,7 +59,8 @@ def test_doctor_reports_this_machine(run):
     result = run("doctor")
     assert result.code == 0, result.err
     assert result.err == ""
-    for text in (torch.__version__.split("+")[0], f"torch uses {torch.get_num_threads()} threads", environment.cpu_name()):
+    threads = f"torch uses {torch.get_num_threads()} threads"
+    for text in (torch.__version__.split("+")[0], threads, environment.cpu_name()):
         assert text in result.out
     for name, why in backends():
         expected = f"missing: {why}" if why else "available, agrees with the reference"

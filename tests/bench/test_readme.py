@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables are those of the committed results."""
+"""The tables of the README and the docs are those of the committed results."""
 
 import re
+
+import pytest
 
 from benchmarks import readme
 
 
-def test_readme_is_up_to_date():
-    text = (readme.ROOT / "README.md").read_text()
-    assert readme.written(text) == text, "run python -m benchmarks.readme"
+@pytest.mark.parametrize("file", readme.BLOCKS)
+def test_tables_are_up_to_date(file):
+    text = (readme.ROOT / file).read_text()
+    assert readme.written(file, text) == text, "run python -m benchmarks.readme"
 
 
-def test_a_changed_number_is_noticed():
-    text = (readme.ROOT / "README.md").read_text()
-    changed = re.sub(r"\*\*(\d)\.(\d\d)x\*\*", r"**9\1.\2x**", text, count=1)
+@pytest.mark.parametrize("file", ["README.md", "docs/benchmarks.md"])
+def test_a_changed_number_is_noticed(file):
+    text = (readme.ROOT / file).read_text()
+    changed = re.sub(r"(\d)\.(\d\d)x", r"9\1.\2x", text, count=1)
     assert changed != text
-    assert readme.written(changed) == text
+    assert readme.written(file, changed) == text
+
+
+def test_the_readme_is_one_page():
+    assert len((readme.ROOT / "README.md").read_bytes()) <= 8192
 
 
 def test_a_demo_that_was_too_noisy_has_no_speed_up(monkeypatch):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of supported towers, from what ``inspect`` proves and counts on every family of the tests.
+"""The table of docs/towers.md, from what ``inspect`` proves and counts on every family of the tests.
 
 python tests/towers/support.py --json        # this environment's families
-make support-table                           # both transformers, and timm, into the README
+make support-table                           # both transformers, and timm, into docs/towers.md
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / ".venv" / "transformers-4.57"
 BEGIN, END = "<!-- support: written by `make support-table` -->", "<!-- end of support -->"
-README = ROOT / "README.md"
+TOWERS = ROOT / "docs/towers.md"
 
 
 def proven() -> dict[str, dict]:
@@ -91,8 +91,8 @@ def _markdown(title: str, rows: dict[str, dict], where: dict[str, dict[str, dict
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def in_readme() -> str:
-    return README.read_text().split(BEGIN)[1].split(END)[0].strip()
+def in_docs() -> str:
+    return TOWERS.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 
 def main() -> None:
@@ -101,8 +101,8 @@ def main() -> None:
     if parser.parse_args().json:
         print(json.dumps({"families": proven(), "versions": versions()}))
         return
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+    before, rest = TOWERS.read_text().split(BEGIN)
+    TOWERS.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's stories, run from the README's own text on small models; and its table of towers."""
+"""The stories of the README and the docs, run from their own text on small models; and the table of towers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ import spatial_pe
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = "\n".join(path.read_text() for path in (ROOT / "README.md", ROOT / "docs/patching.md"))
 
 
 def story(name: str) -> str:
-    return re.search(rf"<!-- story: {name} -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    (code,) = set(re.findall(rf"<!-- story: {name} -->\n```python\n(.*?)```", TEXT, re.DOTALL))  # copies are alike
+    return code
 
 
 def qwen(path):
@@ -99,4 +101,4 @@ def test_the_table_of_towers_is_what_is_proven():
     import_timm()
     if transformers.__version__.startswith("4."):
         pytest.skip("written by the newest transformers")
-    assert support.in_readme() == support.table()
+    assert support.in_docs() == support.table()

@@ -76,8 +76,8 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def as_in_a_process_of_its_own():
-    """dynamo remembers sizes that it once took for dynamic, those of our module's tables too: a strict export of torch 2.13
-    then has guards of them that it cannot evaluate."""
+    """dynamo remembers sizes that it once took for dynamic, those of our module's tables too: a strict export then has
+    guards of them that it cannot evaluate (torch 2.13)."""
     torch.compiler.reset()
 
 
