@@ -83,7 +83,7 @@ def plan(name: str) -> list[Work]:
     makes, and cuDNN's own rotation.
     """
     if name == "table":
-        return [Work(large(*pair), ("forward", "backward", "rotary"), 5, _names(pair, TABLE)) for pair in TARGETS]
+        return [Work(large(*pair), ("forward", "backward", "rotary"), 7, _names(pair, TABLE)) for pair in TARGETS]
     if name == "small":
         few = ("ours", "off", "cuda", "auto", *SEPARATE, *EAGER)
         return [Work(small(*pair, n), ("forward",), 5, _names(pair, few)) for n in SMALL for pair in TARGETS[:5]]

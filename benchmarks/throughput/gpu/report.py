@@ -177,16 +177,15 @@ def checks(found: list[Row]) -> str:
         errors = row.get("worst_row") or {row["unit"]: None}
         for name, error in errors.items():
             kernel = row.get("kernels", {}).get(name, name)
-            why = row.get("wrong") or row.get("refused")
-            groups.setdefault((row["backend"], kernel, row["dtype"]), []).append(
-                (error, f"{'x'.join(map(str, row['size']))}: {why}" if why else None)
-            )
+            bad = row.get("wrong") and f"WRONG, {'x'.join(map(str, row['size']))}: {row['wrong']}"
+            why = bad or (row.get("refused") and f"not run: {row['refused']}")
+            groups.setdefault((row["backend"], kernel, row["dtype"]), []).append((error, why))
     cells = []
     for (backend, kernel, dtype), results in groups.items():
         errors = [error for error, _ in results if error is not None]
-        bad = list(dict.fromkeys(why for _, why in results if why))
+        reasons = "; ".join(dict.fromkeys(why for _, why in results if why))
         worst = f"{max(errors):.2%}" if errors else "not run"
-        cells.append([backend, kernel, dtype, worst, f"WRONG, {'; '.join(bad)[:300]}" if bad else "right"])
+        cells.append([backend, kernel, dtype, worst, reasons[:300] or "right"])
     what = "The worst row of all target shapes relative to its norm, against float64 on the GPU; two runs bit for bit."
     return f"## Kernels\n\n{what}\n\n" + markdown(["", "kernel", "", "worst row", ""], cells) if cells else ""
 

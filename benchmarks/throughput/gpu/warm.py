@@ -77,7 +77,7 @@ def specialised(launch: Any) -> tuple:
         str(x.dtype) if isinstance(x, torch.Tensor) else type(x) if isinstance(x, float) else (x == 1, x % 16 == 0)
         for x in launch.arguments
     )
-    return launch.kernel.fn.__name__, tuple(sorted(launch.constants.items())), launch.num_warps, kinds
+    return str(launch), tuple(sorted(launch.constants.items())), kinds
 
 
 def build(task: tuple[Shape, str, int], family: str) -> str | None:
