@@ -119,7 +119,7 @@ def launches(
 
 def build(regime: str, launch: Launch, name: str) -> Built:
     target, _ = TARGETS[name]
-    kernel = triton.compile(source(launch), target=target, options=options(launch, target))
+    kernel = triton.compile(source(launch), target=target, options=launch.options(hip=target.backend == "hip"))
     shared = int(kernel.metadata.shared)
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
@@ -184,12 +184,6 @@ def source(launch: Launch) -> ASTSource:
         signature[name] = "constexpr"
         constants[(names.index(name),)] = value
     return ASTSource(launch.kernel, {name: signature[name] for name in names}, constants, attributes)
-
-
-def options(launch: Launch, target: GPUTarget) -> dict:
-    # a wavefront of 64 lanes does the work of two warps
-    warps = launch.num_warps if target.backend == "cuda" else max(1, launch.num_warps // 2)
-    return {"num_warps": warps}
 
 
 def main() -> None:

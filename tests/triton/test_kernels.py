@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in the interpreter: indices, masks and arithmetic, in float32 and float16.
 
-It rounds bfloat16 by cutting it off, so that type is left to a GPU (tests/gpu). Its tiles and its way of computing,
-with a fixed reference in the softmax, run in float32 here; float16 has a running maximum. Layouts, races and speed
-are left to a GPU too; what the compiler makes of the kernels is in test_budget.py.
+It rounds bfloat16 by cutting it off, and is made to round it here (rounds_bfloat16). Most cases run bfloat16's tiles
+and its way of computing, with a fixed reference in the softmax, in float32, where a key too many or too few shows;
+float16 has a running maximum. Layouts, races and speed are left to a GPU (tests/gpu); what the compiler makes of the
+kernels is in test_budget.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from oracles import Case, check, exact, make, run
@@ -38,6 +40,8 @@ def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16, few: b
     """The tiles of another kind of GPU and of 16 bits: those of float32 take the interpreter ten times as long."""
     from spatial_pe.backends.triton import configs
 
+    if tiles == torch.bfloat16:  # float32 adds as bfloat16 does
+        monkeypatch.setattr(configs, "ones", lambda family, dtype: 16 if family == "cdna" else 8)
     if not few:  # the tiles and the heads per program of a large batch, for the small ones of tests
         monkeypatch.setattr(configs, "SMS", 0)
 
@@ -52,6 +56,36 @@ def check_kernels(case: Case, monkeypatch, family: str, tiles: torch.dtype = tor
     choose(monkeypatch, family, tiles)
     inputs = make(case)
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
+
+
+@pytest.fixture
+def rounds_bfloat16(monkeypatch):
+    """The interpreter converts float32 to bfloat16 as GPUs do: to the nearest, ties to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        single = torch.from_numpy(numpy.array(data, numpy.float32, copy=True))
+        return single.to(torch.bfloat16).view(torch.int16).numpy().view(numpy.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.mark.usefixtures("rounds_bfloat16")
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        (SHORT[2], "hopper"), (SMALL_DIMS[2], "hopper"), (VIEWS[0], "cdna"),
+        (Case(tokens=150, dim=64, kv_heads=1), "ampere"), (Case(tokens=300, heads=1, dim=72), "hopper"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bfloat16(case, family, monkeypatch):
+    check_kernels(replace(case, dtype=torch.bfloat16), monkeypatch, family)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +149,29 @@ def test_max_seqlen_is_a_hint(lengths, hint):
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
+@pytest.mark.usefixtures("rounds_bfloat16")
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", BIASES)
 def test_extreme_scores(bias, dtype, monkeypatch):
     """Among them rows that outgrow the reference of their first tile, and take the second pass."""
     choose(monkeypatch, "hopper")
     inputs, eager, truth = biased(bias, dtype)
     check(run(inputs, "triton"), eager, truth, inputs)
+
+
+@pytest.mark.usefixtures("rounds_bfloat16")
+def test_the_sum_is_that_of_the_rounded_weights(monkeypatch):
+    """A row whose one large weight is 2^x: added as it is, that weight's rounding is left in the quotient."""
+    from spatial_pe.backends.triton import configs
+
+    choose(monkeypatch, "hopper")
+    inputs, eager, truth = biased("below the limit", torch.bfloat16)
+    eager, truth = {"out": eager["out"]}, replace(truth, values={"out": truth.values["out"]})
+    check({"out": inputs.call("triton")}, eager, truth, inputs)
+    monkeypatch.setattr(configs, "ones", lambda family, dtype: 0)
+    got = inputs.call("triton")
+    with pytest.raises(AssertionError, match="error"):
+        check({"out": got}, eager, truth, inputs)
 
 
 def test_the_second_pass_is_needed_and_seldom(monkeypatch):
@@ -166,7 +216,8 @@ def test_long_sequences_turn_k_before():
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
 
 
-@pytest.mark.parametrize("hint", ["dense", 200, 128])  # packed: tiles, and windows of the forward
+# packed: k rotated before (300) or in the loop (200), windows of the forward (128), and of the backward too (64)
+@pytest.mark.parametrize("hint", ["dense", 300, 200, 128, 64])
 def test_offsets_beyond_32_bits(hint, tmp_path):
     """The last token lies more than 2^32 elements behind the first: an address must not wrap around."""
     tokens, dim = 300, 16
@@ -183,7 +234,7 @@ def test_offsets_beyond_32_bits(hint, tmp_path):
     bounds = {}
     if hint != "dense":
         far = [x[0] for x in far]
-        stops = [hint, tokens - hint, tokens] if hint < tokens / 2 else [hint, tokens]
+        stops = [*range(min(hint, 200), tokens, min(hint, 200)), tokens]
         bounds = {"cu_seqlens": torch.tensor([0, *stops], dtype=torch.int32), "max_seqlen": hint}
 
     def results(q, k, v, dout):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward of any length: out = softmax(R(q) R(k)ᵀ scale) v and lse, the log of each row's sum of exponentials.
 
-A program has BM queries of one head and runs over the keys in tiles of BN. q is turned as it is loaded; k is turned tile
-by tile in the loop (ROTATE_K), or was turned before by operands.py.
+A program has BM queries of one head and runs over the keys in tiles of BN. q is rotated as it is loaded; k is rotated
+tile by tile in the loop (ROTATE_K), or was rotated before by operands.py. JOIN: the two operands of q and k, first and
+second channels, are one, so that the loop waits once for the tensor cores and not twice (wgmma).
 
 The softmax is relative to a row's maximum over its first tile, and stays so: no maximum, no rescaling in the loop,
-which saves a quarter of its instructions. Weights above 1 are as exact as those below. A row whose sum leaves float's
+which saves a quarter of its instructions. The weights are rounded to the type of v for their product with it, and their
+sum is that of the rounded ones, by a product with ONES columns of 1: a row with one dominating weight, which is any power
+of 2 here and not 1, is then that row of v exactly. The product costs less than to add: 8 of 203 instructions of a tile
+instead of 44 (sm_90, D = 64). A row whose sum leaves float's
 range (scores growing by more than 60 nats after the first tile, NaN, Inf) sends the block through a second pass with a
 running maximum: 0.2 % of the blocks of DINOv2-small, all in its first layer (`python -m benchmarks.score_growth`).
 float16 takes that pass at once (RUNNING): its weights end at 65,504, 11 nats above the first maximum.
@@ -18,8 +22,10 @@ import triton.language as tl
 
 from .pieces import (
     aligned,
+    dot,
     dot_over_channels,
     dot_to_channels,
+    joined,
     kept,
     load_operands,
     load_pieces,
@@ -39,10 +45,11 @@ def forward_kernel(
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, SETTLE: tl.constexpr,
-    FORM: tl.constexpr, ROTATE_K: tl.constexpr, RUNNING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    FORM: tl.constexpr, ROTATE_K: tl.constexpr, JOIN: tl.constexpr, RUNNING: tl.constexpr, ONES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """q (B, N, H, D), k and v (B, N, Hkv, D) with any strides; out contiguous; lse (B, H, N); ROTATE_K = False: k is
-    (Hkv, B N, padded D), operands side by side."""
+    (Hkv, B N, padded D), operands side by side. ONES = 0: weights are added as they are."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
@@ -71,6 +78,8 @@ def forward_kernel(
     queries = load_turned(
         q, row, q_token, cos + token * table_token, sin + token * table_token, table_token, exists, D, R, PAIRING, PAIRS
     )  # fmt: skip
+    if JOIN:
+        queries = joined(queries, PAIRS)
     cos += start * table_token
     sin += start * table_token
 
@@ -78,17 +87,18 @@ def forward_kernel(
     keys = tl.where(first < length, length, 0)  # nothing to do past the end
     if RUNNING:
         acc, top, total = _running(
-            queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN, STAGES
+            queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN, STAGES
         )  # fmt: skip
     else:
         acc, top, total = _fixed(
-            queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN, STAGES
+            queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, ONES, BM, BN, STAGES
         )  # fmt: skip
+        # in small tiles: with large ones this pass, and not the loop above, decides the registers (150 for 126, sm_90, D = 64)
         # true for NaN too; with a sum below 2^87 no accumulator of |v| <= 2^40 has overflowed
         outside = exists & ~(total < 1.5e26)
         if tl.max(outside.to(tl.int32), 0) > 0:
             acc, top, total = _running(
-                queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN, 1
+                queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN // 4 if BN > 64 else 16, 1
             )  # fmt: skip
 
     acc = scaled(acc, (1.0 / total)[:, None])
@@ -105,44 +115,53 @@ def forward_kernel(
 
 @triton.jit
 def _fixed(
-    queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K: tl.constexpr, SETTLE: tl.constexpr,
+    queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K: tl.constexpr, JOIN: tl.constexpr, SETTLE: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    ONES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(acc, top, total), relative to the maximum over the first tile."""
     scores, values = _scores(
-        queries, k, v, cos, sin, 0, keys, k_token, v_token, table_token, True, ROTATE_K, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
+        queries, k, v, cos, sin, 0, keys, k_token, v_token, table_token, True, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
     )  # fmt: skip
     top = tl.max(scores, 1)
     top_c = top * c
-    acc, total = _add_weights(zeros(BM, CUT), tl.full((BM,), 0.0, tl.float32), scores, values, c, top_c)
+    total = tl.full((BM, ONES) if ONES > 0 else (BM,), 0.0, tl.float32)
+    acc, total = _add_weights(zeros(BM, CUT), total, scores, values, c, top_c, ONES)
     whole = keys // BN * BN
     for at in tl.range(BN, whole, BN, num_stages=STAGES):
         scores, values = _scores(
-            queries, k, v, cos, sin, at, keys, k_token, v_token, table_token, False, ROTATE_K, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
+            queries, k, v, cos, sin, at, keys, k_token, v_token, table_token, False, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
         )  # fmt: skip
-        acc, total = _add_weights(acc, total, scores, values, c, top_c)
+        acc, total = _add_weights(acc, total, scores, values, c, top_c, ONES)
     for at in tl.range(tl.maximum(whole, BN), keys, BN, num_stages=1):
         scores, values = _scores(
-            queries, k, v, cos, sin, at, keys, k_token, v_token, table_token, True, ROTATE_K, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
+            queries, k, v, cos, sin, at, keys, k_token, v_token, table_token, True, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
         )  # fmt: skip
-        acc, total = _add_weights(acc, total, scores, values, c, top_c)
+        acc, total = _add_weights(acc, total, scores, values, c, top_c, ONES)
+    if ONES > 0:  # all columns are the same
+        total = tl.max(total, 1)
     return acc, top, total
 
 
 @triton.jit
-def _add_weights(acc, total, scores, values, c, top_c):
-    """Weights relative to a maximum: their sum, and their product with the values. In this order: with the product first
-    the compiler keeps 168 registers instead of 128, and one program an SM instead of two (sm_90, D = 64)."""
+def _add_weights(acc, total, scores, values, c, top_c, ONES: tl.constexpr):
+    """Weights relative to a maximum: their sum, and their product with the values. The sum of ONES = 0 in this order: with
+    the product first the compiler keeps 168 registers instead of 128, and one program an SM instead of two (sm_90,
+    D = 64)."""
     weights = tl.exp2(scores * c - top_c[:, None])
-    total += tl.sum(weights, 1)
-    acc = dot_to_channels(weights.to(values[0].dtype), values, acc)
+    if ONES > 0:
+        rounded = weights.to(values[0].dtype)
+        acc = dot_to_channels(rounded, values, acc)
+        total = dot(rounded, tl.full((rounded.shape[1], ONES), 1.0, rounded.dtype), total)
+    else:
+        total += tl.sum(weights, 1)
+        acc = dot_to_channels(weights.to(values[0].dtype), values, acc)
     return acc, total
 
 
 @triton.jit
 def _running(
-    queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K: tl.constexpr, SETTLE: tl.constexpr,
+    queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K: tl.constexpr, JOIN: tl.constexpr, SETTLE: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -152,18 +171,19 @@ def _running(
     acc = zeros(BM, CUT)
     for at in tl.range(0, keys, BN, num_stages=STAGES):
         scores, values = _scores(
-            queries, k, v, cos, sin, at, keys, k_token, v_token, table_token, True, ROTATE_K, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
+            queries, k, v, cos, sin, at, keys, k_token, v_token, table_token, True, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2((top - new_top) * c)
-        acc, total = _add_weights(scaled(acc, shrink[:, None]), total * shrink, scores, values, c, new_top * c)
+        acc, total = _add_weights(scaled(acc, shrink[:, None]), total * shrink, scores, values, c, new_top * c, 0)
         top = new_top
     return acc, top, total
 
 
 @triton.jit
 def _scores(
-    queries, k, v, cos, sin, at, keys, k_token, v_token, table_token, TAIL: tl.constexpr, ROTATE_K: tl.constexpr, SETTLE: tl.constexpr,
+    queries, k, v, cos, sin, at, keys, k_token, v_token, table_token,
+    TAIL: tl.constexpr, ROTATE_K: tl.constexpr, JOIN: tl.constexpr, SETTLE: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -176,8 +196,10 @@ def _scores(
             k + first * k_token, row, k_token, cos + first * table_token, sin + first * table_token, table_token, exists,
             D, R, PAIRING, PAIRS, SETTLE,
         )  # fmt: skip
+        if JOIN:
+            turned = joined(turned, PAIRS)
     else:
-        turned = load_operands(k + first * k_token, row, exists, PAIRS)
+        turned = load_operands(k + first * k_token, row, exists, PAIRS, JOIN)
     scores = dot_over_channels(queries, turned, BM, BN)
     if TAIL:
         scores = tl.where(exists[None, :], scores, float("-inf"))

@@ -51,7 +51,7 @@ _CAPABILITIES: dict[int, tuple[int, int]] = {}
 
 @dataclass(frozen=True)
 class Tile:
-    """BM queries by BN keys; how many loads ahead."""
+    """BM queries by BN keys; warps of 32 lanes; how many loads ahead."""
 
     bm: int
     bn: int
@@ -59,6 +59,8 @@ class Tile:
     stages: int
     turn: Literal["loop", "before"] = "before"  # forward: k is turned in the loop, or before by operands.py
     split: bool = False  # backward: a loop of its own for whole tiles, which takes registers
+    # most registers a thread, for NVIDIA's assembler: 128 lets two programs of 8 warps share an SM; None: as many as it likes
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Tokens and heads that a program of rotate.py turns."""
+    """Tokens and heads that a program of rotate.py or operands.py rotates."""
 
     block: int
     per_program: int
@@ -94,10 +96,10 @@ class Choice:
 
 # Of an H100 or H200; an A100 has 108, a B200 148.
 SMS = 132
-# Tokens that a program of operands.py turns, and of angles.py visits.
-OPERANDS_BLOCK = 64
-ANGLES_BLOCK = 32
 ROTATION = Rotation(block=32, per_program=4, warps=4)
+OPERANDS = ROTATION
+# Tokens that a program of angles.py visits.
+ANGLES_BLOCK = 32
 
 # k is turned in the loop for sequences up to this many tokens, and by a kernel of its own above. In the loop, every block
 # of BM queries reads the angles once more, 256 bytes of a token at D = 64 against 256 of its k and v, from L2 at about 25
@@ -111,10 +113,11 @@ TURN_IN_LOOP_UP_TO = 256
 _FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
 _FLOAT32_QUERY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
 _FLOAT32_KEY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
-# Hopper: at D <= 64 128 registers a thread, so that two programs fit an SM, and 7.3 instructions per score.
+# Hopper: at D <= 64 at most 128 registers a thread, so that two programs fit an SM, and 5.7 instructions per score (Triton
+# 3.9; 5.2 with 3.6).
 _BEFORE: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((80, Tile(128, 64, 8, 2)), (88, Tile(128, 32, 8, 2)), (128, Tile(128, 64, 8, 2))),
-    "hopper": ((128, Tile(128, 64, 8, 3)),),
+    "hopper": ((32, Tile(128, 64, 8, 3, maxnreg=128)), (128, Tile(128, 64, 8, 3))),
     "blackwell": ((96, Tile(128, 64, 8, 3)), (104, Tile(128, 32, 8, 3)), (128, Tile(128, 64, 8, 3))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
@@ -172,6 +175,19 @@ _WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
 }
 
 
+def joins(family: Family) -> bool:
+    """Whether the forward has one operand of q and k for each cut, not two. With wgmma and tcgen05 every operand costs a wait
+    for the tensor cores; with mma.sync and mfma there is nothing to wait for, and joined ones cost addresses (215
+    instructions a tile become 288: sm_80, D = 64, Triton 3.6)."""
+    return family in ("hopper", "blackwell")
+
+
+def ones(family: Family, dtype: torch.dtype) -> int:
+    """Columns of 1 of the product that sums the forward's rounded weights: the smallest that the tensor cores multiply by;
+    0, no product, where weights are not rounded or never above 1."""
+    return 0 if dtype != torch.bfloat16 else 16 if family == "cdna" else 8
+
+
 def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int, few: bool = False) -> Choice:
     """longest: tokens of the longest sequence, as far as it is known; few: see few_programs."""
     if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
@@ -218,10 +234,10 @@ def few_programs(call: Call) -> bool:
     return blocks * heads < SMS
 
 
-def heads_per_program(window: Window, sequences: int, heads: int) -> int:
-    """Fewer where that many heads one after another would leave SMs with less than two programs."""
-    count = window.per_program
-    while count > 1 and sequences * -(-heads // count) < 2 * SMS:
+def heads_per_program(config: Window | Rotation, blocks: int, heads: int) -> int:
+    """Fewer where that many heads one after another would leave SMs with less than two programs. blocks: of tokens."""
+    count = config.per_program
+    while count > 1 and blocks * -(-heads // count) < 2 * SMS:
         count //= 2
     return count
 

@@ -7,7 +7,7 @@ with 8 empty channels, 112 = 64 + 32 + 16.
 q and k are cut along their *pairs*, D/2 of them: 40 = 32 + 8 (``PAIRS``). Pairs are numbered as in ``Rotary``; those past
 the rotary dim R are any two channels that pass through. A cut of 16 pairs or more is two operands of the product, the
 first channels and the second ones, which need no shuffling; one of 8 pairs is one operand of 16, first and second
-channels side by side, since the tensor cores want 16. Scores do not depend on the order of channels, as long as q and
+channels side by side, since the tensor cores want 16. The forward may have the two joined (``joined``). Scores do not depend on the order of channels, as long as q and
 k agree. Without rotation the order is the same, so that angles of 0 and no rotary give the same bits.
 
 Everywhere below, ``base`` points at the first token of a block, so that ``rows``, the tokens' places in the block, times
@@ -274,9 +274,9 @@ def operand_cut(pairs):
 
 
 @triton.jit
-def load_operands(base, rows, exists, PAIRS: tl.constexpr):
+def load_operands(base, rows, exists, PAIRS: tl.constexpr, JOIN: tl.constexpr = False):
     """Rows that are turned already, one operand beside the other, padded: no channel is missing."""
-    cut: tl.constexpr = operand_cut(PAIRS)
+    cut: tl.constexpr = joined_cut(PAIRS) if JOIN else operand_cut(PAIRS)
     out = ()
     for i in tl.static_range(count_of(cut)):
         channel = begin_of(cut, i) + tl.arange(0, cut[i])
@@ -288,6 +288,26 @@ def load_operands(base, rows, exists, PAIRS: tl.constexpr):
     return out
 
 
+@triton.constexpr_function
+def joined_cut(pairs):
+    """Widths of the operands after ``joined``."""
+    return tuple(2 * n for n in pairs)
+
+
+@triton.jit
+def joined(operands, PAIRS: tl.constexpr):
+    """The two operands of a cut as one, the first channels before the second ones, as they lie in memory. With wgmma
+    the compiler waits for the tensor cores between two operands."""
+    out = ()
+    for i in tl.static_range(count_of(PAIRS)):
+        if PAIRS[i] >= 16:
+            both = tl.trans(tl.join(operands[2 * i], operands[2 * i + 1]), (0, 2, 1))
+            out = out + (tl.reshape(both, (both.shape[0], 2 * PAIRS[i])),)
+        else:
+            out = out + (operands[2 * i],)
+    return out
+
+
 @triton.jit
 def store_operands(base, rows, exists, operands, PAIRS: tl.constexpr):
     cut: tl.constexpr = operand_cut(PAIRS)
@@ -295,6 +315,20 @@ def store_operands(base, rows, exists, operands, PAIRS: tl.constexpr):
         channel = begin_of(cut, i) + tl.arange(0, cut[i])
         at = base + rows[:, None] * total_of(cut) + channel[None, :]
         tl.store(at, operands[i].to(base.dtype.element_ty), mask=exists[:, None])
+
+
+@triton.jit
+def store_cut(base, rows, exists, x1, x2, INDEX: tl.constexpr, PAIRS: tl.constexpr):
+    """The first and second channels of a cut, where store_operands has its operands."""
+    x1 = x1.to(base.dtype.element_ty)
+    x2 = x2.to(base.dtype.element_ty)
+    at = base + rows[:, None] * total_of(operand_cut(PAIRS)) + 2 * begin_of(PAIRS, INDEX)
+    if PAIRS[INDEX] >= 16:
+        channel = tl.arange(0, PAIRS[INDEX])[None, :]
+        tl.store(at + channel, x1, mask=exists[:, None])
+        tl.store(at + PAIRS[INDEX] + channel, x2, mask=exists[:, None])
+    else:
+        tl.store(at + tl.arange(0, 16)[None, :], side_by_side(x1, x2), mask=exists[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------ products

@@ -168,6 +168,7 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
     scratch: tuple[Tensor, ...] = ()
     keys, key_strides = k, strides(k)
     before = call.rotary is not None and tile.turn == "before"
+    family = shape.choice.family
     if before:
         turn, keys, key_strides = turned(k, shape)
         launches, scratch = (turn,), (keys,)
@@ -178,9 +179,11 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
         + (*strides(q), *key_strides, *strides(v), *shape.table_strides),
         shape.constants(q, keys, v)
         | shape.settle
-        | {"ROTATE_K": not before, "RUNNING": q.dtype == torch.float16}
+        | {"ROTATE_K": not before, "JOIN": configs.joins(family), "RUNNING": q.dtype == torch.float16}
+        | {"ONES": configs.ones(family, q.dtype)}
         | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
+        tile.maxnreg,
     )
     return Plan((*launches, forward), (out, lse), scratch)
 
@@ -188,15 +191,20 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
 def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int]]:
     """R(x) as operands, (H, B N, padded D), the launch that makes it, and its strides (0, token, head)."""
     tokens, heads, dim = x.shape[1:]
-    block = configs.OPERANDS_BLOCK
+    config = configs.OPERANDS
+    blocks = x.shape[0] * triton.cdiv(tokens, config.block)
+    per_program = configs.heads_per_program(config, blocks, heads)
+    rotary = shape.call.rotary
     out = torch.empty((heads, shape.rows, operand_width(dim)), dtype=x.dtype, device=x.device)
     launch = Launch(
         operands_kernel,
-        (x.shape[0] * triton.cdiv(tokens, block), heads),
-        (x, out, *shape.tables, tokens, shape.rows, *strides(x), *shape.table_strides),
-        head_constants(dim, shape.call.rotary)
-        | {"ALIGN": alignment(x), "TABLE_ALIGN": alignment(*shape.tables), "BLOCK": block},
-        4,
+        (blocks, triton.cdiv(heads, per_program)),
+        (x, out, *shape.tables, tokens, shape.rows, heads, *strides(x), *shape.table_strides),
+        head_constants(dim, rotary)
+        | {"ALIGN": alignment(x), "TABLE_ALIGN": alignment(*shape.tables)}
+        | {"PER_HEAD": rotary is not None and rotary.cos.shape[2] > 1}
+        | {"BLOCK": config.block, "PER_PROGRAM": per_program},
+        config.warps,
     )
     return launch, out, (0, out.stride(1), out.stride(0))
 
@@ -235,6 +243,7 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: co
         + (*strides(q), *strides(v), *strides(dout), *shape.table_strides),
         constants | {"SPLIT": tile.split, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
+        tile.maxnreg,
     )
     tile = shape.choice.key
     by_key = Launch(
@@ -252,6 +261,7 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: co
             "STAGES": tile.stages,
         },
         tile.warps,
+        tile.maxnreg,
     )
     return Plan((turn, by_query, by_key), (dq, dk, dv), (turned_k, turned_q, delta))
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .configs import Choice
 
 # Counts up when a row changes its meaning.
-FORMAT = 1
+FORMAT = 2
 # Fields of configs.Choice that are measured, in the order in which the tuner does: the backward needs a forward.
 UNITS = ("forward", "window_forward", "query", "key", "window_backward")
 
