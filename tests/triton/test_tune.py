@@ -170,7 +170,7 @@ def test_saving_keeps_what_was_there(modules, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"format": 0, "rows": {}}', '{"format": 1, "rows": {"a": {"query": {"bm": 1}}}}', '{"format": 1}'],
+    ["", "{", "[]", '{"format": 1, "rows": {}}', '{"format": 2, "rows": {"a": {"query": {"bm": 1}}}}', '{"format": 2}'],
 )
 def test_a_broken_file_warns_and_is_left_out(content, modules, tmp_path, monkeypatch):
     _, _, tuned = modules

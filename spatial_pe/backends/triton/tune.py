@@ -75,7 +75,10 @@ QUICK = PROBLEMS[:7]
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "forward": (
         *(Tile(*tile, "loop") for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2))),
+        # two programs an SM, for some bytes of spills outside the loop
+        *(Tile(128, 64, 8, 3, turn, maxnreg=128) for turn in ("loop", "before")),
         *(Tile(*tile) for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3))),
+        Tile(128, 64, 4, 3),  # 99 KB of shared memory: a second tile in flight
     ),
     "query": tuple(
         Tile(*tile, split=split)
