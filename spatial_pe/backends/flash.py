@@ -81,14 +81,15 @@ class Row:
 # by 2 % at 2,304 (sglang#30089, #30090) and 16 % at 4,096 (its paper; on an H20 cuDNN does by 5 %:
 # flash-attention#1310). On Blackwell cuDNN is 1.2 to 2 times faster than FA4 (sglang#33655, cuDNN 9.19). Elsewhere SDPA
 # calls FA2's kernels itself. Head_dim and dtype change none of this; what a provider cannot do is in PROVIDERS.
+LONG = 2048
 _NO_WAIT = "has packed bounds: no call per length, and no wait for the device"
 ROWS = (
-    Row(True, (9,), FA3, _NO_WAIT, beats_triton=2048),
+    Row(True, (9,), FA3, _NO_WAIT, beats_triton=LONG),
     Row(True, (10, 11), FA4, _NO_WAIT, beats_triton=1),
-    Row(True, (9,), FA4, _NO_WAIT, beats_triton=2048),
+    Row(True, (9,), FA4, _NO_WAIT, beats_triton=LONG),
     Row(True, (8, 9, 10, 11, 12), FA2, _NO_WAIT),
     Row(True, (8, 9, 10, 11, 12), VARLEN, _NO_WAIT),
-    Row(False, (9,), FA3, "2 to 16 % faster than cuDNN from 2,048 tokens on (published)", 2048, 2048),
+    Row(False, (9,), FA3, "2 to 16 % faster than cuDNN from 2,048 tokens on (published)", LONG, LONG),
 )
 # The only type of device; tests put the CPU here, and functions that run there.
 DEVICE = "cuda"
@@ -107,7 +108,7 @@ def choose(call: Call) -> tuple[Row | None, str]:
     if call.seqlens is not None:
         return None, "padded samples need a mask"
     plain = q.shape[2] == call.k.shape[2] and call.scale == 1.0 / math.sqrt(q.shape[-1])
-    found = _choose(q.device, q.dtype, q.shape[-1], packed, q.shape[1] >= 2048, plain)
+    found = _choose(q.device, q.dtype, q.shape[-1], packed, LONG if q.shape[1] >= LONG else 1, plain)
     if found[0] is None:  # most dense calls
         return found
     if not torch.backends.cuda.flash_sdp_enabled():
@@ -127,7 +128,7 @@ _WATCHED = "traced, transformed or watched calls are made of torch's operators"
 
 @functools.lru_cache(256)
 def _choose(
-    device: torch.device, dtype: torch.dtype, dim: int, packed: bool, long: bool, plain: bool
+    device: torch.device, dtype: torch.dtype, dim: int, packed: bool, longest: int, plain: bool
 ) -> tuple[Row | None, str]:
     if dtype not in DTYPES:
         return None, f"flash-attn has no {dtype}: bfloat16 and float16 only"
@@ -137,7 +138,7 @@ def _choose(
     missing = []
     for row in ROWS:
         provider = row.provider
-        if row.packed != packed or chip not in row.majors or (row.longest > 1 and not long):
+        if row.packed != packed or chip not in row.majors or longest < row.longest:
             continue
         if dim > provider.most_dim:
             missing.append(f"{provider.name} has no head_dim {dim}")
