@@ -85,7 +85,7 @@ class Step:
 
 
 WARM = python(GPU + "warm", "--out", "{out}", "--seconds", "{seconds}", "--plan")
-# {seconds}, {out}, {folder} and {arch} are filled in when a phase starts; gpu/dry.py checks that all of it fits.
+# {seconds}, {begin}, {out}, {folder} and {arch} are filled in when a phase starts; gpu/dry.py checks that all fits.
 STEPS = {
     1: Step(
         285,
@@ -104,7 +104,7 @@ STEPS = {
             Phase("tests", TESTS, 160, 60, variables=(("OMP_NUM_THREADS", "1"),)),
             Phase(
                 "tune",
-                python("spatial_pe.cli", "tune", "--quick", "--seconds", "{seconds}", "--out", "{folder}/tune.json"),
+                python("spatial_pe.cli", "tune", "--quick", "--seconds", "{begin}", "--out", "{folder}/tune.json"),
                 *(85, 40),
             ),
             Phase("small", python(GPU + "measure", "--plan", "small"), 50, 30, supervised=True),
@@ -208,6 +208,7 @@ class Session:
     def filled(self, phase: Phase, seconds: float) -> tuple[list[str], dict[str, str]]:
         values = {
             "seconds": f"{max(1.0, seconds - 5):.0f}",
+            "begin": f"{max(1.0, seconds - 20):.0f}",  # no shape of the tuner after that: one takes 10 s
             "out": str(self.out),
             "folder": str(self.folder),
             "arch": machine.architecture(self.machine) or "",
@@ -221,11 +222,14 @@ class Session:
         """Into the JSON; the phase's own process is over."""
         text = self.log.read_text(errors="replace")
         content = state.load(self.out)
+        if phase.name == "tune" and (tuned := self.folder / "tune.json").exists():
+            content["tuned"] = state.load(tuned)["rows"]
         if ended is not None:
             ok, why = verdict(phase.name, ended, text)
-            if ended.status == 1 and not phase.beside and not counted(phase.name, content):
-                why = f"{why}: {text.strip().splitlines()[-1]}"[:200]
-            why = "; ".join([str(why), *counted(phase.name, content)])
+            notes = counted(phase.name, content)
+            if ended.status == 1 and not phase.beside and not notes:
+                notes = text.strip().splitlines()[-1:]
+            why = "; ".join([str(why), *notes])[:500]
         entry = {"name": phase.name, "seconds": round(ended.seconds, 1) if ended else 0.0, "ok": ok, "note": why}
         content["phases"].append(entry)
         state.save(self.out, content)
@@ -263,6 +267,9 @@ def counted(name: str, content: dict[str, Any]) -> list[str]:
         rows = [row for row in content["checks"] if row["backend"] == backend]
         wrong = [f"{row['unit']} {row['dtype']} {row['size']}: {row['wrong']}" for row in rows if row.get("wrong")]
         return [f"{len(rows) - len(wrong)} right, {len(wrong)} wrong", *wrong[:5]]
+    if name == "tune":
+        rows = content.get("tuned", {})
+        return [f"{len(rows)} shapes, {sum(len(row.get('failed', [])) for row in rows.values())} candidates left out"]
     if name in ("table", "small", "compiled"):
         return [f"{len(content['rows'])} rows, {len(content['not_run'])} not run, {len(content['broken'])} broken"]
     return []

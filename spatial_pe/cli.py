@@ -377,11 +377,9 @@ def run_tune(options: argparse.Namespace) -> int:
     from .backends.triton import tune, tuned
 
     print(f"{name}, torch {torch.__version__}")
-    rows = tune.tune(tune.QUICK if options.quick else tune.PROBLEMS, device, options.seconds)
+    problems = tune.QUICK if options.quick else tune.PROBLEMS
+    rows = tune.tune(problems, device, options.seconds, copy=options.out)
     print(f"{len(rows)} shapes measured: {tuned.path(device)}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        tuned.save(rows, options.out)
     return 0 if rows else 1
 
 

@@ -224,6 +224,16 @@ def test_the_second_step_tests_with_all_workers_and_a_long_timeout(session):
     assert "thread" not in " ".join(gpu_session.test_options(16))
 
 
+def test_what_was_tuned_is_in_the_report(session, tmp_path):
+    row = {"faster": {"inference": "cuda", "training": "triton"}, "failed": ["key Tile(1): dk: two runs differ"]}
+    state.save(tmp_path / "tune.json", {"format": 2, "rows": {"bfloat16 D=64 N<=256": row}})
+    _, content, ran = session(2)
+    assert content["phases"][1]["note"] == "done; 1 shapes, 1 candidates left out"
+    assert "| bfloat16 D=64 N<=256 | cuda | triton | key Tile(1): dk: two" in (tmp_path / "report.md").read_text()
+    tune = ran[1][1]
+    assert float(tune[tune.index("--seconds") + 1]) <= 85 - 20  # ends on its own: what it saves is whole
+
+
 def test_the_third_step_says_which_tools_are_not_there(session, monkeypatch):
     found = machine.describe() | {"tools": {}}
     monkeypatch.setattr(machine, "describe", lambda: found)
@@ -612,7 +622,15 @@ def test_a_wrong_row_of_a_kernel_is_found_and_reported(checks, monkeypatch):
     assert all(row["wrong"].startswith("dk: a row is off by ") for row in wrong)
     text = report.checks(rows)
     assert "| cuda | backward | bf16 | 15." in text and "WRONG, 2x2x64x80: dk" in text
-    assert "| cuda | forward | bf16 |" in text and text.count("WRONG") == 1
+    assert "| cuda | forward | bf16 |" in text and text.count("WRONG") == 2  # both shapes, in one line
+    row = {"backend": "triton", "size": [9, 16, 4096, 64], "dtype": "bf16", "unit": "backward"}
+    row |= {"worst_row": {"dq": 0.01, "dk": 0.2}, "kernels": {"dq": "query", "dk": "key"}}
+    lines = report.checks([row | {"wrong": "dk: a row is off by 2.0e-01 of its norm"}]).splitlines()
+    assert lines[-2:] == [
+        "| triton | query | bf16 | 1.00% | right |",
+        "| triton | key | bf16 | 20.00% | WRONG, 9x16x4096x64: dk: a row is off by 2.0e-01 of its norm |",
+    ]
+    assert report.checks([row | {"wrong": "never came back"}]).count("WRONG") == 2
 
 
 def test_what_never_came_back_in_a_check_is_not_measured(checks):

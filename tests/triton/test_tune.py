@@ -60,7 +60,9 @@ def tuned_row(modules, tmp_path: Path, wanted: list, tokens: int = 40) -> tuple[
     problem = tune.Problem(tokens, 16, heads=2, dtype="float16", budget=tokens)
     file = tmp_path / "tuned.json"
     said: list[str] = []
-    rows = tune.tune([problem], CPU, file=file, clock=clock_that_prefers(wanted), workers=0, say=said.append)
+    copy, clock = tmp_path / "deep" / "copy.json", clock_that_prefers(wanted)
+    rows = tune.tune([problem], CPU, file=file, copy=copy, clock=clock, workers=0, say=said.append)
+    assert copy.read_text() == file.read_text()
     assert len(said) == 1 and str(problem) in said[0]
     assert json.loads(file.read_text())["rows"] == json.loads(json.dumps(rows))
     ((name, row),) = rows.items()

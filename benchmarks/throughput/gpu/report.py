@@ -156,6 +156,7 @@ def table(content: dict[str, Any]) -> str:
         shapes(content["rows"]),
         rotary(content["rows"]),
         layers(content["layers"]),
+        tuning(content.get("tuned", {})),
         host(content.get("host_microseconds", {})),
         left_out(content),
     ]
@@ -177,8 +178,12 @@ def checks(found: list[Row]) -> str:
         errors = row.get("worst_row") or {row["unit"]: None}
         for name, error in errors.items():
             kernel = row.get("kernels", {}).get(name, name)
-            bad = row.get("wrong") and f"WRONG, {'x'.join(map(str, row['size']))}: {row['wrong']}"
-            why = bad or (row.get("refused") and f"not run: {row['refused']}")
+            why = f"not run: {row['refused']}" if "refused" in row else None
+            if wrong := row.get("wrong"):  # of this result, or of the call
+                mine = [part for part in wrong.split("; ") if part.startswith(f"{name}:")]
+                named = any(wrong.startswith(f"{other}:") for other in errors)
+                if mine or not named:
+                    why = f"WRONG, {'x'.join(map(str, row['size']))}: {'; '.join(mine) or wrong}"
             groups.setdefault((row["backend"], kernel, row["dtype"]), []).append((error, why))
     cells = []
     for (backend, kernel, dtype), results in groups.items():
@@ -319,6 +324,19 @@ def layers(found: list[Row]) -> str:
     header = ["", "", "unpatched, ms", "patched, ms", "as fast", "Triton's kernels"]
     what = "The whole tower with one layer, transformers' class, called as users call it; SDPA before."
     return f"## Layers of real towers\n\n{what}\n\n{markdown(header, cells)}" if cells else ""
+
+
+def tuning(found: dict[str, Row]) -> str:
+    cells = [
+        [
+            name,
+            *(row["faster"][use] for use in ("inference", "training")),
+            "; ".join(row.get("failed", []))[:300] or "–",
+        ]
+        for name, row in found.items()
+    ]
+    header = ["", "inference", "training", "left out"]
+    return f"## Tuning\n\nWhich backend was fastest.\n\n{markdown(header, cells)}" if cells else ""
 
 
 def host(found: dict[str, Any]) -> str:

@@ -131,6 +131,7 @@ def tune(
     device: torch.device,
     seconds: float = math.inf,
     file: Path | None = None,
+    copy: Path | None = None,
     say: Callable[[str], None] = print,
     clock: Callable[[dict[Any, Callable[[], None]]], dict[Any, float]] | None = None,
     workers: int | None = None,
@@ -140,6 +141,7 @@ def tune(
     Args:
         seconds: no new problem is begun after this long.
         file: where to save; None is the cache folder, where calls of the next process find it.
+        copy: where to save it as well.
         clock: milliseconds of each of some functions; None is CUDA events.
         workers: processes that compile beforehand; None is one a core, 0 none.
 
@@ -161,7 +163,9 @@ def tune(
         row = _tune_one(problem, device, clock)
         rows[tuned.regime(*problem.regime())] = row
         say(f"{problem}: {row}")
-        tuned.save(rows, file)
+        for place in (file, copy):
+            if place is not None:
+                tuned.save(rows, place)
     configs.forget()
     if has_tiles:
         from . import replay
