@@ -104,6 +104,7 @@ spatial: $(VENV)/installed
 # OUT. DRY=1: no GPU; checks what is compared, compiles a sample of the kernels, and fails where a step does not fit its
 # time. 4 minutes.
 OUT ?= gpu-results
+STEP ?= 1
 ifdef DRY
 gpu: $(VENV)/installed $(VENV)/triton-3.6
 	PYTHONPATH=. $(BIN)/python -m benchmarks.gpu_session --dry --out $(OUT)
