@@ -11,12 +11,11 @@
 //   streaming  the ring is shorter than the sequence: every item is one pass, and gives back what it has read.
 // The code is the same: the host says how long the ring is, and how many passes an item has.
 //
-// Softmax has no running maximum: scores are taken relative to the largest of a row's first ones, until a weight
-// outgrows that by HEADROOM; then the scores of its tile are computed again, and the reference is raised. The sum of
-// the weights is one more column of their product with the values. So a score costs a multiply-add, an exp2 and half a
-// conversion. exp2 on the multiply-add units would cost 6 instructions in place of one: the special function unit takes
-// 1/16 clock a score and SM, the products at D = 64 at least that (1/8 on sm_80), and instructions are what there are
-// too many of.
+// Softmax has no running maximum: scores are taken relative to the largest of a row's first ones, until the sum of a
+// tile's weights passes SUM_LIMIT; then its scores are computed again, and the reference is raised. The sum is one more
+// column of the weights' product with the values. So a score costs a multiply-add, an exp2 and half a conversion. exp2
+// on the multiply-add units would cost 6 instructions in place of one: the special function unit takes 1/16 clock a
+// score and SM, the products at D = 64 at least that (1/8 on sm_80), and instructions are what there are too many of.
 //
 // Shared memory: slots of keys, each BN rows of K, then V (a shorter tile: as many rows as it has, in multiples of 16,
 // so that the last slot of a resident ring may be shorter); query_slots of 16 x warps rows; three barriers a slot.
@@ -45,12 +44,10 @@ constexpr int MT = query_blocks(D);
 // every tile of keys: half as much again as the keys and values.
 constexpr bool queries_in_registers(int dim) { return dim == 64 || dim == 88 || dim == 96; }
 
-// How far, in log2, a row's largest weight is below 1 when its reference is set: until one of 2 comes up, the row may
-// grow by one more than that. bfloat16 has room for 60 and more on either side; float16 begins at 2^-24.
-template <class E>
-constexpr float HEADROOM = 60.0f;
-template <>
-constexpr float HEADROOM<Float16> = 7.0f;
+// Of the weights of a tile of a row, whose largest is 1 when the row's reference is set. float16's are infinite from
+// 2^16 on, and so is their sum: a row of float16 may grow by 11 nats before its reference is raised, of bfloat16 by 27.
+// Behind a weight of 1 float16 keeps those of 9 nats less with all their bits, of 14 nats with 4: as torch's SDPA does.
+constexpr float SUM_LIMIT = 0x1p40f;
 
 // Where things lie, and where the rings stand. Barriers of a slot: copied, turned (full), read (empty).
 template <int D>
@@ -209,7 +206,7 @@ template <int D>
 struct State {
   float out[MT<D>][D / 8][4];
   float reference[MT<D>][2];  // of the weights, in log2
-  float sum[MT<D>][4];        // of all weights: a result of which every column is the same
+  float sum[MT<D>][2];        // of all weights
 
   SPE_DEVICE void start() {
 #pragma unroll
@@ -219,7 +216,7 @@ struct State {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[m][n][i] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) reference[m][i >> 1] = LOWEST, sum[m][i] = 0.0f;
+      for (int h = 0; h < 2; ++h) reference[m][h] = LOWEST, sum[m][h] = 0.0f;
     }
   }
 };
@@ -230,17 +227,17 @@ SPE_DEVICE float row_max(float x) {
   return fmaxf(x, shuffle_xor(x, 2));
 }
 
-// Sets a row's reference by its largest score; it never falls.
-template <class E, int D>
+// Sets a row's reference to its largest score; it never falls.
+template <int D>
 SPE_DEVICE void raise(State<D>& rows, const float (&most)[MT<D>][2], float scale) {
 #pragma unroll
   for (int m = 0; m < MT<D>; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float before = rows.reference[m][h];
-      rows.reference[m][h] = fmaxf(before, row_max(most[m][h]) * scale + HEADROOM<E>);
+      rows.reference[m][h] = fmaxf(before, row_max(most[m][h]) * scale);
       const float factor = exp2(before - rows.reference[m][h]);
-      rows.sum[m][2 * h] *= factor, rows.sum[m][2 * h + 1] *= factor;
+      rows.sum[m][h] *= factor;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) rows.out[m][n][2 * h] *= factor, rows.out[m][n][2 * h + 1] *= factor;
     }
@@ -286,18 +283,19 @@ SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
   };
 
   uint32_t weights[BLOCKS][M][4];
+  float sum[M][4];  // of a row's weights, in every column
   for (bool again = false;; again = true) {
     float most[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m) most[m][0] = most[m][1] = -INFINITY;
-    if (again) {  // a weight has grown too large: all scores once for the reference alone
+    if (again) {  // the weights have grown too large: all scores once for the reference alone
 #pragma unroll 1
       for (int block = 0; block < BLOCKS; block += STEP) {
         Scores s;
         multiply_keys(s, block);
         find_most(most, s);
       }
-      raise<E, D>(rows, most, scale);
+      raise<D>(rows, most, scale);
     }
 #pragma unroll
     for (int block = 0; block < BLOCKS; block += STEP) {
@@ -305,7 +303,7 @@ SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
       multiply_keys(s, block);
       if (block == 0 && first && !again) {
         find_most(most, s);
-        raise<E, D>(rows, most, scale);
+        raise<D>(rows, most, scale);
       }
 #pragma unroll
       for (int b = 0; b < STEP; ++b)
@@ -319,22 +317,24 @@ SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
           as_operand<E>(weights[block + b][m], s[b][m][0], s[b][m][1]);
         }
     }
-    uint32_t all = 0;
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b)
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) all |= weights[b][m][i];
-    if (again || !warp_any(any_above_two(all))) break;
-  }
-#pragma unroll
-  for (int b = 0; b < BLOCKS; ++b) {
     // the sum is one more column of the product: that of the rounded weights, so that one far above the others is exact
+    bool outgrown = false;
 #pragma unroll
-    for (int m = 0; m < M; ++m) multiply<E>(rows.sum[m], weights[b][m], ONES<E>, ONES<E>);
-    multiply_columns<E, D, M>(rows.out, weights[b], v, 16 * b, lane);
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[m][i] = 0.0f;
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) multiply<E>(sum[m], weights[b][m], ONES<E>, ONES<E>);
+      outgrown |= !(sum[m][0] + sum[m][2] < SUM_LIMIT);
+    }
+    if (again || !warp_any(outgrown)) break;
   }
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) rows.sum[m][h] += sum[m][2 * h];
+#pragma unroll
+  for (int b = 0; b < BLOCKS; ++b) multiply_columns<E, D, M>(rows.out, weights[b], v, 16 * b, lane);
 }
 
 template <class E, int D>
@@ -348,7 +348,7 @@ SPE_DEVICE void store(const Params& p, const Item& item, State<D>& rows, int fir
     float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = poisoned ? NAN : rows.sum[m][2 * h];
+      const float sum = poisoned ? NAN : rows.sum[m][h];
       factor[h] = reciprocal(sum);
       if ((lane & 3) == 0 && exists[h])
         store_global_float(p.lse + (static_cast<int64_t>(item.span.sample) * p.heads + item.head) * p.sequences.tokens +

@@ -261,13 +261,11 @@ SPE_DEVICE uint32_t pack<Float16>(float first, float second) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(second), "f"(first));
   return w;
 }
-// A word of two ones; and whether one of two elements that are not negative is 2 or more, infinite or NaN: a bit of
-// their exponents.
+// A word of two ones.
 template <class E>
 constexpr uint32_t ONES = 0x3f803f80u;
 template <>
 constexpr uint32_t ONES<Float16> = 0x3c003c00u;
-SPE_DEVICE bool any_above_two(uint32_t w) { return (w & 0x40004000u) != 0; }
 
 template <class E>
 SPE_DEVICE Float2 unpack(uint32_t w);

@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
-from test_attention import BIASES, POISON, biased, poisoned
+from test_attention import BIASES, MORE_SINKS, POISON, biased, poisoned, with_sinks
 
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends import cuda
@@ -129,6 +129,15 @@ def test_max_seqlen_is_a_hint(lengths, hint, emulated):
 def test_extreme_scores(bias, dtype, emulated):
     """Among them rows that outgrow the reference of their first tile, so that it is raised."""
     inputs, eager, truth = biased(bias, dtype)
+    check(run(inputs, "cuda"), eager, truth, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("sinks", MORE_SINKS, ids=str)
+def test_sinks(sinks, dtype, emulated):
+    """float16 has 24 bits below a weight of 1: none to spare behind a token that takes nearly all of a row."""
+    inputs, eager, truth = with_sinks(sinks, dtype)
     check(run(inputs, "cuda"), eager, truth, inputs)
 
 

@@ -64,7 +64,6 @@ void store_shared(Shared a, const T& x) {
 inline int warp_index() { return thread_index() >> 5; }
 template <class E>
 constexpr uint32_t ONES = std::is_same_v<E, BFloat16> ? 0x3f803f80u : 0x3c003c00u;
-inline bool any_above_two(uint32_t w) { return (w & 0x40004000u) != 0; }
 
 inline float reciprocal(float x) { return 1.0f / x; }
 inline int forgotten(int x) { return x; }
