@@ -105,7 +105,7 @@ STEPS = {
             Phase(
                 "tune",
                 python("spatial_pe.cli", "tune", "--quick", "--seconds", "{begin}", "--out", "{folder}/tune.json"),
-                *(85, 40),
+                *(105, 40),
             ),
             Phase("small", python(GPU + "measure", "--plan", "small"), 50, 30, supervised=True),
         ),
