@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
 
 
 def instructions(listing: str) -> list[Instruction]:
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);"
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);"
     return [
         Instruction(int(address, 16), name, operands, predicate)
         for address, predicate, name, operands in re.findall(pattern, listing)

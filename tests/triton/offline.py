@@ -33,6 +33,7 @@ from spatial_pe.backends.triton.launch import Launch
 from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
 
 sys.path.append(str(Path(__file__).parents[1]))  # where pytest looks already
+from hazards import hazards
 from sass import TENSOR_CORE, Instruction, cuobjdump, instructions, kind
 
 # name -> (what Triton compiles for, whose tiles)
@@ -59,6 +60,7 @@ class Built:
     tensor_core: dict[str, int]  # instructions by name
     loop: dict[str, int]  # instructions of the main loop by kind, "all" together
     per_score: float  # instructions that a lane of the main loop issues, for each score of the tile
+    hazards: int = 0  # registers touched while a product works on them, see hazards.py
 
 
 def cases(family: Family) -> dict[str, list[Launch]]:
@@ -141,6 +143,7 @@ def build(regime: str, launch: Launch, name: str) -> Built:
         regime, str(launch), name, registers, spills, shared,
         dict(tensor_core), {"all": len(loop), **dict(mix.most_common())} if loop else {},
         round(len(loop) * 32 * launch.num_warps / scores(launch), 1) if loop else 0.0,
+        len(hazards(code)),
     )  # fmt: skip
 
 
