@@ -42,6 +42,7 @@ def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16, few: b
 
     if tiles == torch.bfloat16:  # float32 adds as bfloat16 does
         monkeypatch.setattr(configs, "ones", lambda family, dtype: 16 if family == "cdna" else 8)
+        monkeypatch.setattr(configs, "joins", lambda family, dtype: family == "hopper")
     if not few:  # the tiles and the heads per program of a large batch, for the small ones of tests
         monkeypatch.setattr(configs, "SMS", 0)
 
@@ -329,6 +330,23 @@ def test_few_programs():
     assert [configs.heads_per_program(window, windows, 16) for windows in (4, 16, 32, 64, 500)] == [1, 1, 1, 2, 4]
 
 
+def test_options_of_a_launch():
+    """What is launched is what the budget compiles: half as many warps on AMD, whose wavefronts have 64 lanes."""
+    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton.plan import plan_forward
+
+    q = torch.empty(300, 576, 4, 64, dtype=torch.bfloat16, device="meta")
+    choice = configs.prebuilt("hopper", q.dtype, 64, 640)
+    for maxnreg in (None, 128):
+        tile = replace(choice.forward, maxnreg=maxnreg)
+        launch = plan_forward(Call(q, q, q, None, 1.0, None, None, None), replace(choice, forward=tile)).launches[-1]
+        most = {} if maxnreg is None else {"maxnreg": maxnreg}
+        assert launch.options() == launch.options(hip=False) == {"num_warps": 8, "enable_fp_fusion": True} | most
+        assert launch.options(hip=True) == {"num_warps": 4, "enable_fp_fusion": True}
+        assert ("maxnreg=128" in str(launch)) == bool(maxnreg)
+
+
 @pytest.mark.parametrize("family", ["ampere", "hopper", "blackwell", "cdna"])
 def test_every_call_has_tiles(family):
     from spatial_pe.backends.triton import configs
@@ -343,7 +361,9 @@ def test_every_call_has_tiles(family):
                     assert (few.forward.bm, choice.forward.bm) == (64, 128)
                 for window in (choice.window_forward, choice.window_backward):
                     assert window is None or tokens <= window.block <= 128
-                assert choice.forward.turn == ("loop" if tokens <= configs.TURN_IN_LOOP_UP_TO else "before")
+                three_cuts = family == "hopper" and 96 < dim <= 112 and dtype != torch.float32
+                in_loop = tokens <= configs.TURN_IN_LOOP_UP_TO and not three_cuts
+                assert choice.forward.turn == ("loop" if in_loop else "before")
 
 
 @pytest.mark.parametrize(

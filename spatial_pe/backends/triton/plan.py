@@ -179,7 +179,7 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
         + (*strides(q), *key_strides, *strides(v), *shape.table_strides),
         shape.constants(q, keys, v)
         | shape.settle
-        | {"ROTATE_K": not before, "JOIN": configs.joins(family), "RUNNING": q.dtype == torch.float16}
+        | {"ROTATE_K": not before, "JOIN": configs.joins(family, q.dtype), "RUNNING": q.dtype == torch.float16}
         | {"ONES": configs.ones(family, q.dtype)}
         | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
