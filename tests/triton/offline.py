@@ -42,6 +42,9 @@ TARGETS: dict[str, tuple[GPUTarget, Family]] = {
     "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
     "sm_100": (GPUTarget("cuda", 100, 32), "blackwell"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "cdna"),
+    # no budget of their own: see test_budget.py
+    "sm_89": (GPUTarget("cuda", 89, 32), "ampere"),
+    "sm_120": (GPUTarget("cuda", 120, 32), "ampere"),
 }
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

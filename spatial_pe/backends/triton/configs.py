@@ -122,7 +122,12 @@ _BEFORE: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
 _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
-    "ampere": ((64, Tile(128, 64, 8, 2, "loop")), (128, Tile(128, 32, 8, 2, "loop"))),
+    "ampere": (
+        (16, Tile(128, 64, 8, 2, "loop")),
+        (32, Tile(128, 32, 8, 2, "loop")),
+        (64, Tile(128, 64, 8, 2, "loop")),
+        (128, Tile(128, 32, 8, 2, "loop")),
+    ),
     # 104 and 112, three cuts, have no registers for the rotation: 24 to 136 bytes of spills in the loop
     "hopper": ((96, Tile(128, 64, 8, 3, "loop")), (112, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3, "loop"))),
     "blackwell": (
