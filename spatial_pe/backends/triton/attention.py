@@ -8,11 +8,13 @@ second channels, are one, so that the loop waits once for the tensor cores and n
 The softmax is relative to a row's maximum over its first tile, and stays so: no maximum, no rescaling in the loop,
 which saves a quarter of its instructions. The weights are rounded to the type of v for their product with it, and their
 sum is that of the rounded ones, by a product with ONES columns of 1: a row with one dominating weight, which is any power
-of 2 here and not 1, is then that row of v exactly. The product costs less than to add: 8 of 203 instructions of a tile
-instead of 44 (sm_90, D = 64). A row whose sum leaves float's
-range (scores growing by more than 60 nats after the first tile, NaN, Inf) sends the block through a second pass with a
-running maximum: 0.2 % of the blocks of DINOv2-small, all in its first layer (`python -m benchmarks.score_growth`).
-float16 takes that pass at once (RUNNING): its weights end at 65,504, 11 nats above the first maximum.
+of 2 here and not 1, is then that row of v exactly. The product also costs less than to add: 167 instructions of a tile
+for 203 (sm_90, D = 64, Triton 3.6).
+
+A row whose sum leaves float's range (scores growing by more than 60 nats after the first tile, NaN, Inf) sends the block
+through a second pass with a running maximum: 0.2 % of the blocks of DINOv2-small, all in its first layer (`python -m
+benchmarks.score_growth`). float16 takes that pass at once (RUNNING): its weights end at 65,504, 11 nats above the first
+maximum.
 """
 
 from __future__ import annotations
@@ -93,12 +95,12 @@ def forward_kernel(
         acc, top, total = _fixed(
             queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, ONES, BM, BN, STAGES
         )  # fmt: skip
-        # in small tiles: with large ones this pass, and not the loop above, decides the registers (150 for 126, sm_90, D = 64)
         # true for NaN too; with a sum below 2^87 no accumulator of |v| <= 2^40 has overflowed
         outside = exists & ~(total < 1.5e26)
+        # in small tiles: with large ones this pass, not the loop above, decides the registers (142 for 126, sm_90, D = 64)
         if tl.max(outside.to(tl.int32), 0) > 0:
             acc, top, total = _running(
-                queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, BN // 4 if BN > 64 else 16, 1
+                queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, JOIN, SETTLE, D, R, PAIRING, PAIRS, CUT, BM, (BN // 4 if BN > 64 else 16) if ONES > 0 else BN, 1
             )  # fmt: skip
 
     acc = scaled(acc, (1.0 / total)[:, None])
