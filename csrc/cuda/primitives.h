@@ -45,6 +45,13 @@ struct Float16 {};
 
 namespace spe::cuda {
 
+// What is compiled: for sm_100 or later.
+#if __CUDA_ARCH__ >= 1000
+constexpr bool BLACKWELL = true;
+#else
+constexpr bool BLACKWELL = false;
+#endif
+
 // ------------------------------------------------------------------------------------------------------ who and where
 
 SPE_DEVICE int thread_index() { return threadIdx.x; }

@@ -61,6 +61,7 @@ void store_shared(Shared a, const T& x) {
 
 }  // namespace host
 
+constexpr bool BLACKWELL = false;
 inline int warp_index() { return thread_index() >> 5; }
 template <class E>
 constexpr uint32_t ONES = std::is_same_v<E, BFloat16> ? 0x3f803f80u : 0x3c003c00u;
