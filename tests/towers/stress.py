@@ -153,10 +153,6 @@ def compiled(rng: random.Random) -> None:
 EPISODES: dict[Callable[[random.Random], None], int] = {threads: 6, towers: 2, moves: 3, dropouts: 2, compiled: 1}
 
 
-def episode(rng: random.Random) -> None:
-    rng.choices(list(EPISODES), list(EPISODES.values()))[0](rng)
-
-
 def _in_threads(serves: list[Callable[[], None]]) -> None:
     errors: list[BaseException] = []
 
