@@ -78,7 +78,7 @@ soak: $(VENV)/installed
 gate: $(VENV)/installed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.throughput.gate
 
-# The README's numbers of speed, and the report; not the accuracy studies. An hour on two cores, with nothing beside it.
+# The numbers of speed in the README and docs, and the report; not the accuracy studies. An hour on two cores, with nothing beside it.
 BENCH := benchmarks/results/cpu
 bench: $(VENV)/bench
 	$(BIN)/spatial-pe bench --json $(BENCH)/bench.json --out $(BENCH)/report.html
@@ -133,7 +133,7 @@ cuda-budget: $(VENV)/installed build/emulator/built
 	$(BIN)/python tests/cuda/model.py --reports $(CUDA_TARGETS:%=build/budget/%.json) --chips A100 H100 H200 "RTX 4090" \
 	  >> docs/cuda_budget.md
 
-# The README's table of towers, from what is proven on both transformers. One minute.
+# docs/towers.md, from what is proven on both transformers. One minute.
 support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
 	PYTHONPATH=. $(BIN)/python tests/towers/support.py
 
