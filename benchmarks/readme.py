@@ -15,11 +15,11 @@ import re
 import sys
 from pathlib import Path
 
-from spatial_pe.bench import result as bench
-from spatial_pe.bench.cases import DIRECTIONS, SPEED
-from spatial_pe.bench.variants import PEERS, VARIANTS
-from spatial_pe.demo import measure
-from spatial_pe.spatial import findings, report, study
+from spatial_pe.lab.bench import result as bench
+from spatial_pe.lab.bench.cases import DIRECTIONS, SPEED
+from spatial_pe.lab.bench.variants import PEERS, VARIANTS
+from spatial_pe.lab.demo import measure
+from spatial_pe.lab.study import findings, report, study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -210,8 +210,8 @@ def figures() -> None:
     """The README's pictures of the accuracy study."""
     from matplotlib import rc_context
 
-    from spatial_pe import page
-    from spatial_pe.spatial import charts
+    from spatial_pe.lab.report import page
+    from spatial_pe.lab.study import charts
 
     with rc_context(page.style()):
         for name, figure in (

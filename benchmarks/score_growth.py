@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatial_pe.demo import assets
+from spatial_pe.lab.checkpoints import assets
 
 SIZE, FIRST, BLOCK = 518, 64, 128
-ENOUGH = 1.5e26  # what a row's sum may be in spatial_pe/backends/triton/attention.py
+ENOUGH = 1.5e26  # what a row's sum may be in spatial_pe/backends/triton/kernels/forward.py
 
 
 def main() -> None:

@@ -3,17 +3,18 @@
 
 __version__ = "0.1.0"
 
-from .attention import rope_attention
-from .backends.select import backends
-from .decompositions import decompositions
-from .encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
+from .conventions import CONVENTIONS, convention
+from .encodings import AxialRoPE, MixedRoPE
 from .grid import PatchGrid
 from .modules import RoPE2DAttention
-from .onnx_translations import onnx_translations
+from .ops.attention import rope_attention
+from .ops.decompositions import decompositions
+from .ops.onnx_translations import onnx_translations
+from .ops.rotate import apply_rotary, apply_rotary_qk
+from .ops.select import backends
 from .rotary import Rotary
-from .rotation import apply_rotary, apply_rotary_qk
+from .rotary_report import RotaryReport, verify_rotary
 from .towers import PatchReport, from_pretrained, inspect, patch, register_attention_interface, unpatch
-from .verify import RotaryReport, verify_rotary
 
 __all__ = [
     "CONVENTIONS",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatcher import somebody_listens
+from ._utils.dispatcher import somebody_listens
 
 
 @dataclass(frozen=True, init=False)

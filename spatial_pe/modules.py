@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .attention import rope_attention
-from .dispatcher import fx_node
+from ._utils.dispatcher import fx_node
 from .encodings import AxialRoPE, MixedRoPE
 from .grid import PatchGrid
+from .ops.attention import rope_attention
 from .rotary import Rotary
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .dispatcher import fx_node, has_values, unrecorded
+from ._utils.dispatcher import fx_node, has_values, unrecorded
 
 Pairing = Literal["half", "interleaved", "axis_half"]
 PAIRINGS: tuple[str, ...] = get_args(Pairing)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -224,6 +225,20 @@ MORE_SINKS = [
     ]
 ]
 BIASES |= {str(sinks): sinks for sinks in SINKS}
+# What `make test` runs of them where kernels are interpreted or emulated, 2 to 4 s each.
+QUICK_BIASES = {
+    torch.bfloat16: ("rising", "late peak", "at the limit", "waves", str(SINKS[0])),
+    torch.float16: ("falling", "above the limit", str(SINKS[0]), str(SINKS[1])),
+}
+
+
+def extreme_rows(dtypes: Sequence[torch.dtype]) -> list:
+    """(bias, dtype) of test_extreme_scores for such kernels."""
+    return [
+        pytest.param(bias, dtype, marks=[] if bias in QUICK_BIASES.get(dtype, ()) else [pytest.mark.slow])
+        for dtype in dtypes
+        for bias in BIASES
+    ]
 
 
 @functools.lru_cache(maxsize=2)

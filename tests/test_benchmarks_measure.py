@@ -15,7 +15,8 @@ import torch
 import spatial_pe
 from benchmarks import gpu_memcheck
 from benchmarks.throughput.gpu import cases, check, dry, layers, measure, report, state, timing, variants, warm
-from spatial_pe.backends import guard, triton
+from spatial_pe.backends import guard
+from spatial_pe.backends.triton import backend as triton
 
 
 @pytest.mark.parametrize("tokens", [cases.WINDOW, 37])
@@ -331,11 +332,11 @@ def test_a_row_is_a_token_of_a_head():
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_float64_by_heads_is_float64(kv_heads, monkeypatch):
-    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.base import AttentionCall
 
     q, k, v = (torch.randn(2, 9, heads, 16) for heads in (4, kv_heads, kv_heads))
     rotary = spatial_pe.Rotary.from_angles(torch.randn(9, 8))
-    call, dout = Call(q, k, v, rotary, 0.25, None, None, None), torch.randn(2, 9, 4, 16)
+    call, dout = AttentionCall(q, k, v, rotary, 0.25, None, None, None), torch.randn(2, 9, 4, 16)
     whole = guard.exact(call, dout)
     monkeypatch.setattr(guard, "MOST_SCORES", 81)
     parts = guard.exact(call, dout)

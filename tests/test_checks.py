@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from spatial_pe import PatchGrid, Rotary, apply_rotary, backends, rope_attention
-from spatial_pe.backends import composed, cpu, reference, triton
+from spatial_pe.backends import cpu, reference
+from spatial_pe.backends.triton import backend as triton
+from spatial_pe.ops import composed
 
 BACKENDS = ["auto", *(name for name, missing in backends() if missing is None)]
 

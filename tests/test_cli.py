@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import spatial_pe
-from spatial_pe import backends, cli, environment
-from spatial_pe.backends import composed, cpu
+from spatial_pe import backends, cli
+from spatial_pe._utils import environment
+from spatial_pe.backends import cpu
+from spatial_pe.ops import composed
 
 EXTRAS = ("transformers", "onnx", "onnxruntime", "skimage", "matplotlib")
 
@@ -250,7 +252,7 @@ def test_runs_as_a_module():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu tunes on it")
 def test_tune_without_a_gpu_says_so(run, monkeypatch):
-    from spatial_pe.backends import triton
+    from spatial_pe.backends.triton import backend as triton
 
     monkeypatch.setattr(triton, "INTERPRETED", False)
     done = run("tune", "--quick")
@@ -262,7 +264,8 @@ def test_tune_without_a_gpu_says_so(run, monkeypatch):
 
 
 def test_tune_needs_triton_or_the_cuda_kernels(run, monkeypatch):
-    from spatial_pe.backends import cuda, triton
+    from spatial_pe.backends import cuda
+    from spatial_pe.backends.triton import backend as triton
 
     monkeypatch.setattr(triton, "unavailable", lambda: "triton is not installed")
     monkeypatch.setattr(cuda, "unavailable", lambda: "the CUDA kernels are not built")
@@ -291,22 +294,23 @@ def test_tune_with_no_time(run):
 
 def test_tune_saves_and_prints(run, monkeypatch, tmp_path):
     """The command around the measuring, which tests/triton/test_tune.py tests."""
-    from spatial_pe.backends import triton
+    from spatial_pe.backends.triton import backend as triton
 
     pytest.importorskip("triton")
-    from spatial_pe.backends.triton import tune, tuned
+    from spatial_pe import tuning
+    from spatial_pe.backends.triton import tuning_store
 
     rows = {"bfloat16 D=64 N<=256": {"query": None}}
     asked = []
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(
-        tune, "tune", lambda problems, device, *rest, copy: asked.append((problems, *rest, copy)) or rows
+        tuning, "tune", lambda problems, device, *rest, copy: asked.append((problems, *rest, copy)) or rows
     )
-    monkeypatch.setattr(tuned, "path", lambda device: tmp_path / "kept.json")
+    monkeypatch.setattr(tuning_store, "path", lambda device: tmp_path / "kept.json")
     out = tmp_path / "deep" / "out.json"
     done = run("tune", "--quick", "--seconds", "60", "--device", "cuda:0", "--out", str(out))
-    assert (done.code, done.err) == (0, "") and asked == [(tune.QUICK, 60.0, out)]
+    assert (done.code, done.err) == (0, "") and asked == [(tuning.QUICK, 60.0, out)]
     assert "NVIDIA H200" in done.out and "1 shapes measured" in done.out and "kept.json" in done.out
 
 
@@ -322,12 +326,12 @@ def test_tune_saves_and_prints(run, monkeypatch, tmp_path):
     ],
 )
 def test_weights_and_what_was_tuned_are_kept_in_one_folder(variables, folder, monkeypatch, tmp_path):
-    from spatial_pe.backends.triton import tuned
-    from spatial_pe.demo import assets
+    from spatial_pe.backends.triton import tuning_store
+    from spatial_pe.lab.checkpoints import assets
 
     for name, value in {"HOME": str(tmp_path / "home"), **variables}.items():
         monkeypatch.setenv(name, value)
     if "SPATIAL_PE_CACHE" not in variables:
         monkeypatch.delenv("SPATIAL_PE_CACHE", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert tuned.path(torch.device("cuda", 0)).parent == assets.cache_folder() == tmp_path / folder
+    assert tuning_store.path(torch.device("cuda", 0)).parent == assets.cache_folder() == tmp_path / folder

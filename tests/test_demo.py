@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from spatial_pe import cli
+from spatial_pe._utils.errors import UserError
 
 for package in ("transformers", "onnx", "onnxruntime", "skimage", "matplotlib"):
     pytest.importorskip(package, reason="the demo needs spatial_pe[demo]")
@@ -29,8 +30,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from spatial_pe import demo
-from spatial_pe.demo import assets, checkpoint, figure, measure
+from spatial_pe.lab.checkpoints import assets, checkpoint
+from spatial_pe.lab.demo import figure, measure
+from spatial_pe.lab.demo import run as demo
 
 # -------------------------------------------------------------------------------------------------- the default weights
 
@@ -75,7 +77,7 @@ def test_a_weight_too_few_or_too_many_is_an_error(graph, change):
     else:
         weights.add().CopyFrom(norm)
         weights[-1].name = "backbone.layernorm.gain"
-    with pytest.raises(assets.AssetError, match=r"layernorm\.weight" if change == "missing" else r"layernorm\.gain"):
+    with pytest.raises(UserError, match=r"layernorm\.weight" if change == "missing" else r"layernorm\.gain"):
         assets.dinov2_small(model.SerializeToString())
 
 
@@ -146,10 +148,10 @@ def test_a_cache_folder_that_cannot_be_made_is_named(cache):
 
 def test_another_file_is_refused(cache):
     path = write_wheel(cache, b"another graph")
-    with pytest.raises(assets.AssetError, match=r"SHA-256.*delete it"):
+    with pytest.raises(UserError, match=r"SHA-256.*delete it"):
         assets.onnx_file()
     path.write_bytes(b"not a wheel")
-    with pytest.raises(assets.AssetError, match=r"cannot be read.*delete it"):
+    with pytest.raises(UserError, match=r"cannot be read.*delete it"):
         assets.onnx_file()
 
 
@@ -539,13 +541,13 @@ def test_loads_the_tower_of_a_language_model_with_its_normalisation(tmp_path):
 
 def test_a_model_without_a_tower_is_refused(tmp_path):
     transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=50)).save_pretrained(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"BertModel without a vision tower: it holds embeddings"):
+    with pytest.raises(UserError, match=r"BertModel without a vision tower: it holds embeddings"):
         checkpoint.load_tower(str(tmp_path))
 
 
 def test_a_tower_that_refuses_all_sizes_says_why():
     config = transformers.Siglip2VisionConfig(**SMALL)
-    with pytest.raises(checkpoint.CheckpointError, match="spatial_shapes"):
+    with pytest.raises(UserError, match="spatial_shapes"):
         as_tower(transformers.Siglip2VisionModel(config)).sizes((64,))
 
 

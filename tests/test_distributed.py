@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import spatial_pe
 from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid, RoPE2DAttention, Rotary
-from spatial_pe.backends import cpu, triton
+from spatial_pe.backends import cpu
+from spatial_pe.backends.triton import backend as triton
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 

@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatial_pe import apply_rotary, encodings, rope_attention
-from spatial_pe.encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
+from spatial_pe.conventions import CONVENTIONS, convention
+from spatial_pe.encodings import AxialRoPE, MixedRoPE
 from spatial_pe.grid import PatchGrid
 from spatial_pe.rotary import Rotary, split_pairs
 

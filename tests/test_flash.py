@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spatial_pe import Rotary, rope_attention
-from spatial_pe.backends import composed, flash
-from spatial_pe.backends.call import Call
-from spatial_pe.rotation import apply_rotary_qk
+from spatial_pe.backends.base import AttentionCall
+from spatial_pe.ops import composed, flash
+from spatial_pe.ops.rotate import apply_rotary_qk
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = {provider.name: provider for provider in flash.PROVIDERS}
@@ -196,10 +196,10 @@ def gpu(monkeypatch):
     flash.forget()
 
 
-def call_of(q: Tensor, k: Tensor | None = None, bounds: Tensor | None = None, **others) -> Call:
+def call_of(q: Tensor, k: Tensor | None = None, bounds: Tensor | None = None, **others) -> AttentionCall:
     k = q if k is None else k
     arguments = {"rotary": None, "scale": 1 / math.sqrt(q.shape[-1]), "max_seqlen": None, "seqlens": None} | others
-    return Call(q, k, k, cu_seqlens=bounds, **arguments)
+    return AttentionCall(q, k, k, cu_seqlens=bounds, **arguments)
 
 
 # ------------------------------------------------------------------------------------------------- results, gradients

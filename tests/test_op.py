@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from spatial_pe import Rotary, rope_attention
-from spatial_pe.backends import cpu, triton
-from spatial_pe.dispatcher import assume_constant
+from spatial_pe._utils.dispatcher import assume_constant
+from spatial_pe.backends import cpu
+from spatial_pe.backends.triton import backend as triton
 
 BACKENDS = [
     "reference",

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from spatial_pe import cli
-from spatial_pe.backends import flash, select, triton
-from spatial_pe.backends.call import Call
+from spatial_pe.backends.base import AttentionCall
+from spatial_pe.backends.triton import backend as triton
+from spatial_pe.cli import doctor
+from spatial_pe.ops import flash, select
 
 
-def call_of(batch=1, tokens=576, dim=64, dtype=torch.bfloat16, device="meta", bounds=None, longest=None) -> Call:
+def call_of(
+    batch=1, tokens=576, dim=64, dtype=torch.bfloat16, device="meta", bounds=None, longest=None
+) -> AttentionCall:
     q = torch.empty(batch, tokens, 16, dim, dtype=dtype, device=device)
-    return Call(q, q, q, None, dim**-0.5, bounds, longest, None)
+    return AttentionCall(q, q, q, None, dim**-0.5, bounds, longest, None)
 
 
 # ----------------------------------------------------------------------------------------------- datacenter Blackwell
@@ -95,11 +98,11 @@ def test_doctor_says_which_attention_is_behind_the_rotation(monkeypatch):
     """On a GPU for each form, and without one what is installed."""
     monkeypatch.setattr(flash, "unusable", lambda provider: None if provider is flash.FA2 else "is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli._behind_the_rotation() == ["  composed   has, for GPUs: flash-attn 2"]
+    assert doctor._behind_the_rotation() == ["  composed   has, for GPUs: flash-attn 2"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flash, "choose", lambda call: (HOPPER_PACKED if call.max_seqlen else None, "because"))
     monkeypatch.setattr(flash, "DEVICE", "cpu")
-    lines = cli._behind_the_rotation()
+    lines = doctor._behind_the_rotation()
     assert lines[0] == "  composed   dense bfloat16, 576 tokens, on the GPU: torch's own attention (because)"
     assert lines[2] == "  composed   packed bfloat16, 4096 tokens, on the GPU: flash-attn 3 (because)"
 
@@ -109,8 +112,8 @@ def test_doctor_says_which_attention_is_behind_the_rotation(monkeypatch):
 
 def test_what_a_large_batch_has_shown_says_nothing_of_one_image(monkeypatch):
     """16 heads x 2 blocks of 128 queries leave 100 of 132 SMs idle."""
-    monkeypatch.setattr(triton.tuned, "any_rows", lambda device: True)
-    monkeypatch.setattr(triton.tuned, "faster", lambda *args: "composed")
+    monkeypatch.setattr(triton.tuning_store, "any_rows", lambda device: True)
+    monkeypatch.setattr(triton.tuning_store, "faster", lambda *args: "composed")
     monkeypatch.setattr(select, "family_of", lambda device: "hopper")
     with FakeTensorMode():
         one, many = call_of(tokens=196, device="cuda"), call_of(batch=188, tokens=196, device="cuda")

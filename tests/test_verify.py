@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from spatial_pe import Rotary, apply_rotary
-from spatial_pe.encodings import CONVENTIONS, AxialRoPE, MixedRoPE, convention
+from spatial_pe.conventions import CONVENTIONS, convention
+from spatial_pe.encodings import AxialRoPE, MixedRoPE
 from spatial_pe.grid import PatchGrid
-from spatial_pe.verify import verify_rotary
+from spatial_pe.rotary_report import verify_rotary
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:

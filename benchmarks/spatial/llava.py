@@ -45,8 +45,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import spatial_pe
-from spatial_pe import environment
-from spatial_pe.towers.adapters import FusedAttention
+from spatial_pe._utils import environment
+from spatial_pe.towers.fused_attention import FusedAttention
 
 # ------------------------------------------------------------------------------------------------------------- tables
 

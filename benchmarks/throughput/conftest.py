@@ -2,7 +2,7 @@
 """pytest-benchmark over the cases of `spatial-pe bench`: its tables, JSON files and comparisons of runs.
 
 pytest-benchmark times one function after another, so a slow minute of the machine falls on one variant. Here the
-variants of a case take turns (``spatial_pe.bench.timing``); each test then plays the samples of its variant back.
+variants of a case take turns (``spatial_pe.lab.bench.timing``); each test then plays the samples of its variant back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.throughput.replay import CLOCK
-from spatial_pe.bench import suites
+from spatial_pe.lab.bench import suites
 
 
 @functools.cache

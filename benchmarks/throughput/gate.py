@@ -15,10 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-from spatial_pe import environment
-from spatial_pe.bench import result
-from spatial_pe.bench.cases import SPEED
-from spatial_pe.bench.suites import Attention
+from spatial_pe._utils import environment
+from spatial_pe.lab.bench import result
+from spatial_pe.lab.bench.cases import SPEED
+from spatial_pe.lab.bench.suites import Attention
 
 FLOORS = Path(__file__).with_name("gate.json")
 TOLERANCE = 0.9

@@ -60,7 +60,8 @@ class FakeGPU:
             raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
         from triton.runtime import driver
 
-        from spatial_pe.backends import select, triton
+        from spatial_pe.backends.triton import backend as triton
+        from spatial_pe.ops import select
 
         driver.set_active(self)
         triton.unavailable = lambda: None
@@ -111,8 +112,9 @@ def main() -> None:
     import spatial_pe
     from spatial_pe import rope_attention
     from spatial_pe.backends import cuda
-    from spatial_pe.backends.call import Call
-    from spatial_pe.backends.triton import forward, plan, rotation
+    from spatial_pe.backends.base import AttentionCall
+    from spatial_pe.backends.triton import plan
+    from spatial_pe.backends.triton.backend import forward, rotation
 
     FakeGPU().install()
     cuda.EMULATED, cuda.EXTENSION = True, types.SimpleNamespace(forward=lambda *args, **options: None)
@@ -121,7 +123,7 @@ def main() -> None:
     rotary = spatial_pe.AxialRoPE(64)(spatial_pe.PatchGrid(14, 14))
     rotary = spatial_pe.Rotary(rotary.cos.detach(), rotary.sin.detach(), rotary.pairing)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    call = Call(q, k, v, rotary, 0.125, None, None, None)
+    call = AttentionCall(q, k, v, rotary, 0.125, None, None, None)
     op, settings = torch.ops.spatial_pe.rope_attention, ("half", 0.125, None, None, None, "triton")
     rows = {
         "forward, inference": lambda: rope_attention(q, k, v, rotary),

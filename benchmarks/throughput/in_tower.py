@@ -21,9 +21,9 @@ from unittest import mock
 import torch
 
 import spatial_pe
-from spatial_pe.bench.cases import DTYPES
-from spatial_pe.bench.towers import TOWERS, run
-from spatial_pe.towers.adapters import fused
+from spatial_pe.lab.bench.cases import DTYPES
+from spatial_pe.lab.bench.towers import TOWERS, run
+from spatial_pe.towers import fused_attention
 
 
 class Timed:
@@ -47,9 +47,9 @@ def measure(tower: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     before = model.eval().to(dtype)
     after = copy.deepcopy(before)
     spatial_pe.patch(after)
-    ours, sdpa = Timed(fused.rope_attention), Timed(torch.nn.functional.scaled_dot_product_attention)
+    ours, sdpa = Timed(fused_attention.rope_attention), Timed(torch.nn.functional.scaled_dot_product_attention)
     with (
-        mock.patch.object(fused, "rope_attention", ours),
+        mock.patch.object(fused_attention, "rope_attention", ours),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa),
     ):
         for _ in range(rounds + 1):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.throughput.replay import CLOCK
-from spatial_pe.bench.suites import Attention, Tower, full
+from spatial_pe.lab.bench.suites import Attention, Tower, full
 
 CASES = list(full("cpu"))
 PAIRS = [(case, variant) for case in CASES if isinstance(case, Attention) for variant in case.variants]

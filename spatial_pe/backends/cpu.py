@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .call import Call, allocator, view
+from .base import AttentionCall, allocator, float32_tables, table_strides, view
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -35,7 +35,7 @@ def unavailable() -> str | None:
     return EXTENSION if isinstance(EXTENSION, str) else None
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_serve(call: AttentionCall) -> str | None:
     dim = call.q.shape[-1]
     if call.q.device.type != "cpu":
         return f"q is on {call.q.device}: this backend computes on the CPU"
@@ -46,7 +46,7 @@ def cannot_serve(call: Call) -> str | None:
     return None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q = call.q
     empty = allocator(call)
@@ -56,7 +56,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv, contiguous."""
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
@@ -87,7 +87,7 @@ def _module() -> ModuleType:
     return EXTENSION
 
 
-def _problem(call: Call) -> dict:
+def _problem(call: AttentionCall) -> dict:
     """The sizes, the sequences and the rotary tables, as plain numbers and addresses.
 
     The returned dict also holds the tensors behind its addresses, so that they live as long as it does.
@@ -106,12 +106,8 @@ def _problem(call: Call) -> dict:
         "threads": torch.get_num_threads(),
     }
     if call.rotary is not None:
-        # tables are float32 and contiguous in the last dimension for the kernel; size-1 dims broadcast by stride 0
-        cos, sin = call.rotary.cos, call.rotary.sin
-        if cos.dtype is not torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
-            cos, sin = cos.float().contiguous(), sin.float().contiguous()
-        batch_stride, token_stride, head_stride, _ = cos.stride()
-        strides = (0 if cos.shape[0] == 1 else batch_stride, token_stride, 0 if cos.shape[2] == 1 else head_stride)
+        cos, sin = float32_tables(call.rotary)
+        strides = table_strides(cos)
         problem |= {
             "rotary_dim": call.rotary.rotary_dim,
             "pairing": call.rotary.pairing,

@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..dispatcher import assume_constant
-from ..rotary import Rotary
-from . import reference, triton
-from .call import Call, allocator, view
+from .._utils.dispatcher import assume_constant
+from . import reference
+from .base import AttentionCall, allocator, float32_tables, table_strides, view
+from .triton import backend as triton
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 HEAD_DIMS = (64, 72, 80, 88, 96, 128)
@@ -63,7 +63,7 @@ def _runtime_error() -> str | None:
     return f"the CUDA runtime of the kernels finds no device ({error}): update the driver" if error else None
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_serve(call: AttentionCall) -> str | None:
     q, k, v = call.q, call.k, call.v
     if q.device.type != ("cpu" if EMULATED else "cuda"):
         return f"q is on {q.device}: this backend computes on a CUDA device"
@@ -106,7 +106,7 @@ def vector_of(rotary_dim: int, pairing: str) -> int | None:
     return next((size for size in (4, 2) if run % size == 0), None)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q, k, v = (_begun(x) for x in (call.q, call.k, call.v))
     empty = allocator(call)
@@ -118,7 +118,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv, contiguous."""
     if dout.stride(-1) != 1 or not aligned(dout):
         dout = dout.contiguous()
@@ -177,52 +177,37 @@ def _place(x: Tensor) -> dict[str, int]:
     return {"device": x.device.index, "stream": torch.cuda.current_stream(x.device).cuda_stream}
 
 
-def _arguments(call: Call) -> tuple[dict, tuple[Tensor, ...]]:
+def _arguments(call: AttentionCall) -> tuple[dict, tuple[Tensor, ...]]:
     """Sizes, sequences and rotary tables, as plain numbers and addresses; and the tensors behind those, which must live
     until the launch. What the allocator then hands out again is used after it, on the same stream."""
-    batch, tokens, heads, dim = call.q.shape
-    form, bounds, sequences, longest = "dense", None, batch, tokens
-    if call.cu_seqlens is not None:
-        form, bounds, sequences = "packed", call.cu_seqlens, call.cu_seqlens.shape[0] - 1
-        longest = tokens if call.max_seqlen is None else min(max(1, int(call.max_seqlen)), tokens)
-    elif call.seqlens is not None:
-        form, bounds = "padded", call.seqlens
+    _, tokens, heads, dim = call.q.shape
+    bounds = call.bounds
     arguments = {
         "dtype": DTYPES[call.q.dtype],
-        "longest": longest,
+        "longest": min(max(1, call.longest), tokens),
         "heads": heads,
         "kv_heads": call.k.shape[2],
         "head_dim": dim,
         "scale": call.scale,
-        "form": FORMS[form],
+        "form": FORMS[call.form],
         "bounds": 0 if bounds is None else bounds.data_ptr(),
-        "sequences": sequences,
+        "sequences": call.num_sequences,
         "tokens": tokens,
         "vector": 4,
     }
     keep: tuple[Tensor, ...] = () if bounds is None else (bounds,)
     rotary = call.rotary
     if rotary is not None and rotary.rotary_dim > 0:
-        cos, sin = tables(rotary)
-        strides = (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), 0 if cos.shape[2] == 1 else cos.stride(2))
+        # rows at multiples of 16 bytes; where 4 does not divide R/2, vectors are of 2 pairs, 8 bytes
+        cos, sin = float32_tables(rotary, 4)
+        if cos.data_ptr() % 16 or sin.data_ptr() % 16:  # both, or their strides might differ
+            cos, sin = (x.clone(memory_format=torch.contiguous_format) for x in (cos, sin))
         arguments |= {
             "vector": vector_of(rotary.rotary_dim, rotary.pairing),
             "rotary_dim": rotary.rotary_dim,
             "pairing": rotary.pairing,
-            "cos": (cos.data_ptr(), *strides),
+            "cos": (cos.data_ptr(), *table_strides(cos)),
             "sin": sin.data_ptr(),
         }
         keep += (cos, sin)
     return arguments, keep
-
-
-def tables(rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """float32 tables with rows at multiples of 16 bytes, alike in their strides. Contiguous ones of R/2 floats always
-    serve: where 4 does not divide R/2, vectors are of 2 pairs, 8 bytes."""
-    cos, sin = rotary.cos, rotary.sin
-    if cos.dtype != torch.float32:
-        cos, sin = cos.float(), sin.float()
-    strides = cos.stride()
-    if strides != sin.stride() or strides[3] != 1 or any(stride % 4 for stride in strides[:3]):
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return _begun(cos), _begun(sin)

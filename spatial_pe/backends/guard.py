@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .call import Call
+from .base import AttentionCall
 
 # Of a row's norm. The worst row of 100,000 of torch's own attention is off by 0.011 in bfloat16, 0.0012 in float16.
 LIMITS = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
@@ -23,7 +23,7 @@ RESULTS = ("out", "dq", "dk", "dv")
 MOST_SCORES = 1 << 26
 
 
-def exact(call: Call, dout: Tensor) -> dict[str, Tensor]:
+def exact(call: AttentionCall, dout: Tensor) -> dict[str, Tensor]:
     """RESULTS in float64, and lse (B, H, N) float32: on the device of the call, a few heads at a time."""
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
     longest = call.q.shape[1] if call.max_seqlen is None else call.max_seqlen

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..dispatcher import is_traced
+from .._utils.dispatcher import is_traced
 
 
 @dataclass

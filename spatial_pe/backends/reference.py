@@ -12,18 +12,18 @@ from torch import Tensor
 
 from .. import rotary
 from ..rotary import rotated
-from .call import Call
+from .base import AttentionCall
 
 
 def unavailable() -> str | None:
     return None
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_serve(call: AttentionCall) -> str | None:
     return None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns out (B, N, H, D) in q's dtype and lse (B, H, N), the log of each row's sum of exponentials."""
     out = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
     batch, tokens, heads, _ = call.q.shape
@@ -37,7 +37,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv in the shapes and dtype of q, k, v.
 
     P = softmax(S), dP = dO Vᵀ, dS = P (dP - rowsum(dO O)): the gradients of q̂ and k̂ follow, and those of q and k are
@@ -85,7 +85,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return _einsum("nhd,mhd->hnm", q, k)
 
 
-def _rotated(call: Call, b: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rotated(call: AttentionCall, b: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
     """q̂, k̂, v of one sequence, each (n, H, D) in the wide dtype; key heads are repeated to H."""
     wide = _wide(call.q)
     q, k, v = (x[b, start:stop].to(wide) for x in (call.q, call.k, call.v))

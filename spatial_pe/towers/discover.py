@@ -9,23 +9,37 @@ from inspect import Parameter, signature
 
 from torch import nn
 
-from .adapters import LEFT_ALONE, SHAPES, FusedAttention, Shape
-from .grids import is_patch_convolution
+from .equivalence import Proof
+from .forms import FORMS, LEFT_ALONE, ForwardForm
+from .fused_attention import FusedAttention
+from .grid_hooks import is_patch_convolution
 from .layout import QKV, Layout, read_layout
 from .swap import swap_refusal
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """An attention module: either its shape and layout, or the reason why it is not for us."""
+class Skipped:
+    """An attention module that is left alone, and why."""
 
     name: str
     module: nn.Module
-    tower_name: str = ""
-    tower: nn.Module | None = None
-    shape: Shape | None = None
-    layout: Layout | None = None
-    reason: str | None = None
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An attention module of a vision tower that has a known form: patched if it is proven or trusted."""
+
+    name: str
+    module: nn.Module
+    tower_name: str
+    tower: nn.Module
+    form: ForwardForm
+    layout: Layout
+    proof: Proof | None = None
+
+    def skipped(self, reason: str) -> Skipped:
+        return Skipped(self.name, self.module, reason)
 
     @property
     def rotates(self) -> bool:
@@ -33,20 +47,19 @@ class Found:
 
         Only a tower that says ``rope = None`` has none: others may keep it under another name.
         """
-        if self.shape is None or not self.shape.rotation:
+        if not self.form.rotation:
             return False
-        return self.shape.first != "x" or getattr(self.tower, "rope", self) is not None
+        return self.form.first != "x" or getattr(self.tower, "rope", self) is not None
 
     @property
     def pads(self) -> bool:
         """Whether its tower may pad: of timm's only those that take patch_valid."""
-        timm = self.shape is not None and self.shape.first == "x"
-        return not timm or (self.tower is not None and "patch_valid" in _arguments(type(self.tower)))
+        return self.form.first != "x" or "patch_valid" in _arguments(type(self.tower))
 
     @property
     def packs_images(self) -> bool:
         """Pixtral: several images in a batch of one, told apart by a mask that the tower builds."""
-        if self.tower is None or self.shape is None or self.shape.name != "batched":
+        if self.form.name != "batched":
             return False
         takes = _arguments(type(self.tower))
         return {"pixel_values", "image_sizes"} <= takes.keys() and isinstance(
@@ -54,7 +67,7 @@ class Found:
         )
 
 
-def discover(model: nn.Module) -> list[Found]:
+def discover(model: nn.Module) -> list[Candidate | Skipped]:
     """All attention modules of a model, those outside of its vision towers included (with that as the reason)."""
     modules = dict(model.named_modules())
     attention = {name: module for name, module in modules.items() if _is_attention(module)}
@@ -62,46 +75,51 @@ def discover(model: nn.Module) -> list[Found]:
         if any(other != name and _inside(other, name) for other in attention):
             del attention[name]
     towers = _towers(modules, attention)
-    found = []
+    found: list[Candidate | Skipped] = []
     for name, module in attention.items():
         holders = [tower for tower in towers if _inside(name, tower)]
         if not holders:
-            found.append(Found(name, module, reason="not inside a vision tower"))
+            found.append(Skipped(name, module, "not inside a vision tower"))
         else:
             tower = max(holders, key=len)
             found.append(_classify(name, module, tower, modules[tower]))
     return found
 
 
-def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -> Found:
+def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -> Candidate | Skipped:
+    form = _form_of(type(module))
+    layout: Layout | str = "" if isinstance(form, str) else read_layout(module)
+    reason = _reason(module, tower, form, layout)
+    if reason is not None or isinstance(form, str) or isinstance(layout, str):
+        return Skipped(name, module, reason or "")
+    return Candidate(name, module, tower_name, tower, form, layout)
+
+
+def _reason(module: nn.Module, tower: nn.Module, form: ForwardForm | str, layout: Layout | str) -> str | None:
+    """Return why an attention module is left alone, or None."""
     if isinstance(module, FusedAttention):
-        return Found(name, module, tower_name, tower, reason="already patched")
-    shape = _shape_of(type(module))
-    layout: Layout | str = "" if isinstance(shape, str) else read_layout(module)
-    reason = LEFT_ALONE.get(type(module).__name__) or swap_refusal(module)
-    if reason is None and isinstance(module, nn.MultiheadAttention):
-        reason = "torch.nn.MultiheadAttention is not patched"
-    if reason is None and isinstance(shape, str):
-        reason = shape
-    if reason is None and isinstance(layout, str):
-        reason = layout
-    if reason is None and getattr(module, "is_causal", False):
-        reason = "is_causal is True: attention over patches is bidirectional here"
-    if reason is None:
-        bias = next((n for n in _names_in(tower) if "relative_position" in n or "rel_pos" in n), None)
-        reason = f"its tower has a relative position bias ({bias})" if bias else None
-    if reason is not None or isinstance(shape, str) or isinstance(layout, str):
-        return Found(name, module, tower_name, tower, reason=reason)
-    return Found(name, module, tower_name, tower, shape, layout)
+        return "already patched"
+    if (reason := LEFT_ALONE.get(type(module).__name__) or swap_refusal(module)) is not None:
+        return reason
+    if isinstance(module, nn.MultiheadAttention):
+        return "torch.nn.MultiheadAttention is not patched"
+    if isinstance(form, str):
+        return form
+    if isinstance(layout, str):
+        return layout
+    if getattr(module, "is_causal", False):
+        return "is_causal is True: attention over patches is bidirectional here"
+    bias = next((n for n in _names_in(tower) if "relative_position" in n or "rel_pos" in n), None)
+    return f"its tower has a relative position bias ({bias})" if bias else None
 
 
-def _shape_of(cls: type[nn.Module]) -> Shape | str:
+def _form_of(cls: type[nn.Module]) -> ForwardForm | str:
     arguments = _arguments(cls)
     names = list(arguments)
     given = frozenset(names[1:])
-    for shape in SHAPES:
-        if names and names[0] == shape.first and shape.needs <= given <= shape.takes:
-            return shape
+    for form in FORMS:
+        if names and names[0] == form.first and form.needs <= given <= form.takes:
+            return form
     return f"its forward takes ({', '.join(names)})"
 
 

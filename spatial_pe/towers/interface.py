@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import rope_attention
-from .adapters.masks import attend_padded, padding_of
+from ..ops.attention import rope_attention
+from .padding import attend_padded, padding_of
 
 NAME = "spatial_pe"
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.call import Call
-from ..backends.select import check_backend, select
+from ..backends.base import AttentionCall
+from ..ops.select import check_backend, select
 from ..rotary import PAIRINGS
-from .adapters import NO_GRID, Binding, FusedAttention, Known, tested
 from .classes import Swapped
-from .discover import Found, discover
-from .grids import grid_source
-from .hooks import remove_hooks
+from .config_entry import MARK, forget, marking, remember
+from .discover import Candidate, Skipped, discover
+from .equivalence import Proof, costs, floating_weight, prove
+from .forms import NO_GRID, Known, tested
+from .fused_attention import Binding, FusedAttention
+from .grid_hooks import grid_source
 from .layout import Layout, scale_of
 from .legacy import warn_of_legacy
+from .options import PatchOptions, check_encoding
 from .report import PatchedRow, PatchReport, SkippedRow
-from .request import Request, check_encoding
-from .saved import MARK, forget, marking, remember
-from .swap import restore, swap, swap_tower
-from .verify import Proof, costs, floating_weight, prove
+from .swap import remove_hooks, restore, swap, swap_tower
 
 ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|pos_embed(_[yx])?)(\.weight)?$")
 
@@ -59,8 +59,8 @@ def patch(
             parameters; a module without parameters is shared). Registered as ``rope`` on each attention module, so its
             parameters are in ``model.parameters()`` and in the state dict. CLS and register tokens are not rotated.
         start: "identity": the model computes at first what it did, and learns to rotate: "axial" has a learnable
-            strength that starts at 0, "mixed" frequencies that start at 0; a module given as ``rope`` must rotate by
-            nothing. cos is then 1 and sin 0, and the outputs are those of ``patch(model)`` on the same backend: bit
+            strength that starts at 0, "mixed" frequencies that start at 0; a module given as ``rope`` must be the
+            identity. cos is then 1 and sin 0, and the outputs are those of ``patch(model)`` on the same backend: bit
             for bit if it sums the channels in one order with and without RoPE (composed, reference), else to a
             rounding (the cpu kernels order them by pairs, which depends on pairing and dtype).
             "full": "axial" is fixed, without parameters, "mixed" starts from random frequencies.
@@ -68,8 +68,8 @@ def patch(
         legacy: "2601.09954" adds, in place of ``rope``, what the public code of that paper computes, which is not a
             rotation (see ``towers/legacy.py``), and drops the absolute position embedding as it does. It warns.
         backend: see ``rope_attention``.
-        verify: prove each kind of module right before anything is changed, see ``towers/verify.py``. Without it only
-            classes that are part of this package's tests are patched.
+        verify: prove each kind of module right before anything is changed, see ``towers/equivalence.py``. Without it
+            only classes that are part of this package's tests are patched.
 
     Returns:
         PatchReport. Modules that are already patched in the same way are reported as skipped.
@@ -79,10 +79,10 @@ def patch(
             another way: ``unpatch`` it first.
         RuntimeError: a module computes something else when patched; nothing was changed.
     """
-    request = Request(rope, start, keep_absolute, legacy)
-    request.check()
-    request.check_start()
-    report = apply(model, request, backend, verify)
+    options = PatchOptions(rope, start, keep_absolute, legacy)
+    options.check()
+    options.check_start()
+    report = apply(model, options, backend, verify)
     if legacy is not None:
         warn_of_legacy()
     return report
@@ -108,48 +108,170 @@ def unpatch(model: nn.Module) -> None:
 
 
 def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> PatchReport:
-    """What ``patch(model)`` would do, proofs included, with nothing changed.
+    """Return what ``patch(model)`` would do, proofs included, with nothing changed.
 
     The report also counts the kernels that a layer launches and the memory that it needs (the tensors that it makes
     and that are alive at once), before and after, on 960 tokens: one image, or 15 windows of 64 where the tower packs.
     """
     check_backend(backend)
-    found, proofs = _examine(model, Request(), backend, verify)
-    report = _report(found, proofs, backend, Request())
+    patching = _Patching(PatchOptions(), backend, verify)
+    candidates, skipped = patching.examine(model)
+    report = patching.report(candidates, skipped)
     counted: dict[tuple, tuple | None] = {}
-    for i, row in enumerate(report.patched):
-        f = next(f for f in found if f.name == row.name)
-        if row.error is not None:  # proven, so it can be run
-            kind = (type(f.module), f.layout, f.packs_images)
-            if kind not in counted:
-                proof = proofs[f.name]
-                counted[kind] = costs(f.module, _binding(f, proof, backend, Request()), f.packs_images, proof.form)
-            if (found_costs := counted[kind]) is not None:
-                report.patched[i] = row._replace(own_cost=found_costs[0], cost=found_costs[1])
+    for i, candidate in enumerate(candidates):
+        proof = candidate.proof
+        if proof is None or proof.failure or proof.error is None:  # only what was proven can be run
+            continue
+        kind = (type(candidate.module), candidate.layout, candidate.packs_images)
+        if kind not in counted:
+            binding = patching.binding(candidate)
+            counted[kind] = costs(candidate.module, binding, candidate.packs_images, proof.example)
+        if (found := counted[kind]) is not None:
+            report.patched[i] = report.patched[i]._replace(own_cost=found[0], cost=found[1])
     return report
 
 
-def apply(model: nn.Module, request: Request, backend: str, verify: bool) -> PatchReport:
-    """patch, for a request that may come from a config.json."""
-    request.check()
+def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool) -> PatchReport:
+    """``patch``, with options that may come from a config.json."""
+    options.check()
     check_backend(backend)
-    found, proofs = _examine(model, request, backend, verify)
-    _check_repeated(found, request, backend)
-    chosen = [f for f in found if f.reason is None]
-    report = _report(found, proofs, backend, request)
-    if not chosen:
-        if any(isinstance(f.module, FusedAttention) for f in found):
+    patching = _Patching(options, backend, verify)
+    candidates, skipped = patching.examine(model)
+    patching.check_repeated(skipped)
+    report = patching.report(candidates, skipped)
+    if not candidates:
+        if any(isinstance(s.module, FusedAttention) for s in skipped):
             return report
-        raise ValueError(f"nothing to patch in {type(model).__name__}: {_summary(found)}")
-    if request.adds:
-        _add_rope(chosen, proofs, backend, request)
-        added = {id(p): p for f in chosen for p in f.module.rope.parameters()}  # type: ignore[union-attr]
+        raise ValueError(f"nothing to patch in {type(model).__name__}: {_summary(skipped)}")
+    if options.adds:
+        patching.add_rope(candidates)
+        added = {id(p): p for c in candidates for p in c.module.rope.parameters()}  # type: ignore[union-attr]
         report._added.extend(added.values())
     else:
-        _swap_all(chosen, proofs, backend, request)
-    for name in {f.tower_name for f in chosen}:
-        remember(model, name, request, backend)
+        patching.swap_all(candidates)
+    for name in {c.tower_name for c in candidates}:
+        remember(model, name, options, backend)
     return report
+
+
+@dataclass(frozen=True)
+class _Patching:
+    """One call of ``patch`` or ``inspect``: which modules it takes, what each of them gets, and what it reports."""
+
+    options: PatchOptions
+    backend: str
+    verify: bool
+
+    # -------------------------------------------------------------------------------------------------------- examine
+
+    def examine(self, model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
+        """Discover, and prove one module of each kind. Raises where a class that must be right is not."""
+        _check_model(model)
+        candidates: list[Candidate] = []
+        skipped: list[Skipped] = []
+        by_kind: dict[tuple, Proof] = {}
+        for found in discover(model):
+            judged = self._judge(found, by_kind) if isinstance(found, Candidate) else found
+            if isinstance(judged, Candidate):
+                candidates.append(judged)
+            else:
+                skipped.append(judged)
+        return candidates, skipped
+
+    def _judge(self, candidate: Candidate, by_kind: dict[tuple, Proof]) -> Candidate | Skipped:
+        """The candidate with its proof, or why it is skipped after all."""
+        module, layout = candidate.module, candidate.layout
+        known = tested(type(module))
+        if self.options.adds and (reason := _no_added_rope(candidate)) is not None:
+            return candidate.skipped(reason)
+        if not self.verify:
+            if known is None:
+                return candidate.skipped("its class is not part of the tests: needs verify=True")
+            return replace(candidate, proof=_trusted(candidate, known))
+        weight = floating_weight(module)
+        # modules of a tested class differ only in what the layout says; of an unknown class, each one is asked
+        which = None if known else candidate.name
+        pairings = _pairings(candidate, known)
+        kind = (type(module), layout, candidate.packs_images, pairings, weight.dtype, weight.device.type, which)
+        if kind not in by_kind:
+            by_kind[kind] = prove(module, candidate.form, layout, self.backend, candidate.packs_images, pairings)
+        proof = by_kind[kind]
+        if proof.failure is None:
+            return replace(candidate, proof=proof)
+        if known and not proof.ran:
+            return replace(candidate, proof=replace(_trusted(candidate, known), failure=proof.failure, ran=False))
+        if known:
+            raise RuntimeError(
+                f"{candidate.name} ({type(module).__name__}) computes something else when patched: {proof.failure}. "
+                "Nothing was changed; please report this with the model's configuration."
+            )
+        return candidate.skipped(f"it has the form of {candidate.form.name} attention, but {proof.failure}")
+
+    def check_repeated(self, skipped: list[Skipped]) -> None:
+        """Raise where a module is patched already in another way."""
+        for found in skipped:
+            if isinstance(found.module, FusedAttention):
+                bound = found.module._spatial_pe
+                if (bound.options, bound.backend) != (self.options, self.backend):
+                    raise ValueError(
+                        f"{found.name} is already patched with {bound.options}, backend={bound.backend}, now asked for "
+                        f"{self.options}, backend={self.backend}: call unpatch(model) first"
+                    )
+
+    # ---------------------------------------------------------------------------------------------------------- apply
+
+    def binding(self, candidate: Candidate) -> Binding:
+        proof = candidate.proof or Proof()
+        known = tested(type(candidate.module))
+        return Binding(
+            candidate.layout,
+            candidate.form,
+            proof.pairing,
+            proof.returns,
+            self.backend,
+            proof.masks,
+            pads=known is not None and known.pads and candidate.pads,
+            options=self.options,
+        )
+
+    def swap_all(self, candidates: list[Candidate]) -> None:
+        for candidate in candidates:
+            swap(candidate.module, self.binding(candidate))
+        for tower in {id(c.tower): c.tower for c in candidates if c.packs_images}.values():
+            swap_tower(tower)
+
+    def add_rope(self, candidates: list[Candidate]) -> None:
+        towers: dict[int, list[Candidate]] = {}
+        for candidate in candidates:
+            towers.setdefault(id(candidate.tower), []).append(candidate)
+        # all that can raise, out of memory say, comes first
+        additions = [_Addition(members, self) for members in towers.values()]
+        try:
+            for addition in additions:
+                addition.apply()
+        except BaseException:
+            for addition in additions:
+                unpatch(addition.tower)
+            raise
+
+    # --------------------------------------------------------------------------------------------------------- report
+
+    def report(self, candidates: list[Candidate], skipped: list[Skipped]) -> PatchReport:
+        report = PatchReport()
+        report.skipped.extend(SkippedRow(s.name, s.reason, type(s.module).__name__) for s in skipped)
+        report.patched.extend(map(self._row, candidates))
+        return report
+
+    def _row(self, candidate: Candidate) -> PatchedRow:
+        module, proof = candidate.module, candidate.proof or Proof()
+        packed = ", packed" if candidate.form.bounds else ""
+        own = f"own RoPE{packed} ({proof.pairing})" if candidate.rotates else f"no RoPE{packed}"
+        tower = f"{candidate.tower_name or 'model'} ({type(candidate.tower).__name__})"
+        selected = _selected_backend(module, candidate.layout, self.backend)
+        note = proof.failure or ""
+        errors = (None, None) if note else (proof.error, proof.own_error)
+        convention = self.options.name if self.options.adds else own
+        return PatchedRow(candidate.name, tower, type(module).__name__, convention, selected, *errors, note)
 
 
 # ------------------------------------------------------------------------------------------------------------ examine
@@ -160,152 +282,81 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _examine(model: nn.Module, request: Request, backend: str, verify: bool) -> tuple[list[Found], dict[str, Proof]]:
-    """Discover, and prove one module of each kind. Raises where a class that must be right is not."""
-    _check_model(model)
-    found: list[Found] = []
-    proofs: dict[str, Proof] = {}
-    by_kind: dict[tuple, Proof] = {}
-    for f in discover(model):
-        if f.reason is None:
-            reason, proof = _judge(f, request, backend, verify, by_kind)
-            proofs[f.name] = proof
-            f = f if reason is None else Found(f.name, f.module, f.tower_name, f.tower, reason=reason)
-        found.append(f)
-    return found, proofs
+def _no_added_rope(candidate: Candidate) -> str | None:
+    """Return why this module gets no RoPE, or None."""
+    if candidate.rotates:
+        return "has RoPE of its own"
+    if candidate.form.bounds:
+        return "its images are packed, and nothing tells the grid of each"
+    if hasattr(candidate.module, "rope"):
+        return "has an attribute rope"
+    return NO_GRID.get(type(candidate.module).__name__)
 
 
-def _judge(
-    f: Found, request: Request, backend: str, verify: bool, by_kind: dict[tuple, Proof]
-) -> tuple[str | None, Proof]:
-    """Why this module is skipped after all, or None; and what was proven."""
-    assert f.shape is not None and f.layout is not None
-    known = tested(type(f.module))
-    if request.adds:
-        if f.rotates:
-            return "has RoPE of its own", Proof()
-        if f.shape.bounds:
-            return "its images are packed, and nothing tells the grid of each", Proof()
-        if hasattr(f.module, "rope"):
-            return "has an attribute rope", Proof()
-        if type(f.module).__name__ in NO_GRID:
-            return NO_GRID[type(f.module).__name__], Proof()
-    if not verify:
-        return (None if known else "its class is not part of the tests: needs verify=True"), _trusted(f, known)
-    weight = floating_weight(f.module)
-    # modules of a tested class differ only in what the layout says; of an unknown class, each one is asked
-    which = None if known else f.name
-    pairings = _pairings(f, known)
-    kind = (type(f.module), f.layout, f.packs_images, pairings, weight.dtype, weight.device.type, which)
-    if kind not in by_kind:
-        by_kind[kind] = prove(f.module, f.shape, f.layout, backend, f.packs_images, pairings)
-    proof = by_kind[kind]
-    if proof.failure is None:
-        return None, proof
-    if known and not proof.ran:
-        return None, replace(_trusted(f, known), failure=proof.failure, ran=False)
-    if known:
-        raise RuntimeError(
-            f"{f.name} ({type(f.module).__name__}) computes something else when patched: {proof.failure}. "
-            "Nothing was changed; please report this with the model's configuration."
-        )
-    return f"it has the form of {f.shape.name} attention, but {proof.failure}", proof
-
-
-def _trusted(f: Found, known: Known | None) -> Proof:
+def _trusted(candidate: Candidate, known: Known) -> Proof:
     """What a Binding needs, for a module that is not verified."""
-    assert f.shape is not None
-    known = known or Known()
-    return Proof(pairing=_pairings(f, known)[0], returns=known.returns or f.shape.returns, masks=known.pads, ran=False)
+    pairing = _pairings(candidate, known)[0]
+    return Proof(pairing=pairing, returns=known.returns or candidate.form.returns, masks=known.pads, ran=False)
 
 
-def _pairings(f: Found, known: Known | None) -> tuple[str, ...]:
+def _pairings(candidate: Candidate, known: Known | None) -> tuple[str, ...]:
     """Those that the module may use."""
-    assert f.shape is not None and f.layout is not None
-    if not f.shape.rotation:
+    if not candidate.form.rotation:
         return ("half",)
-    says = getattr(f.module, "rotate_half", None)  # timm
+    says = getattr(candidate.module, "rotate_half", None)  # timm
     if isinstance(says, bool):
         return ("half",) if says else ("interleaved",)
     if known is not None:
         return (known.pairing,)
-    return tuple(p for p in PAIRINGS if p != "axis_half" or f.layout.head_dim % 4 == 0)
+    return tuple(p for p in PAIRINGS if p != "axis_half" or candidate.layout.head_dim % 4 == 0)
 
 
-def _check_repeated(found: list[Found], request: Request, backend: str) -> None:
-    for f in found:
-        if isinstance(f.module, FusedAttention):
-            bound = f.module._spatial_pe
-            if (bound.request, bound.backend) != (request, backend):
-                raise ValueError(
-                    f"{f.name} is already patched with {bound.request}, backend={bound.backend}, now asked for "
-                    f"{request}, backend={backend}: call unpatch(model) first"
-                )
-
-
-def _summary(found: list[Found]) -> str:
-    if not found:
+def _summary(skipped: list[Skipped]) -> str:
+    if not skipped:
         return "it has no attention modules"
-    counts = Counter((type(f.module).__name__, f.reason) for f in found)
+    counts = Counter((type(s.module).__name__, s.reason) for s in skipped)
     return "; ".join(f"{count} {name}: {reason}" for (name, reason), count in counts.items())
 
 
-# -------------------------------------------------------------------------------------------------------------- apply
+def _selected_backend(module: nn.Module, layout: Layout, backend: str) -> str:
+    """The backend for a call of one sample in the module's dtype and on its device, if that is known by now."""
+    weight = floating_weight(module)
+    if weight.is_meta:
+        return backend
+
+    def empty(heads: int) -> Tensor:
+        return torch.empty(1, 1, heads, layout.head_dim, dtype=weight.dtype, device=weight.device)
+
+    keys = empty(layout.kv_heads)
+    call = AttentionCall(empty(layout.heads), keys, keys, None, scale_of(module, layout), None, None, None)
+    return select(call, backend)
 
 
-def _binding(f: Found, proof: Proof, backend: str, request: Request) -> Binding:
-    assert f.shape is not None and f.layout is not None
-    known = tested(type(f.module))
-    pads = known is not None and known.pads and f.pads
-    return Binding(f.layout, f.shape, proof.pairing, proof.returns, backend, proof.masks, pads, request=request)
-
-
-def _swap_all(chosen: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
-    for f in chosen:
-        swap(f.module, _binding(f, proofs[f.name], backend, request))
-    for tower in {id(f.tower): f.tower for f in chosen if f.packs_images}.values():
-        assert tower is not None
-        swap_tower(tower)
-
-
-def _add_rope(chosen: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
-    towers: dict[int, list[Found]] = {}
-    for f in chosen:
-        towers.setdefault(id(f.tower), []).append(f)
-    # all that can raise, out of memory say, comes first
-    additions = [_Addition(members, proofs, backend, request) for members in towers.values()]
-    try:
-        for addition in additions:
-            addition.apply()
-    except BaseException:
-        for addition in additions:
-            unpatch(addition.tower)
-        raise
+# ------------------------------------------------------------------------------------------------------ an added RoPE
 
 
 class _Addition:
     """All that one tower gets, ready to be put in place."""
 
-    def __init__(self, members: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> None:
-        assert members[0].tower is not None
-        self.tower: nn.Module = members[0].tower
-        self.modules = [f.module for f in members]
+    def __init__(self, members: list[Candidate], patching: _Patching) -> None:
+        options = patching.options
+        self.tower = members[0].tower
+        self.modules = [c.module for c in members]
         self.hook_up = grid_source(self.tower)
-        self.bindings = [_binding(f, proofs[f.name], backend, request) for f in members]
+        self.bindings = [patching.binding(c) for c in members]
         self.encodings: list[nn.Module] = []
-        for f in members:
-            assert f.layout is not None
-            device = floating_weight(f.module).device
+        for candidate in members:
+            device = floating_weight(candidate.module).device
             # weights that are elsewhere for now (accelerate's offloading) say nothing about where tokens will be
             device = torch.device("cpu") if device.type == "meta" else device
             with torch.device("cpu"):  # whatever the default device is: the weights say where it belongs
-                encoding = request.encoding(f.layout).to(device).train(f.module.training)
-                check_encoding(encoding, f.layout)
+                encoding = options.encoding(candidate.layout).to(device).train(candidate.module.training)
+                check_encoding(encoding, candidate.layout)
             self.encodings.append(encoding)
         if not self.encodings[0].state_dict() and not list(self.encodings[0].parameters()):
             self.encodings = [self.encodings[0]] * len(members)
         self.marks = [marking(floating_weight(module).device) for module in self.modules]
-        absolute = {} if request.keeps_absolute else _absolute(self.tower)
+        absolute = {} if options.keeps_absolute else _absolute(self.tower)
         self.absolute = {name: (p.detach().clone(), p.requires_grad) for name, p in absolute.items()}
 
     def apply(self) -> None:
@@ -343,39 +394,3 @@ def _absolute(tower: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ValueError(f"keep_absolute=False: {type(tower).__name__} has no absolute position embedding")
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------- report
-
-
-def _report(found: list[Found], proofs: dict[str, Proof], backend: str, request: Request) -> PatchReport:
-    report = PatchReport()
-    for f in found:
-        attention = type(f.module).__name__
-        if f.reason is not None:
-            report.skipped.append(SkippedRow(f.name, f.reason, attention))
-            continue
-        assert f.shape is not None and f.layout is not None
-        proof = proofs[f.name]
-        packed = ", packed" if f.shape.bounds else ""
-        own = f"own RoPE{packed} ({proof.pairing})" if f.rotates else f"no RoPE{packed}"
-        tower = f"{f.tower_name or 'model'} ({type(f.tower).__name__})"
-        serves = _serving_backend(f.module, f.layout, backend)
-        note = proof.failure or ""
-        errors = (None, None) if note else (proof.error, proof.own_error)
-        convention = request.name if request.adds else own
-        report.patched.append(PatchedRow(f.name, tower, attention, convention, serves, *errors, note))
-    return report
-
-
-def _serving_backend(module: nn.Module, layout: Layout, backend: str) -> str:
-    """Who serves a call of one sample in the module's dtype and on its device, if that is known by now."""
-    weight = floating_weight(module)
-    if weight.is_meta:
-        return backend
-
-    def empty(heads: int) -> Tensor:
-        return torch.empty(1, 1, heads, layout.head_dim, dtype=weight.dtype, device=weight.device)
-
-    keys = empty(layout.kv_heads)
-    return select(Call(empty(layout.heads), keys, keys, None, scale_of(module, layout), None, None, None), backend)

@@ -12,10 +12,11 @@ from types import FunctionType, MethodType
 
 from torch import nn
 
-from .adapters import Binding, FusedAttention
 from .classes import Swapped, swapped_class
-from .packing import PackedTower, pack_images
-from .saved import MARK
+from .config_entry import MARK
+from .fused_attention import Binding, FusedAttention
+from .grid_hooks import Grids, Hook
+from .packing import PackedTower, PackImages, Unpack, pack_images
 
 
 def swap_refusal(module: nn.Module) -> str | None:
@@ -68,3 +69,12 @@ def _is_own(module: nn.Module, name: str) -> bool:
 
 def _forward(cls: type[nn.Module]) -> FunctionType:
     return cls.forward  # type: ignore[return-value]
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """By class and not by handle: handles do not survive a copy."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = getattr(module, kind)
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Grids | Hook | PackImages | Unpack)]:
+            for table in (hooks, getattr(module, f"{kind}_with_kwargs"), module._forward_hooks_always_called):
+                table.pop(key, None)

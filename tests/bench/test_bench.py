@@ -15,10 +15,11 @@ import torch
 
 from benchmarks.throughput.gpu import timing as gpu_timing
 from spatial_pe import cli
+from spatial_pe._utils.errors import UserError
 from spatial_pe.backends import cpu
-from spatial_pe.bench import machine, memory, report, suites, timing, towers, variants
-from spatial_pe.bench import result as results
-from spatial_pe.bench.cases import SPEED, Inputs, Shape
+from spatial_pe.lab.bench import machine, memory, report, suites, timing, towers, variants
+from spatial_pe.lab.bench import result as results
+from spatial_pe.lab.bench.cases import SPEED, Inputs, Shape
 
 pytest.importorskip("transformers")
 DENSE, PACKED = Shape(1, 2, 24, 64), Shape(3, 2, 16, 64, packed=True)
@@ -317,5 +318,5 @@ def test_a_file_of_something_else(tmp_path):
     path = tmp_path / "x.json"
     for text in ("no json", "[]", json.dumps({"kind": "spatial-bench", "schema": 0})):
         path.write_text(text)
-        with pytest.raises(results.ResultError, match=r"x\.json"):
+        with pytest.raises(UserError, match=r"x\.json"):
             results.load(path)

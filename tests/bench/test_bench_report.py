@@ -15,9 +15,9 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import browser
 
-from spatial_pe import environment
-from spatial_pe.bench import report
-from spatial_pe.bench.cases import SPEED, Shape
+from spatial_pe._utils import environment
+from spatial_pe.lab.bench import report
+from spatial_pe.lab.bench.cases import SPEED, Shape
 
 
 def row(suite: str, shape: Shape, ours: float, eager: float, **how) -> dict:

@@ -20,6 +20,7 @@ CASES = [
 TOLERANCE = 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind")
 @pytest.mark.skipif(cpu.FEATURES.get("compiler") != COUNTED["compiler"], reason=f"counted with {COUNTED['compiler']}")
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spatial_pe.backends import cuda
-from spatial_pe.backends.call import Call
+from spatial_pe.backends.base import AttentionCall
 
 sys.path.append(str(Path(__file__).parents[1] / "triton"))
 from wrong_bounds import Wrong, call_of, check_lse, decreasing_cases, expected, wrong_cases
@@ -27,7 +27,7 @@ SHAPES = {
 }
 
 
-def results(call: Call, dout: Tensor) -> dict[str, Tensor]:
+def results(call: AttentionCall, dout: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         out, lse = cuda.forward(call)
         grads = cuda.backward(call, out, lse, dout)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
-from test_attention import BIASES, MORE_SINKS, POISON, biased, poisoned, with_sinks
+from test_attention import MORE_SINKS, POISON, biased, extreme_rows, poisoned, with_sinks
 
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends import cuda
@@ -63,13 +63,26 @@ def test_lengths_rotations_sequences_views(case, emulated):
     check_kernels(case, torch.bfloat16)
 
 
+def test_tables_that_begin_at_different_alignments(emulated):
+    """cos at a multiple of 16 bytes and sin not, both views of wider rows: one table of strides serves both."""
+    inputs = make(Case(tokens=64, dim=64, dtype=torch.bfloat16))
+    rotary = inputs.rotary()
+    wide = torch.full((*rotary.cos.shape[:-1], 40), torch.nan)
+    cos = wide.clone()[..., :32]
+    sin = torch.cat([torch.zeros(1), wide.flatten()])[1:].view(wide.shape)[..., :32]
+    cos.copy_(rotary.cos), sin.copy_(rotary.sin)
+    assert cos.stride() == sin.stride() and cos.data_ptr() % 16 == 0 != sin.data_ptr() % 16
+    got = rope_attention(inputs.q, inputs.k, inputs.v, Rotary(cos, sin, rotary.pairing), backend="cuda")
+    assert torch.equal(got, inputs.call("cuda"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*ALL_LENGTHS, *CALLS], ids=str)
 def test_float16_everywhere(case, emulated):
     check_kernels(case, torch.float16)
 
 
-@pytest.mark.parametrize("shared", [99, 64])
+@pytest.mark.parametrize("shared", [99, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", STREAMED, ids=str)
 def test_streaming(case, shared, emulated):
     """Keys and values that do not fit: rings of 3 slots and more."""
@@ -77,7 +90,7 @@ def test_streaming(case, shared, emulated):
     check_kernels(case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(i, marks=pytest.mark.slow) for i in (2, 3))])
 @pytest.mark.parametrize("case", [ALL_LENGTHS[2], ALL_LENGTHS[3], DIMS[4], *CALLS[-8:-4], *STREAMED[::4]], ids=str)
 def test_any_order_of_threads(case, seed, emulated):
     """Threads in random orders: what is not ordered shows, as a race or in the result."""
@@ -124,8 +137,7 @@ def test_max_seqlen_is_a_hint(lengths, hint, emulated):
     torch.testing.assert_close(got, inputs.call("reference"), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(("bias", "dtype"), extreme_rows(HALF))
 def test_extreme_scores(bias, dtype, emulated):
     """Among them rows that outgrow the reference of their first tile, so that it is raised."""
     inputs, eager, truth = biased(bias, dtype)

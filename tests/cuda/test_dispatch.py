@@ -13,8 +13,10 @@ import pytest
 import torch
 from oracles import Case, make
 
-from spatial_pe.backends import cuda, select, triton
-from spatial_pe.backends.call import Call
+from spatial_pe.backends import cuda
+from spatial_pe.backends.base import AttentionCall
+from spatial_pe.backends.triton import backend as triton
+from spatial_pe.ops import select
 
 ROOT = Path(__file__).parents[2]
 KIB = 1024
@@ -24,12 +26,12 @@ A100 = (108, 163 * KIB, 164 * KIB)
 RTX = (128, 99 * KIB, 100 * KIB)  # Ada, consumer Blackwell
 
 
-def call_of(tokens: int, dim: int, batch: int = 64, heads: int = 16, windows: bool = False) -> Call:
+def call_of(tokens: int, dim: int, batch: int = 64, heads: int = 16, windows: bool = False) -> AttentionCall:
     with torch.device("meta"):
         lead = (1, batch * tokens) if windows else (batch, tokens)
         q, k, v = torch.empty(*lead, 3, heads, dim, dtype=torch.bfloat16).unbind(2)
         bounds = torch.empty(batch + 1, dtype=torch.int32) if windows else None
-    return Call(q, k, v, None, dim**-0.5, bounds, tokens if windows else None, None)
+    return AttentionCall(q, k, v, None, dim**-0.5, bounds, tokens if windows else None, None)
 
 
 def plan(extension, direction: str, device: tuple[int, int, int], *shape, **options) -> list[dict]:
@@ -131,11 +133,12 @@ def test_tune_measures_them(emulated, monkeypatch, tmp_path):
     """They are asked beside the others, and taken if they agree with Triton's results and are faster."""
     if not triton.INTERPRETED:
         pytest.skip("a GPU is here: tests/gpu tunes on it")
-    from spatial_pe.backends.triton import configs, tune
+    from spatial_pe import tuning
+    from spatial_pe.backends.triton import tiles
 
-    tile = (configs.Tile(64, 64, 4, 2),)
+    tile = (tiles.Tile(64, 64, 4, 2),)
     few = {"forward": tile, "query": tile, "key": tile, "window_forward": (None,), "window_backward": (None,)}
-    monkeypatch.setattr(tune, "CANDIDATES", few)
+    monkeypatch.setattr(tuning, "CANDIDATES", few)
     ran = []
 
     def clock(runs):
@@ -144,10 +147,10 @@ def test_tune_measures_them(emulated, monkeypatch, tmp_path):
             ran.append(key)
         return {key: 1.0 if str(key).startswith("cuda") else 2.0 for key in runs}
 
-    problem = tune.Problem(20, 64, heads=1, dtype="float16", budget=20)
+    problem = tuning.Problem(20, 64, heads=1, dtype="float16", budget=20)
 
     def row() -> dict:
-        rows = tune.tune(
+        rows = tuning.tune(
             [problem], torch.device("cpu"), file=tmp_path / "t.json", clock=clock, workers=0, say=lambda x: None
         )
         (found,) = rows.values()
@@ -160,7 +163,11 @@ def test_tune_measures_them(emulated, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "forward", lambda call: [2 * x for x in right(call)])
     found = row()
     assert found["faster"] == {"inference": "triton", "training": "triton"}
-    assert found["failed"] == [text for text in found["failed"] if text.startswith("cuda: out: a row is off by 1.0e+00")] != []
+    assert (
+        found["failed"]
+        == [text for text in found["failed"] if text.startswith("cuda: out: a row is off by 1.0e+00")]
+        != []
+    )
 
 
 MISSING = "the CUDA kernels are not built: reinstall with nvcc on the PATH"
@@ -181,8 +188,8 @@ def test_a_library_that_cannot_serve_is_a_reason(extension_is, reason, monkeypat
     try:
         x = torch.randn(1, 4, 2, 64, dtype=torch.bfloat16)
         with pytest.raises(ValueError, match=f'backend="cuda" cannot serve this call: .*{reason}'):
-            select.select(Call(x, x, x, None, 1.0, None, None, None), "cuda")
-        assert select.select(Call(x, x, x, None, 1.0, None, None, None), "auto") != "cuda"
+            select.select(AttentionCall(x, x, x, None, 1.0, None, None, None), "cuda")
+        assert select.select(AttentionCall(x, x, x, None, 1.0, None, None, None), "auto") != "cuda"
     finally:
         cuda._runtime_error.cache_clear()
 

@@ -15,7 +15,7 @@ from oracles.cases import GROUPS, SEQUENCES, VIEWS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spatial_pe import Rotary, rope_attention
-from spatial_pe.backends import composed, flash
+from spatial_pe.ops import composed, flash
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -16,8 +16,9 @@ from test_attention import BIASES, POISON, biased, poisoned
 
 import spatial_pe
 from spatial_pe import rope_attention
-from spatial_pe.backends import cuda, select
-from spatial_pe.backends.call import Call
+from spatial_pe.backends import cuda
+from spatial_pe.backends.base import AttentionCall
+from spatial_pe.ops import select
 from spatial_pe.rotary import rotated
 
 pytestmark = [
@@ -44,14 +45,14 @@ def on_gpu(case: Case, backend: str) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def large(monkeypatch):
     """The tiles and the heads per program of a large batch, for the small ones of tests."""
-    from spatial_pe.backends.triton import configs, replay
+    from spatial_pe.backends.triton import launch_cache, tiles
 
-    monkeypatch.setattr(configs, "SMS", 0)
-    configs.forget()
-    replay.forget()
+    monkeypatch.setattr(tiles, "SMS", 0)
+    tiles.forget()
+    launch_cache.forget()
     yield
-    configs.forget()
-    replay.forget()
+    tiles.forget()
+    launch_cache.forget()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,42 +161,44 @@ def moved(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [64, 80])
 def test_every_candidate_of_the_tuner(unit, dim, monkeypatch, large):
     """Whatever `spatial-pe tune` may choose is right."""
-    from spatial_pe.backends.triton import configs, replay, tune
+    from spatial_pe import tuning
+    from spatial_pe.backends.triton import launch_cache, tiles
 
     tokens = 64 if unit.startswith("window") else 300
     case = Case(batch=2, tokens=tokens, heads=4, dim=dim, dtype=torch.bfloat16)
     inputs = make(case)
     truth, eager = exact(inputs), on_gpu(case, "composed")
-    base = configs.prebuilt(configs.family_of(torch.device("cuda", 0)), case.dtype, dim, configs.bucket(tokens))
-    for config in tune.candidates(unit, tune.Problem(tokens, dim), base):
-        monkeypatch.setattr(configs, "choice_of", lambda call, config=config: replace(base, **{unit: config}))
-        replay.forget()
+    base = tiles.prebuilt(tiles.family_of(torch.device("cuda", 0)), case.dtype, dim, tiles.bucket(tokens))
+    for config in tuning.candidates(unit, tuning.Problem(tokens, dim), base):
+        monkeypatch.setattr(tiles, "choice_of", lambda call, config=config: replace(base, **{unit: config}))
+        launch_cache.forget()
         try:
             got = on_gpu(case, "triton")
         except Exception as error:  # too much shared memory for this GPU: the tuner leaves it out
             assert "resource" in str(error).lower(), f"{config}: {error}"
             continue
         check(got, eager, truth, inputs)
-    replay.forget()
+    launch_cache.forget()
 
 
 def test_tuning(tmp_path, monkeypatch):
     """The whole of it, for one shape: compiled in processes, timed, saved, used."""
-    from spatial_pe.backends.triton import configs, tune, tuned
+    from spatial_pe import tuning
+    from spatial_pe.backends.triton import tiles, tuning_store
 
     monkeypatch.setenv("SPATIAL_PE_CACHE", str(tmp_path))
-    configs.forget()
+    tiles.forget()
     device = torch.device("cuda", torch.cuda.current_device())
-    problem = tune.Problem(196, 64, budget=1960)
-    rows = tune.tune([problem], device, workers=4)
+    problem = tuning.Problem(196, 64, budget=1960)
+    rows = tuning.tune([problem], device, workers=4)
     (row,) = rows.values()
-    assert tuned.load(device).rows == rows
+    assert tuning_store.load(device).rows == rows
     inputs = make(Case(batch=70, tokens=200, dtype=torch.bfloat16), "cuda")  # few programs would follow no verdict
-    call = Call(inputs.q, inputs.k, inputs.v, None, 1.0, None, None, None)
-    assert tuned.plain(configs.choice_of(call).forward) == row["forward"]
+    call = AttentionCall(inputs.q, inputs.k, inputs.v, None, 1.0, None, None, None)
+    assert tuning_store.plain(tiles.choice_of(call).forward) == row["forward"]
     assert select.select(call, "auto") == row["faster"]["training"]
     monkeypatch.undo()
-    configs.forget()
+    tiles.forget()
 
 
 # ------------------------------------------------------------------------------------------------------ rotation alone
@@ -230,14 +233,14 @@ def test_rotation(case, dtype):
 
 
 def test_auto_takes_triton(tmp_path, monkeypatch):
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton import tiles
 
     monkeypatch.setenv("SPATIAL_PE_CACHE", str(tmp_path))  # nothing was tuned
-    configs.forget()
+    tiles.forget()
     inputs = make(Case(dtype=torch.bfloat16), "cuda")
-    assert select.select(Call(inputs.q, inputs.k, inputs.v, None, 1.0, None, None, None), "auto") == "triton"
+    assert select.select(AttentionCall(inputs.q, inputs.k, inputs.v, None, 1.0, None, None, None), "auto") == "triton"
     monkeypatch.undo()
-    configs.forget()
+    tiles.forget()
 
 
 def test_gradients_are_the_same_every_time():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from caption_files import FILES, RELATIONS, controlled, qa, vsr
 
-from spatial_pe.spatial import captions
-from spatial_pe.spatial.captions import CaptionDataError, load, open_image
+from spatial_pe._utils.errors import UserError
+from spatial_pe.lab.captions import loading
+from spatial_pe.lab.captions.loading import load, open_image
 
 COCO = [[139, "A photo of a bench on the left", "A photo of a bench on the right"]]
 VSR = [(1, "The cat is behind the sink.", "behind", 1), (2, "The bowl contains the cake.", "contains", 0)]
@@ -116,13 +117,13 @@ def test_limit(tmp_path):
 # ------------------------------------------------------------------------------------------------------- missing data
 
 
-@pytest.mark.parametrize("name", captions.BENCHMARKS)
+@pytest.mark.parametrize("name", loading.BENCHMARKS)
 def test_no_data_says_what_is_expected_and_how_to_get_it(tmp_path, name):
     for folder, state in ((tmp_path, "none of its files|no test.jsonl"), (tmp_path / "not here", "it is no folder")):
-        with pytest.raises(CaptionDataError, match=state) as error:
+        with pytest.raises(UserError, match=state) as error:
             load(name, folder)
         message = str(error.value)
-        benchmark = captions.BENCHMARKS[name]
+        benchmark = loading.BENCHMARKS[name]
         assert benchmark.annotations[0].format(part="test") in message and benchmark.images[0] in message
         assert "DIR" not in message
         commands = message.split("Get it with\n")[1]
@@ -138,21 +139,19 @@ def test_no_data_says_what_is_expected_and_how_to_get_it(tmp_path, name):
 def test_no_folder_of_images(tmp_path):
     qa(tmp_path, "coco_one", COCO)
     (tmp_path / "val2017").rename(tmp_path / "val2014")
-    with pytest.raises(
-        CaptionDataError, match=r"coco_qa_one_obj.json is there, but no folder val2017 beside it(.|\n)*gdown"
-    ):
+    with pytest.raises(UserError, match=r"coco_qa_one_obj.json is there, but no folder val2017 beside it(.|\n)*gdown"):
         load("coco_one", tmp_path)
 
 
 def test_vsr_without_its_dev_split_or_images(tmp_path):
     vsr(tmp_path, "test", VSR)
-    with pytest.raises(CaptionDataError, match=r"no dev.jsonl(.|\n)*git clone"):
+    with pytest.raises(UserError, match=r"no dev.jsonl(.|\n)*git clone"):
         load("vsr_random", tmp_path)
     vsr(tmp_path, "dev", VSR)
-    with pytest.raises(CaptionDataError, match=r"no test.jsonl(.|\n)*git clone"):
+    with pytest.raises(UserError, match=r"no test.jsonl(.|\n)*git clone"):
         load("vsr_zeroshot", tmp_path)
     (tmp_path / "data/images").rename(tmp_path / "data/elsewhere")
-    with pytest.raises(CaptionDataError, match=r"no folder of images(.|\n)*dropbox"):
+    with pytest.raises(UserError, match=r"no folder of images(.|\n)*dropbox"):
         load("vsr_random", tmp_path)
 
 
@@ -216,7 +215,7 @@ def test_broken_annotations_are_named(tmp_path, case):
     load("whatsup_a", tmp_path)
     change, message = BROKEN[case]
     change(tmp_path)
-    with pytest.raises(CaptionDataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         load("whatsup_a", tmp_path)
     assert str(tmp_path) in str(error.value)
 
@@ -237,7 +236,7 @@ def test_broken_pairs_are_named(tmp_path, record, message):
     qa(tmp_path, "vg_one", [])
     (tmp_path / "vg_images/only one.jpg").write_bytes((tmp_path / "vg_images/1.jpg").read_bytes())
     (tmp_path / "vg_qa_one_obj.json").write_text(json.dumps([record]))
-    with pytest.raises(CaptionDataError, match=f"vg_qa_one_obj.json, {message}"):
+    with pytest.raises(UserError, match=f"vg_qa_one_obj.json, {message}"):
         load("vg_one", tmp_path)
 
 
@@ -267,7 +266,7 @@ def test_broken_lines_are_named(tmp_path, line, message):
     vsr(tmp_path, "dev", VSR)
     file = tmp_path / "data/splits/random/test.jsonl"
     file.write_text(file.read_text() + line + "\n")
-    with pytest.raises(CaptionDataError, match=rf"test\.jsonl(, line 3)?: .*{message}"):
+    with pytest.raises(UserError, match=rf"test\.jsonl(, line 3)?: .*{message}"):
         load("vsr_random", tmp_path)
 
 
@@ -277,7 +276,7 @@ def test_broken_images_are_named(tmp_path, content):
     file = tmp_path / "val2017/000000000139.jpg"
     file.write_bytes(file.read_bytes()[:-80] if content == "truncated" else content)
     (item,) = load("coco_one", tmp_path).items
-    with pytest.raises(CaptionDataError, match=r"coco_qa_one_obj.json, record 1: cannot read .*000000000139.jpg"):
+    with pytest.raises(UserError, match=r"coco_qa_one_obj.json, record 1: cannot read .*000000000139.jpg"):
         open_image(item)
 
 
@@ -339,7 +338,7 @@ def test_forms_of_datasets_hold_the_same(tmp_path, hub_form):
         assert (a.captions, a.relation, a.group) == (b.captions, b.relation, b.group)
         assert open_image(a).tobytes() == open_image(b).tobytes()
     assert len({item.image_id for item in theirs}) == 8
-    with pytest.raises(CaptionDataError, match="Controlled_Images_B"):
+    with pytest.raises(UserError, match="Controlled_Images_B"):
         load("whatsup_b", hub_form)
 
 
@@ -366,7 +365,7 @@ def test_broken_parquet_is_named(tmp_path, rows, message):
     pyarrow, parquet = _pyarrow()
     file = tmp_path / "VG_QA_one_obj-0.parquet"
     parquet.write_table(pyarrow.table(rows), file) if rows else file.write_bytes(b"PAR1")
-    with pytest.raises(CaptionDataError, match=message):
+    with pytest.raises(UserError, match=message):
         load("vg_one", tmp_path)
 
 
@@ -374,7 +373,7 @@ def test_broken_image_of_a_row_is_named(tmp_path):
     pyarrow, parquet = _pyarrow()
     rows = {"image_options": [b"x"], "caption_options": [["a", "b"]]}
     parquet.write_table(pyarrow.table(rows), tmp_path / "VG_QA_one_obj-0.parquet")
-    with pytest.raises(CaptionDataError, match="row 0: cannot read its image"):
+    with pytest.raises(UserError, match="row 0: cannot read its image"):
         open_image(load("vg_one", tmp_path).items[0])
 
 
@@ -383,5 +382,5 @@ def test_a_download_that_fails_says_so(monkeypatch):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(CaptionDataError, match=r"'no/where' is no folder, and cannot be had from the hub: no network$"):
+    with pytest.raises(UserError, match=r"'no/where' is no folder, and cannot be had from the hub: no network$"):
         load("whatsup_a", "no/where")

@@ -15,7 +15,7 @@ from lmms_path import BESIDE, importable, save_llava
 
 import spatial_pe
 from spatial_pe.integrations.lmms_eval import TASKS
-from spatial_pe.towers.adapters import FusedAttention
+from spatial_pe.towers.fused_attention import FusedAttention
 
 pytest.importorskip("transformers")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from spatial_pe import cli
-from spatial_pe.spatial import pretrained
-from spatial_pe.spatial.pretrained import GRID, VARIANTS, PretrainedRecipe
-from spatial_pe.towers.adapters import FusedAttention
+from spatial_pe.lab.study import pretrained
+from spatial_pe.lab.study.pretrained import GRID, VARIANTS, PretrainedRecipe
+from spatial_pe.towers.fused_attention import FusedAttention
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")

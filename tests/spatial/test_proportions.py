@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from spatial_pe.spatial.proportions import interval, paired_difference
+from spatial_pe.lab.captions.proportions import interval, paired_difference
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (1, 10), (5, 10), (81, 263), (400, 412), (412, 412)])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from spatial_pe.spatial.scenes import DOMAINS, NAMES, ROLES, TURNS, Album, Scene, Sprite
-from spatial_pe.spatial.tasks import FAMILIES, TASKS, make_dataset
-from spatial_pe.spatial.train import Exam
+from spatial_pe.lab.study.scenes import DOMAINS, NAMES, ROLES, TURNS, Album, Scene, Sprite
+from spatial_pe.lab.study.tasks import FAMILIES, TASKS, make_dataset
+from spatial_pe.lab.study.train import Exam
 
 SIZE = 64
 

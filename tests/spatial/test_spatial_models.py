@@ -8,11 +8,11 @@ import torch
 
 import spatial_pe
 from spatial_pe.grid import PatchGrid
-from spatial_pe.spatial import encodings, look
-from spatial_pe.spatial.encodings import ENCODINGS, Where
-from spatial_pe.spatial.models import WORDS, Attentive, Batch, Linear, Size, TinyLlava, Tower, probe, question_words
-from spatial_pe.spatial.tasks import TASKS, make_dataset
-from spatial_pe.spatial.train import Exam
+from spatial_pe.lab.study import attention_maps, position_encodings
+from spatial_pe.lab.study.models import WORDS, Attentive, Batch, Linear, Size, TinyLlava, Tower, probe, question_words
+from spatial_pe.lab.study.position_encodings import ENCODINGS, Where
+from spatial_pe.lab.study.tasks import TASKS, make_dataset
+from spatial_pe.lab.study.train import Exam
 
 SIZE = Size()
 
@@ -64,7 +64,7 @@ def test_relative_encodings_do_not_see_a_shift(name):
         shifted = Where(4, 4, 8)
         moved = where + shift
         how = model.position.layers(_At(shifted, moved), SIZE.depth)[0]
-        outs.append(encodings.attend((q, k, v), how))
+        outs.append(position_encodings.attend((q, k, v), how))
     torch.testing.assert_close(*outs, atol=2e-5, rtol=0)
 
 
@@ -82,8 +82,8 @@ class _At:
 @pytest.mark.parametrize("name", [name for name in ENCODINGS if name not in ("alibi-2d",)])
 def test_attention_runs_through_the_fused_op(name, monkeypatch):
     calls = []
-    fused = encodings.rope_attention
-    monkeypatch.setattr(encodings, "rope_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = position_encodings.rope_attention
+    monkeypatch.setattr(position_encodings, "rope_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     tower(name)(pictures(1))
     assert len(calls) == SIZE.depth
 
@@ -144,15 +144,15 @@ def test_probes_do_not_see_the_order_of_patches(head):
 
 
 def test_what_a_tower_looks_at():
-    found = look.attention(tower("learned-large"), pictures())
+    found = attention_maps.attention(tower("learned-large"), pictures())
     assert len(found["distance"]) == SIZE.depth and len(found["distance"][0]) == SIZE.heads
     position = torch.tensor(found["position"])
     assert position.shape == (SIZE.depth, 8, 8)
     torch.testing.assert_close(position.mean((1, 2)), torch.ones(SIZE.depth), atol=1e-3, rtol=0)
     assert found["similarity"][4][4] == pytest.approx(1)
-    blind = torch.tensor(look.attention(tower("none"), pictures())["position"])
+    blind = torch.tensor(attention_maps.attention(tower("none"), pictures())["position"])
     torch.testing.assert_close(blind, torch.ones_like(blind), atol=1e-3, rtol=0)
-    assert look.attention(tower("axial"), pictures())["similarity"] is None
+    assert attention_maps.attention(tower("axial"), pictures())["similarity"] is None
 
 
 def test_the_mismatched_one_is_no_rotation_and_axial_is():

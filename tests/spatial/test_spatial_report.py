@@ -16,10 +16,11 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import browser
 
-from spatial_pe import cli, page
-from spatial_pe.spatial import findings, report
-from spatial_pe.spatial.statistics import mean
-from spatial_pe.spatial.study import LABELS, STUDIES, load, runs_of
+from spatial_pe import cli
+from spatial_pe.lab.report import page
+from spatial_pe.lab.study import findings, report
+from spatial_pe.lab.study.statistics import mean
+from spatial_pe.lab.study.study import LABELS, STUDIES, load, runs_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu" / "spatial"
 FILES = sorted(RESULTS.glob("*.json"))

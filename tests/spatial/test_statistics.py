@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spatial_pe.spatial.findings import skill
-from spatial_pe.spatial.statistics import compare, holm, mean
+from spatial_pe.lab.study.findings import skill
+from spatial_pe.lab.study.statistics import compare, holm, mean
 
 
 def test_the_interval_is_students():

@@ -13,10 +13,11 @@ from dataclasses import replace
 import pytest
 
 from spatial_pe import cli
-from spatial_pe.spatial import study
-from spatial_pe.spatial.encodings import ENCODINGS
-from spatial_pe.spatial.pretrained import VARIANTS
-from spatial_pe.spatial.study import SMOKE, STUDIES, Run, StudyError
+from spatial_pe._utils.errors import UserError
+from spatial_pe.lab.study import study
+from spatial_pe.lab.study.position_encodings import ENCODINGS
+from spatial_pe.lab.study.pretrained import VARIANTS
+from spatial_pe.lab.study.study import SMOKE, STUDIES, Run
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_runs_that_share_features_go_to_one_worker():
     """Both probes and the fine-tuning of a pretrained tower start from the same features of the frozen tower."""
     parts = STUDIES["pretrained"].parts["standard"]
     recipes = [part.recipe for part in parts.values()]
-    from spatial_pe.spatial.pretrained import ANY_HEAD
+    from spatial_pe.lab.study.pretrained import ANY_HEAD
 
     assert len({replace(recipe, **ANY_HEAD) for recipe in recipes}) == 1
 
@@ -120,7 +121,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, quick, change, message
     go(path, encodings=["none"], seeds=1)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     before = path.read_text()
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises(UserError, match=message):
         go(path, encodings=["axial"], seeds=1)
     assert path.read_text() == before
 
@@ -130,7 +131,7 @@ def test_other_settings_are_named(tmp_path, quick, monkeypatch):
     go(path, encodings=["none"], seeds=1)
     part = STUDIES["encodings"].parts["smoke"]["objects"]
     monkeypatch.setitem(STUDIES["encodings"].parts["smoke"], "objects", replace(part, recipe=replace(SMOKE, steps=7)))
-    with pytest.raises(StudyError, match=r"objects\.steps was 6, is 7"):
+    with pytest.raises(UserError, match=r"objects\.steps was 6, is 7"):
         go(path, encodings=["axial"], seeds=1)
 
 

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import nn
 
 import spatial_pe
-from spatial_pe.spatial import zero_shot
-from spatial_pe.spatial.captions import CaptionDataError, load, open_image
-from spatial_pe.spatial.two_tower import ModelError, Scorer
-from spatial_pe.spatial.zero_shot import best_threshold, compare, evaluate
+from spatial_pe._utils.errors import UserError
+from spatial_pe.lab.captions import zero_shot
+from spatial_pe.lab.captions.loading import load, open_image
+from spatial_pe.lab.captions.two_tower import ModelError, Scorer
+from spatial_pe.lab.captions.zero_shot import best_threshold, compare, evaluate
 
 # ------------------------------------------------------------------------------------------------- accuracies by hand
 
@@ -388,7 +389,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(files, tmp_path):
     model = tiny("clip")
     controlled(tmp_path, "whatsup_a")
     (tmp_path / "controlled_images/cap_on_table.jpeg").write_bytes(b"no image")
-    with pytest.raises(CaptionDataError, match=r"record 5: cannot read .*cap_on_table\.jpeg"):
+    with pytest.raises(UserError, match=r"record 5: cannot read .*cap_on_table\.jpeg"):
         compare(model, processor_of(model), "whatsup_a", tmp_path)
     assert not any("rope" in name for name, _ in model.named_modules())
     assert spatial_pe.patch(model).patched

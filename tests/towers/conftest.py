@@ -6,13 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spatial_pe.towers.adapters import fused, masks, patched
+from spatial_pe.towers import fused_attention, padding
 
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
     """The fallback warns once per class and reason: each test is a first time."""
-    patched._warned.clear()
+    fused_attention._warned.clear()
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def calls(monkeypatch):
         seen.append((args, kwargs))
         return original(*args, **kwargs)
 
-    original = fused.rope_attention
-    for module in (fused, masks):
+    original = fused_attention.rope_attention
+    for module in (fused_attention, padding):
         monkeypatch.setattr(module, "rope_attention", spy)
     return seen
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid, Rotary
 from spatial_pe.towers import patch, unpatch
-from spatial_pe.towers.saved import MARK
+from spatial_pe.towers.config_entry import MARK
 
 POSITION = ("position_embedding.weight", "position_embeddings")
 
@@ -204,7 +204,7 @@ def test_an_encoding_without_parameters_is_shared_and_its_table_made_once(calls)
 
 def test_identity_start_refuses_a_module_that_rotates():
     model = FAMILIES["clip"].make()
-    with pytest.raises(ValueError, match='start="identity" needs a rope that rotates by nothing'):
+    with pytest.raises(ValueError, match='start="identity" needs an encoding that is the identity at initialisation'):
         patch(model, rope=AxialRoPE(24))
     patch(model, rope=AxialRoPE(24, strength=0.0))
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from spatial_pe import patch
 from spatial_pe.towers import inspect
-from spatial_pe.towers.adapters import NO_GRID, TESTED, FusedAttention
+from spatial_pe.towers.forms import NO_GRID, TESTED
+from spatial_pe.towers.fused_attention import FusedAttention
 
 MIN = torch.finfo(torch.float32).min
 
@@ -269,11 +270,11 @@ def test_every_form_of_a_padding_mask(form, calls):
 
 
 def test_a_mask_is_read_once_for_all_layers(calls, monkeypatch):
-    from spatial_pe.towers.adapters import masks
+    from spatial_pe.towers import padding
 
     read = []
-    original = masks._read
-    monkeypatch.setattr(masks, "_read", lambda *args: read.append(1) or original(*args))
+    original = padding._read
+    monkeypatch.setattr(padding, "_read", lambda *args: read.append(1) or original(*args))
     family = FAMILIES["siglip2"]
     model = family.make()
     patch(model)
@@ -341,11 +342,11 @@ class Waits(torch.overrides.TorchFunctionMode):
 @pytest.mark.parametrize("name", [n for n in ("qwen2_5_vl", "qwen3_vl", "pixtral", "lfm3_vl", "dinov3") if n in HERE])
 def test_no_layer_waits_for_the_device(name, monkeypatch):
     """In the layers that follow the first one; the op itself is replaced, since on a CPU it may read what it likes."""
-    from spatial_pe.towers.adapters import fused
+    from spatial_pe.towers import fused_attention
 
     model = FAMILIES[name].make()
     patch(model)
-    monkeypatch.setattr(fused, "rope_attention", lambda q, k, v, *args, **kwargs: q.contiguous())
+    monkeypatch.setattr(fused_attention, "rope_attention", lambda q, k, v, *args, **kwargs: q.contiguous())
     layers = [m for m in model.modules() if isinstance(m, FusedAttention)]
     recorded = []
     for layer in layers:
@@ -427,9 +428,9 @@ def test_legacy_fails_the_check_of_a_rotation():
 
 def test_a_proof_does_not_compare_a_module_with_itself(monkeypatch):
     """A call that falls back in the proof would prove that the module equals itself."""
-    from spatial_pe.towers.adapters import fused
+    from spatial_pe.towers import fused_attention
 
-    monkeypatch.setattr(fused, "rotation_of", lambda *args: "unreadable")
+    monkeypatch.setattr(fused_attention, "rotation_of", lambda *args: "unreadable")
     with pytest.raises(RuntimeError, match="not fused: unreadable"):
         patch(FAMILIES["dinov3"].make())
 

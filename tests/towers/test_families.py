@@ -12,8 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, HERE, WITH_TABLES, outputs, randn, to
 
-from spatial_pe.towers import patch, unpatch
-from spatial_pe.towers.adapters import fused
+from spatial_pe.towers import fused_attention, patch, unpatch
 
 EAGER = {"implementation": "eager"}
 ONE_SEQUENCE = ("dinov3", "eomt_dinov3", "gemma4", "llama4", "mlcd", "sam3", "sapiens2", "step3p7")
@@ -144,7 +143,7 @@ def test_verification_notices_a_wrong_attention(name, fault, case, monkeypatch):
     model = family.make()
     if dtype == torch.bfloat16:
         model = small_weights(model, bias=1 if "biases" in case else 0).to(dtype)
-    for module in (fused,):
+    for module in (fused_attention,):
         original = module.rope_attention
 
         def wrong(q, k, v, rotary, *, original=original, **kwargs):
@@ -378,7 +377,7 @@ def test_inference_then_training(name):
 
 def test_tables_that_are_written_to_in_inference_mode():
     """Their version does not count there: the values do."""
-    from spatial_pe.towers.adapters.memo import once_per_forward
+    from spatial_pe.towers.tensor_cache import once_per_forward
 
     with torch.inference_mode():
         table = torch.ones(3)

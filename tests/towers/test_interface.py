@@ -9,8 +9,7 @@ from families import FAMILIES, HERE, WITHOUT_ROPE, to
 from test_families import assert_error_rule
 
 from spatial_pe import register_attention_interface
-from spatial_pe.towers import interface
-from spatial_pe.towers.adapters import masks
+from spatial_pe.towers import interface, padding
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,7 +26,7 @@ def served(monkeypatch):
 
     original = interface.rope_attention
     monkeypatch.setattr(interface, "rope_attention", spy)
-    monkeypatch.setattr(masks, "rope_attention", spy)
+    monkeypatch.setattr(padding, "rope_attention", spy)
     return seen
 
 

@@ -8,9 +8,10 @@ import torch
 from families import FAMILIES
 
 import spatial_pe
-from spatial_pe.backends import longest, triton
+from spatial_pe.backends import longest
 from spatial_pe.backends.longest import longest_sequence
-from spatial_pe.towers.adapters import fused
+from spatial_pe.backends.triton import backend as triton
+from spatial_pe.towers import fused_attention
 
 pytestmark = pytest.mark.skipif(not triton.INTERPRETED, reason="a GPU is here: tests/gpu runs the kernels on it")
 
@@ -91,7 +92,7 @@ def test_nothing_is_read_in_a_trace():
 @pytest.mark.parametrize("backend", ["auto", "cuda"])
 def test_the_cuda_kernels_are_told_too(backend, monkeypatch):
     said: list[int | None] = []
-    original = fused.rope_attention
+    original = fused_attention.rope_attention
 
     def spy(*args, max_seqlen=None, backend, **kwargs):
         said.append(max_seqlen)
@@ -100,7 +101,7 @@ def test_the_cuda_kernels_are_told_too(backend, monkeypatch):
     family = FAMILIES["qwen2_5_vl"]
     model = family.make()
     spatial_pe.patch(model)
-    monkeypatch.setattr(fused, "rope_attention", spy)
+    monkeypatch.setattr(fused_attention, "rope_attention", spy)
     for block in model.blocks:
         block.attn._spatial_pe.backend = backend  # which is not here
     model(**family.inputs())

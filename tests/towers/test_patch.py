@@ -19,8 +19,7 @@ from families import FAMILIES, outputs, randn, randomize
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spatial_pe.towers import inspect, patch, unpatch
-from spatial_pe.towers.adapters import memo, tables
+from spatial_pe.towers import inspect, patch, rotary_inputs, tensor_cache, unpatch
 
 transformers = pytest.importorskip("transformers")
 
@@ -162,7 +161,7 @@ def test_tables_are_not_kept_between_forwards(tower):
         outputs(model, inputs)
         outputs(model, inputs)
     gc.collect()
-    assert len(memo._ENTRIES.by_tensor) == 0
+    assert len(tensor_cache._ENTRIES.by_tensor) == 0
 
 
 # ------------------------------------------------------------------------------------------------- wrapped forwards
@@ -495,7 +494,7 @@ def test_a_device_is_waited_for_once_per_module(monkeypatch):
     """Where looking is not free, what one module was given says nothing of another one of its class."""
     looks = []
     equal = torch.equal
-    monkeypatch.setattr(tables, "_free_to_look", lambda x: False)
+    monkeypatch.setattr(rotary_inputs, "_free_to_look", lambda x: False)
     monkeypatch.setattr(torch, "equal", lambda a, b: looks.append(1) or equal(a, b))
     tower, pixels, before = rotating_tower(tiled=False)
     looks.clear()

@@ -14,8 +14,8 @@ from torch import nn
 
 import spatial_pe
 from spatial_pe import AxialRoPE, MixedRoPE, from_pretrained, patch, unpatch
-from spatial_pe.towers.adapters import FusedAttention
-from spatial_pe.towers.saved import MARK
+from spatial_pe.towers.config_entry import MARK
+from spatial_pe.towers.fused_attention import FusedAttention
 
 transformers = pytest.importorskip("transformers")
 
@@ -173,7 +173,7 @@ def test_a_users_own_encoding_is_named_and_asked_for(tmp_path):
     patch(model, rope=Swirl(), start="full")
     shaken(model)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"Swirl, which is not spatial_pe's|Swirl, which only its author"):
+    with pytest.raises(ValueError, match=r"Swirl, which is not spatial_pe's|Swirl, which cannot be rebuilt"):
         from_pretrained(type(model), tmp_path)
     assert_same(model, from_pretrained(type(model), tmp_path, rope=Swirl()), inputs)
 

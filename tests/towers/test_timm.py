@@ -20,7 +20,8 @@ from timm_path import import_timm
 from torch import Tensor, nn
 
 from spatial_pe.towers import from_pretrained, inspect, patch, unpatch
-from spatial_pe.towers.adapters import TESTED, FusedAttention
+from spatial_pe.towers.forms import TESTED
+from spatial_pe.towers.fused_attention import FusedAttention
 
 timm = import_timm()
 
@@ -977,9 +978,9 @@ def test_other_attention_is_skipped_with_the_reason(name):
 @pytest.mark.parametrize("fault", ["turned the other way", "not turned", "scaled"])
 @pytest.mark.parametrize("name", ["eva02_tiny", "rope-vit mixed", "dinov3", "vit"])
 def test_verification_notices_a_wrong_attention(name, fault, monkeypatch):
-    from spatial_pe.towers.adapters import fused
+    from spatial_pe.towers import fused_attention
 
-    original = fused.rope_attention
+    original = fused_attention.rope_attention
 
     def wrong(q, k, v, rotary, *, scale, **kwargs):
         if fault == "scaled":
@@ -988,7 +989,7 @@ def test_verification_notices_a_wrong_attention(name, fault, monkeypatch):
             rotary = rotary.inverse() if "other way" in fault else None
         return original(q, k, v, rotary, scale=scale, **kwargs)
 
-    monkeypatch.setattr(fused, "rope_attention", wrong)
+    monkeypatch.setattr(fused_attention, "rope_attention", wrong)
     model = CASES[name].build()
     if name == "vit" and fault != "scaled":
         assert patch(model).patched  # there is nothing to turn

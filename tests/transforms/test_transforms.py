@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from transforms import TRANSFORMS, Seen, Wrapped, WrongNumberError, others
 
 import spatial_pe
-from spatial_pe import Rotary, dispatcher, rope_attention
+from spatial_pe import Rotary, rope_attention
+from spatial_pe._utils import dispatcher
 from spatial_pe.backends import cpu
 
 pytest.importorskip("transformers")

@@ -26,11 +26,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spatial_pe import Rotary
-from spatial_pe.backends.call import Call
-from spatial_pe.backends.triton import configs
-from spatial_pe.backends.triton.configs import Family
+from spatial_pe.backends.base import AttentionCall
+from spatial_pe.backends.triton import tiles
 from spatial_pe.backends.triton.launch import Launch
 from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
+from spatial_pe.backends.triton.tiles import Family
 
 sys.path.append(str(Path(__file__).parents[1]))  # where pytest looks already
 from hazards import hazards
@@ -107,9 +107,9 @@ def launches(
         rotary = Rotary.from_angles(torch.empty(tokens, rotary_dim // 2), pairing) if rotary_dim else None
         bounds = torch.empty(tokens // windows + 1, dtype=torch.int32) if windows else None
         lengths = torch.empty(batch, dtype=torch.int32) if padded else None
-    call = Call(q, k, v, rotary, dim**-0.5, bounds, windows if windows and hint else None, lengths)
-    choice = configs.prebuilt(family, dtype, dim, configs.bucket(configs.longest_of(call)), few)
-    assert few == configs.few_programs(call)
+    call = AttentionCall(q, k, v, rotary, dim**-0.5, bounds, windows if windows and hint else None, lengths)
+    choice = tiles.prebuilt(family, dtype, dim, tiles.bucket(call.longest), few)
+    assert few == tiles.few_programs(call)
     forward = plan_forward(call, choice)
     out, lse = forward.results
     backward = plan_backward(call, out, lse, torch.empty_like(out), choice)

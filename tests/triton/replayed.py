@@ -4,14 +4,15 @@ test_replay.py runs this and says why."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from oracles import Case, make
 from triton.runtime.jit import JITFunction
 
 from benchmarks.throughput.host import FakeGPU, Launched
 from spatial_pe import Rotary, rope_attention
-from spatial_pe.backends import triton as backend
-from spatial_pe.backends.triton import configs, replay
+from spatial_pe.backends.triton import backend, launch_cache, tiles
 
 CASES = {
     "window": Case(batch=2, tokens=64, dim=80, dtype=torch.bfloat16),
@@ -27,7 +28,7 @@ CASES = {
 
 def main() -> None:
     gpu = FakeGPU(keep=True).install()
-    configs.INTERPRETED = False
+    tiles.INTERPRETED = False
     found = 0
 
     def launched(function) -> list[Launched]:
@@ -44,11 +45,12 @@ def main() -> None:
             JITFunction.run = before
         return len(counted)
 
-    for name, case in CASES.items():
-        replay.forget()
+    for name in CASES if len(sys.argv) == 1 else sys.argv[1:]:
+        case = CASES[name]
+        launch_cache.forget()
         first, second = Calls(case), Calls(case)
         planned = launched(second)  # what this call is told without anything kept
-        replay.forget()
+        launch_cache.forget()
         launched(first)
         assert runs_of_triton(first) == 0, f"{name}: planned again"
         replayed = launched(second)
@@ -97,7 +99,7 @@ def alike(x: torch.Tensor, y: torch.Tensor, inputs: set[int]) -> bool:
 
 def the_same_tensor_three_times(launched) -> None:
     """rope_attention(x, x, x), then three tensors: the same signature, other places."""
-    replay.forget()
+    launch_cache.forget()
     x, y, z = (torch.randn(1, 70, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     launched(lambda: rope_attention(x, x, x, backend="triton"))
     (told,) = launched(lambda: rope_attention(x, y, z, backend="triton"))
@@ -105,7 +107,7 @@ def the_same_tensor_three_times(launched) -> None:
 
 
 def another_shape_is_planned(runs_of_triton) -> None:
-    replay.forget()
+    launch_cache.forget()
     rotary = Rotary.from_angles(torch.randn(70, 32))
     q = torch.randn(2, 70, 4, 64, dtype=torch.bfloat16)
     calls = {
@@ -133,7 +135,7 @@ def unaligned_is_planned(runs_of_triton) -> None:
     """Kernels that are kept were compiled for addresses that 16 divides."""
     aligned = torch.randn(1, 70, 2, 64, dtype=torch.bfloat16)
     unaligned = torch.randn(70 * 2 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 70, 2, 64)
-    replay.forget()
+    launch_cache.forget()
     rope_attention(aligned, aligned, aligned, backend="triton")
     for _ in range(2):
         assert runs_of_triton(lambda: rope_attention(unaligned, aligned, aligned, backend="triton")) > 0

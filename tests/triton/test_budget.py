@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spatial_pe.backends import triton
+from spatial_pe.backends.triton import backend as triton
 
 pytestmark = pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}")
 ROOT = Path(__file__).parents[2]

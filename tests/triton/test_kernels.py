@@ -17,10 +17,10 @@ import pytest
 import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
-from test_attention import BIASES, POISON, biased, poisoned
+from test_attention import POISON, biased, extreme_rows, poisoned
 
 from spatial_pe import Rotary, rope_attention
-from spatial_pe.backends import triton
+from spatial_pe.backends.triton import backend as triton
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -38,19 +38,19 @@ SMALL_DIMS = [replace(case, tokens=70) for case in HEAD_DIMS if case.dim <= 128]
 
 def choose(monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16, few: bool = False) -> None:
     """The tiles of another kind of GPU and of 16 bits: those of float32 take the interpreter ten times as long."""
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton import tiles
 
     if tiles == torch.bfloat16:  # float32 adds as bfloat16 does
-        monkeypatch.setattr(configs, "ones", lambda family, dtype: 16 if family == "cdna" else 8)
-        monkeypatch.setattr(configs, "joins", lambda family, dtype: family == "hopper")
+        monkeypatch.setattr(tiles, "ones", lambda family, dtype: 16 if family == "cdna" else 8)
+        monkeypatch.setattr(tiles, "joins", lambda family, dtype: family == "hopper")
     if not few:  # the tiles and the heads per program of a large batch, for the small ones of tests
-        monkeypatch.setattr(configs, "SMS", 0)
+        monkeypatch.setattr(tiles, "SMS", 0)
 
     def choice_of(call):
-        longest = configs.bucket(configs.longest_of(call))
-        return configs.prebuilt(family, tiles, call.q.shape[-1], longest, configs.few_programs(call))
+        longest = tiles.bucket(call.longest)
+        return tiles.prebuilt(family, tiles, call.q.shape[-1], longest, tiles.few_programs(call))
 
-    monkeypatch.setattr(configs, "choice_of", choice_of)
+    monkeypatch.setattr(tiles, "choice_of", choice_of)
 
 
 def check_kernels(case: Case, monkeypatch, family: str, tiles: torch.dtype = torch.bfloat16) -> None:
@@ -92,7 +92,11 @@ def test_bfloat16(case, family, monkeypatch):
 @pytest.mark.parametrize(
     "family", [pytest.param("ampere", marks=pytest.mark.slow), "hopper", pytest.param("cdna", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("case", [*SHORT, *SMALL_DIMS], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c if i % 2 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate([*SHORT, *SMALL_DIMS])],
+    ids=str,
+)
 def test_lengths_and_head_dims(case, family, monkeypatch):
     check_kernels(case, monkeypatch, family)
 
@@ -151,8 +155,7 @@ def test_max_seqlen_is_a_hint(lengths, hint):
 
 
 @pytest.mark.usefixtures("rounds_bfloat16")
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(("bias", "dtype"), extreme_rows([torch.float32, torch.float16, torch.bfloat16]))
 def test_extreme_scores(bias, dtype, monkeypatch):
     """Among them rows that outgrow the reference of their first tile, and take the second pass."""
     choose(monkeypatch, "hopper")
@@ -163,13 +166,13 @@ def test_extreme_scores(bias, dtype, monkeypatch):
 @pytest.mark.usefixtures("rounds_bfloat16")
 def test_the_sum_is_that_of_the_rounded_weights(monkeypatch):
     """A row whose one large weight is 2^x: added as it is, that weight's rounding is left in the quotient."""
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton import tiles
 
     choose(monkeypatch, "hopper")
     inputs, eager, truth = biased("below the limit", torch.bfloat16)
     eager, truth = {"out": eager["out"]}, replace(truth, values={"out": truth.values["out"]})
     check({"out": inputs.call("triton")}, eager, truth, inputs)
-    monkeypatch.setattr(configs, "ones", lambda family, dtype: 0)
+    monkeypatch.setattr(tiles, "ones", lambda family, dtype: 0)
     got = inputs.call("triton")
     with pytest.raises(AssertionError, match="error"):
         check({"out": got}, eager, truth, inputs)
@@ -177,13 +180,13 @@ def test_the_sum_is_that_of_the_rounded_weights(monkeypatch):
 
 def test_the_second_pass_is_needed_and_seldom(monkeypatch):
     """Without it, a row that grows by 300 nats is lost; rows like those of a model do without it."""
-    from spatial_pe.backends.triton import attention
+    from spatial_pe.backends.triton.kernels import forward
 
     def never(*args, **kwargs):
         raise AssertionError("the second pass")
 
     choose(monkeypatch, "hopper")
-    monkeypatch.setattr(attention, "_running", never)
+    monkeypatch.setattr(forward, "_running", never)
     inputs = make(Case(tokens=300, dim=64))
     inputs.call("triton")
     inputs, _, _ = biased("late peak", torch.float32)
@@ -204,14 +207,16 @@ def test_nan_and_inf_propagate(poison, dtype, monkeypatch):
 
 
 def test_long_sequences_turn_k_before():
-    """Above configs.TURN_IN_LOOP_UP_TO the plan has a launch more, and the result stays."""
-    from spatial_pe.backends.call import Call
+    """Above tiles.TURN_IN_LOOP_UP_TO the plan has a launch more, and the result stays."""
+    from spatial_pe.backends.base import AttentionCall
     from spatial_pe.backends.triton.plan import plan_forward
 
     inputs = make(Case(tokens=300, heads=1, dim=16, dtype=torch.float16))
     names = [
         launch.kernel.fn.__name__
-        for launch in plan_forward(Call(inputs.q, inputs.k, inputs.v, inputs.rotary(), 0.25, None, None, None)).launches
+        for launch in plan_forward(
+            AttentionCall(inputs.q, inputs.k, inputs.v, inputs.rotary(), 0.25, None, None, None)
+        ).launches
     ]
     assert names == ["operands_kernel", "forward_kernel"]
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
@@ -256,11 +261,11 @@ REFUSALS = {
 
 
 def test_refuses_tokens_too_far_apart():
-    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.base import AttentionCall
 
     q = torch.empty(1, 4, 2, 16)
     v = torch.empty_strided(q.shape, (0, 2**24, 16, 1), device="meta")
-    call = Call(q, q, v, None, 1.0, None, None, None)
+    call = AttentionCall(q, q, v, None, 1.0, None, None, None)
     assert triton.cannot_serve(call) == "v has 16,777,216 elements between tokens: at most 16,777,215"
 
 
@@ -284,12 +289,12 @@ def test_refusals_say_why(reason):
 )
 def test_auto_leaves_to_others_what_they_likely_do_faster(device, dtype, tokens, dim, packed, reason):
     """Of a GPU, "meta" has all that this looks at."""
-    from spatial_pe.backends.call import Call
-    from spatial_pe.backends.select import _slower
+    from spatial_pe.backends.base import AttentionCall
+    from spatial_pe.ops.select import _slower
 
     q = torch.empty(1, tokens, 2, dim, dtype=dtype, device=device)
     bounds = torch.empty(3, dtype=torch.int32, device=device) if packed else None
-    why = _slower("triton", Call(q, q, q, None, 1.0, bounds, None, None))
+    why = _slower("triton", AttentionCall(q, q, q, None, 1.0, bounds, None, None))
     assert why is None if reason is None else reason in why
 
 
@@ -316,31 +321,33 @@ def test_identity_start_is_exact(tokens):
 
 def test_few_programs():
     """An image of 576 tokens and 16 heads has 80 blocks of 128 queries for 132 SMs; four of them have enough."""
-    from spatial_pe.backends.call import Call
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.base import AttentionCall
+    from spatial_pe.backends.triton import tiles
 
     def call(shape, bounds=None):
         q = torch.empty(shape, device="meta")
-        return Call(q, q, q, None, 1.0, bounds, None, None)
+        return AttentionCall(q, q, q, None, 1.0, bounds, None, None)
 
-    assert configs.few_programs(call((1, 576, 16, 64)))
-    assert not configs.few_programs(call((4, 576, 16, 64)))
-    assert not configs.few_programs(call((1, 1024, 16, 80), torch.empty(17, dtype=torch.int32, device="meta")))
-    window = configs.Window(64, 4, per_program=4)
-    assert [configs.heads_per_program(window, windows, 16) for windows in (4, 16, 32, 64, 500)] == [1, 1, 1, 2, 4]
+    assert tiles.few_programs(call((1, 576, 16, 64)))
+    assert not tiles.few_programs(call((4, 576, 16, 64)))
+    assert not tiles.few_programs(call((1, 1024, 16, 80), torch.empty(17, dtype=torch.int32, device="meta")))
+    window = tiles.Window(64, 4, per_program=4)
+    assert [tiles.heads_per_program(window, windows, 16) for windows in (4, 16, 32, 64, 500)] == [1, 1, 1, 2, 4]
 
 
 def test_options_of_a_launch():
     """What is launched is what the budget compiles: half as many warps on AMD, whose wavefronts have 64 lanes."""
-    from spatial_pe.backends.call import Call
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.base import AttentionCall
+    from spatial_pe.backends.triton import tiles
     from spatial_pe.backends.triton.plan import plan_forward
 
     q = torch.empty(300, 576, 4, 64, dtype=torch.bfloat16, device="meta")
-    choice = configs.prebuilt("hopper", q.dtype, 64, 640)
+    choice = tiles.prebuilt("hopper", q.dtype, 64, 640)
     for maxnreg in (None, 128):
         tile = replace(choice.forward, maxnreg=maxnreg)
-        launch = plan_forward(Call(q, q, q, None, 1.0, None, None, None), replace(choice, forward=tile)).launches[-1]
+        launch = plan_forward(
+            AttentionCall(q, q, q, None, 1.0, None, None, None), replace(choice, forward=tile)
+        ).launches[-1]
         most = {} if maxnreg is None else {"maxnreg": maxnreg}
         assert launch.options() == launch.options(hip=False) == {"num_warps": 8, "enable_fp_fusion": True} | most
         assert launch.options(hip=True) == {"num_warps": 4, "enable_fp_fusion": True}
@@ -349,20 +356,20 @@ def test_options_of_a_launch():
 
 @pytest.mark.parametrize("family", ["ampere", "hopper", "blackwell", "cdna"])
 def test_every_call_has_tiles(family):
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton import tiles
 
     for dtype in triton.DTYPES:
         for dim in range(16, 129, 8):
             for tokens in (1, 16, 17, 64, 65, 128, 129, 256, 257, 5000):
-                few = configs.prebuilt(family, dtype, dim, configs.bucket(tokens), few=True)
-                choice = configs.prebuilt(family, dtype, dim, configs.bucket(tokens))
+                few = tiles.prebuilt(family, dtype, dim, tiles.bucket(tokens), few=True)
+                choice = tiles.prebuilt(family, dtype, dim, tiles.bucket(tokens))
                 assert few.forward.bm <= choice.forward.bm and few.forward.turn == choice.forward.turn
                 if (family, dim) == ("hopper", 64) and dtype == torch.bfloat16:
                     assert (few.forward.bm, choice.forward.bm) == (64, 128)
                 for window in (choice.window_forward, choice.window_backward):
                     assert window is None or tokens <= window.block <= 128
                 three_cuts = family == "hopper" and 96 < dim <= 112 and dtype != torch.float32
-                in_loop = tokens <= configs.TURN_IN_LOOP_UP_TO and not three_cuts
+                in_loop = tokens <= tiles.TURN_IN_LOOP_UP_TO and not three_cuts
                 assert choice.forward.turn == ("loop" if in_loop else "before")
 
 
@@ -372,15 +379,15 @@ def test_every_call_has_tiles(family):
 )
 def test_families(capability, family, monkeypatch):
     """Consumer Blackwell multiplies by mma.sync, as Ampere does."""
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton import tiles
 
-    monkeypatch.setattr(configs, "capability", lambda index: capability)
+    monkeypatch.setattr(tiles, "capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert configs.family_of(torch.device("cuda", 0)) == family
+    assert tiles.family_of(torch.device("cuda", 0)) == family
 
 
 def test_an_old_gpu_says_so(monkeypatch):
-    from spatial_pe.backends.call import Call
+    from spatial_pe.backends.base import AttentionCall
 
     class Fake:
         """Of a tensor on a GPU, what cannot_serve looks at."""
@@ -394,6 +401,6 @@ def test_an_old_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     x = Fake()
-    assert triton.cannot_serve(Call(x, x, x, None, 1.0, None, None, None)) == (
+    assert triton.cannot_serve(AttentionCall(x, x, x, None, 1.0, None, None, None)) == (
         "Tesla T4 is sm_75: needs sm_80 (Ampere) or newer"
     )

@@ -11,7 +11,7 @@ from oracles import Case, make
 from oracles.cases import HEAD_DIMS, ROTATIONS, VIEWS
 
 from spatial_pe import Rotary, apply_rotary, apply_rotary_qk
-from spatial_pe.backends import triton
+from spatial_pe.backends.triton import backend as triton
 from spatial_pe.rotary import angle_gradient, rotated
 
 pytestmark = [
@@ -26,9 +26,9 @@ GROUPED = Case(batch=2, tokens=70, heads=5, kv_heads=1, dim=72)
 @pytest.fixture
 def served(monkeypatch):
     """apply_rotary takes the kernel, as it does on a GPU."""
-    from spatial_pe import rotation
+    from spatial_pe.ops import rotate
 
-    monkeypatch.setattr(rotation, "_kernel_serves", lambda x: True)
+    monkeypatch.setattr(rotate, "_kernel_serves", lambda x: True)
 
 
 def drawn(case: Case, dtype: torch.dtype = torch.float32):

@@ -12,8 +12,8 @@ from torch import Tensor
 from wrong_bounds import HEADS, KV_HEADS, Wrong, call_of, check_lse, decreasing_cases, expected, wrong_cases
 
 from spatial_pe import Rotary
-from spatial_pe.backends import triton
-from spatial_pe.backends.call import Call
+from spatial_pe.backends.base import AttentionCall
+from spatial_pe.backends.triton import backend as triton
 
 pytestmark = [
     pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}"),
@@ -62,7 +62,7 @@ def memory(monkeypatch):
 
 
 def choice_of(kernels: str):
-    from spatial_pe.backends.triton.configs import Choice, Tile, Window
+    from spatial_pe.backends.triton.tiles import Choice, Tile, Window
 
     window = Window(BLOCK, 4, per_program=2) if kernels == "windows" else None
     forward = Tile(BLOCK, BLOCK, 4, 1, "before" if kernels == "k turned before" else "loop")
@@ -70,7 +70,7 @@ def choice_of(kernels: str):
     return Choice("hopper", forward, backward, backward, window, window)
 
 
-def results(call: Call, dout: Tensor, kernels: str, memory: Memory) -> dict[str, Tensor]:
+def results(call: AttentionCall, dout: Tensor, kernels: str, memory: Memory) -> dict[str, Tensor]:
     from spatial_pe.backends.triton.plan import plan_backward, plan_forward
 
     forward = plan_forward(call, choice_of(kernels))
@@ -84,7 +84,7 @@ def results(call: Call, dout: Tensor, kernels: str, memory: Memory) -> dict[str,
     return {"out": out, "dq": dq, "dk": dk, "dv": dv}
 
 
-def around(call: Call, memory: Memory) -> Call:
+def around(call: AttentionCall, memory: Memory) -> AttentionCall:
     """The call with its tensors in the midst of other memory, lengths included: far away is a long way."""
 
     def moved(x: Tensor | None) -> Tensor | None:
@@ -93,7 +93,7 @@ def around(call: Call, memory: Memory) -> Call:
     q, k, v = (moved(x) for x in (call.q, call.k, call.v))
     assert call.rotary is not None and q is not None and k is not None and v is not None
     bounds = moved(call.cu_seqlens), call.max_seqlen, moved(call.seqlens)
-    return Call(q, k, v, call.rotary, call.scale, *bounds)
+    return AttentionCall(q, k, v, call.rotary, call.scale, *bounds)
 
 
 @pytest.mark.parametrize("kernels", [*FEW, *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS if k not in FEW)])
@@ -133,7 +133,7 @@ def test_nan_where_cu_seqlens_decrease(wrong, kernels, memory):
     check_decreasing(wrong, kernels, memory)
 
 
-@pytest.mark.parametrize("at", [31, 32, 33, 37])
+@pytest.mark.parametrize("at", [31, 32, *(pytest.param(i, marks=pytest.mark.slow) for i in (33, 37))])
 def test_a_decrease_among_many(at, memory):
     """They are looked at 32 in one go."""
     from spatial_pe.backends.triton.plan import plan_forward
@@ -205,7 +205,7 @@ def test_right_calls_have_the_same_bits():
         for start, stop in ((0, 5), (5, 21), (21, 22)):
             q, k, v = (x[:, start:stop] for x in (call.q, call.k, call.v))
             rotary = Rotary(call.rotary.cos[:, start:stop], call.rotary.sin[:, start:stop], "half")
-            alone = plan_forward(Call(q, k, v, rotary, call.scale, None, None, None), choice_of(kernels))
+            alone = plan_forward(AttentionCall(q, k, v, rotary, call.scale, None, None, None), choice_of(kernels))
             alone.run(call.q.device)
             assert torch.equal(whole.results[0][:, start:stop], alone.results[0])
             assert torch.equal(whole.results[1][:, :, start:stop], alone.results[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatial_pe import Rotary, rope_attention
-from spatial_pe.backends.call import Call
+from spatial_pe.backends.base import AttentionCall
 
 HEADS, KV_HEADS = 3, 1
 
@@ -81,7 +81,7 @@ def decreasing_cases(longest: int) -> list[Wrong]:
     return [Wrong(name, bounds, n, (), longest) for name, bounds in found.items()]
 
 
-def call_of(wrong: Wrong, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Call, Tensor]:
+def call_of(wrong: Wrong, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[AttentionCall, Tensor]:
     """The call, and dout. Behind the lengths of samples there is NaN."""
     random = torch.Generator().manual_seed(seed)
     rows = (wrong.samples, wrong.tokens)
@@ -91,14 +91,14 @@ def call_of(wrong: Wrong, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[
     rotary = Rotary.from_angles(torch.randn(wrong.tokens, dim // 2, generator=random))
     bounds = torch.tensor(wrong.bounds, dtype=torch.int32)
     if wrong.longest is not None:
-        return Call(q, k, v, rotary, dim**-0.5, bounds, wrong.longest, None), dout
+        return AttentionCall(q, k, v, rotary, dim**-0.5, bounds, wrong.longest, None), dout
     for sample, _, stop in wrong.right:
         for x in (q, k, v, dout):
             x[sample, stop:] = torch.nan
-    return Call(q, k, v, rotary, dim**-0.5, None, None, bounds), dout
+    return AttentionCall(q, k, v, rotary, dim**-0.5, None, None, bounds), dout
 
 
-def expected(wrong: Wrong, call: Call, dout: Tensor) -> dict[str, Tensor]:
+def expected(wrong: Wrong, call: AttentionCall, dout: Tensor) -> dict[str, Tensor]:
     """out, dq, dk, dv: by the reference where the bounds are right, 0 behind right lengths, NaN elsewhere."""
     like = {"out": dout, "dq": call.q, "dk": call.k, "dv": call.v}
     found = {name: torch.full(x.shape, torch.nan) for name, x in like.items()}

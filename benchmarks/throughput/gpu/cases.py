@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import spatial_pe
-from spatial_pe.backends.call import Call
+from spatial_pe.backends.base import AttentionCall
 
 DIMS = (64, 72, 80)
 # 64 tokens are a window of Qwen2.5-VL: packed, and an image of 448 x 448 pixels has 16 of them.
@@ -133,11 +133,11 @@ class Inputs:
             bounds = torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32)
             self.cu_seqlens, self.max_seqlen = bounds.to(device), tokens
 
-    def call(self, rotated: bool = True) -> Call:
+    def call(self, rotated: bool = True) -> AttentionCall:
         """What a backend receives; packed sequences are one sample."""
         q, k, v = (x[None] for x in self.qkv) if self.shape.packed else self.qkv
         rotary = self.rotary if rotated else None
-        return Call(q, k, v, rotary, self.shape.dim**-0.5, self.cu_seqlens, self.max_seqlen, None)
+        return AttentionCall(q, k, v, rotary, self.shape.dim**-0.5, self.cu_seqlens, self.max_seqlen, None)
 
     @property
     def batched_grad(self) -> Tensor:

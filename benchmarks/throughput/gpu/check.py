@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatial_pe.backends import cuda, guard, reference, triton
-from spatial_pe.backends.call import Call
+from spatial_pe.backends import cuda, guard, reference
+from spatial_pe.backends.base import AttentionCall
+from spatial_pe.backends.triton import backend as triton
 from spatial_pe.rotary import rotated
 
 from . import state
@@ -35,7 +36,7 @@ Results = dict[str, Tensor]
 Unit = tuple[str, Callable[[], Results], Results]  # name, what runs it, what it must give
 
 
-def units(backend: str, call: Call, dout: Tensor) -> Iterator[Unit]:
+def units(backend: str, call: AttentionCall, dout: Tensor) -> Iterator[Unit]:
     """The kernels that serve a call, most suspicious first; the rotation and the angles are Triton's alone."""
     module = BACKENDS[backend]
     expected = guard.exact(call, dout)
@@ -57,12 +58,12 @@ def units(backend: str, call: Call, dout: Tensor) -> Iterator[Unit]:
     yield "angles", lambda: {"dphi": triton.angle_gradient(q, k, *grads, rotary.cos, *angles)}, dphi
 
 
-def kernels(backend: str, unit: str, call: Call) -> dict[str, str]:
+def kernels(backend: str, unit: str, call: AttentionCall) -> dict[str, str]:
     """result -> the kernel that computes it, as the plan says."""
     if backend == "triton" and unit in ("forward", "backward"):
-        from spatial_pe.backends.triton import configs
+        from spatial_pe.backends.triton import tiles
 
-        choice = configs.choice_of(call)
+        choice = tiles.choice_of(call)
         if getattr(choice, f"window_{unit}") is not None:
             return dict.fromkeys(guard.RESULTS, f"window_{unit}")
         return {"out": "forward", "dq": "query", "dk": "key", "dv": "key"}

@@ -204,20 +204,21 @@ def nvcc_seconds() -> float | None:
 
 def tuned_kernels() -> dict[Any, Any]:
     """Of `spatial-pe tune --quick`."""
-    from spatial_pe.backends.triton import configs, tune
+    from spatial_pe import tuning
+    from spatial_pe.backends.triton import tiles
 
     found: dict[Any, Any] = {}
-    for problem in tune.QUICK:
+    for problem in tuning.QUICK:
         call = problem.call(torch.device("meta"))
         dtype, dim, longest = problem.regime()
-        base = configs.prebuilt(FAMILY, dtype, dim, longest)
+        base = tiles.prebuilt(FAMILY, dtype, dim, longest)
         results = (torch.empty_like(call.q), call.q.new_empty(call.q.shape[:3], dtype=torch.float32), call.q)
-        for unit in tune.CANDIDATES:
-            for config in tune.candidates(unit, problem, base):
+        for unit in tuning.CANDIDATES:
+            for config in tuning.candidates(unit, problem, base):
                 choice = replace(base, **{unit: config})
                 if not unit.startswith("window"):
                     choice = replace(choice, window_forward=None, window_backward=None)
-                found |= {warm.specialised(x): x for x in tune.plan_of(unit, call, choice, results).launches}
+                found |= {warm.specialised(x): x for x in tuning.plan_of(unit, call, choice, results).launches}
     return found
 
 
@@ -227,8 +228,8 @@ def tested_kernels() -> dict[Any, Any]:
     from oracles import make
     from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
 
-    from spatial_pe.backends.call import Call
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.base import AttentionCall
+    from spatial_pe.backends.triton import tiles
     from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
 
     found: dict[Any, Any] = {}
@@ -240,8 +241,8 @@ def tested_kernels() -> dict[Any, Any]:
             if q.ndim == 3:
                 q, k, v, dout = (x[None] for x in (q, k, v, dout))
             rotary = inputs.rotary()
-            call = Call(q, k, v, rotary, inputs.scale, inputs.cu_seqlens, None, inputs.seqlens)
-            choice = configs.prebuilt(FAMILY, dtype, case.dim, configs.bucket(configs.longest_of(call)))
+            call = AttentionCall(q, k, v, rotary, inputs.scale, inputs.cu_seqlens, None, inputs.seqlens)
+            choice = tiles.prebuilt(FAMILY, dtype, case.dim, tiles.bucket(call.longest))
             forward = plan_forward(call, choice)
             launches = [*forward.launches, *plan_backward(call, *forward.results, dout, choice).launches]
             if rotary is not None:
@@ -283,14 +284,14 @@ def measure_seconds(name: str) -> float:
 
 def estimates(here: Mapping[str, Compiled], nvcc: float | None) -> dict[tuple[int, str], tuple[float, str]]:
     """(step, phase) -> seconds on the machine that the steps are for, and how they are known."""
-    from spatial_pe.backends.triton import tune
+    from spatial_pe import tuning
 
     workers = min(warm.MOST_PROCESSES, CORES - 2)
 
     def compiling(name: str, workers: int = workers) -> float:
         return SLOWER * max(here[name].total / workers, here[name].slowest)
 
-    candidates = sum(len(tune.candidates(unit, p, _base(p))) for p in tune.QUICK for unit in tune.CANDIDATES)
+    candidates = sum(len(tuning.candidates(unit, p, _base(p))) for p in tuning.QUICK for unit in tuning.CANDIDATES)
     tests = collected()
     return {
         (1, "build"): (
@@ -319,10 +320,10 @@ def estimates(here: Mapping[str, Compiled], nvcc: float | None) -> dict[tuple[in
 
 
 def _base(problem: Any) -> Any:
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton import tiles
 
     dtype, dim, longest = problem.regime()
-    return configs.prebuilt(FAMILY, dtype, dim, longest)
+    return tiles.prebuilt(FAMILY, dtype, dim, longest)
 
 
 def collected() -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import spatial_pe
-from spatial_pe.backends import triton
+from spatial_pe.backends.triton import backend as triton
 
 from . import state, timing
 
@@ -115,12 +115,12 @@ def kept_kernels(call: Callable[[], Any]) -> list[str]:
     """The Triton kernels that a call was served by: windows, or tiles for any length."""
     if triton.unavailable() is not None:
         return []
-    from spatial_pe.backends.triton import replay
+    from spatial_pe.backends.triton import launch_cache
 
-    replay.forget()
+    launch_cache.forget()
     with torch.no_grad():
         call()
-    names = {step.kernel.name for kept in replay._KEPT.values() for step in kept.steps}
+    names = {step.kernel.name for kept in launch_cache._KEPT.values() for step in kept.steps}
     return sorted(names)
 
 

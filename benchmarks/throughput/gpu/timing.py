@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times on the device, and on the host, of functions that launch kernels.
 
-A sample on the device is that of `spatial-pe bench --device cuda` (spatial_pe/bench/timing.py): CUDA events, behind a
-sleep that hides the host.
+A sample on the device is that of `spatial-pe bench --device cuda` (spatial_pe/lab/bench/timing.py): CUDA events, behind
+a sleep that hides the host.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from spatial_pe.bench import timing as device
-from spatial_pe.bench.timing import MOST_REPEATS, SAMPLE_MS, Setting, sample
+from spatial_pe.lab.bench import timing as device
+from spatial_pe.lab.bench.timing import MOST_REPEATS, SAMPLE_MS, Setting, sample
 
 __all__ = ["MOST_REPEATS", "SAMPLE_MS", "Call", "Setting", "calibrate", "clocks", "host_microseconds", "sample"]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spatial_pe
-from spatial_pe.bench.variants import rotate
+from spatial_pe.lab.bench.variants import rotate
 
 from .cases import Inputs
 

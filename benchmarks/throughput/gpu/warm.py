@@ -34,8 +34,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def launches(shape: Shape, dtype: torch.dtype, family: str) -> Iterator[Any]:
     """Of a shape at its full size: forward, backward, rotation and angles; in bfloat16 also without rotation."""
     import spatial_pe
-    from spatial_pe.backends.call import Call
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.base import AttentionCall
+    from spatial_pe.backends.triton import tiles
     from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
 
     with torch.device("meta"):
@@ -47,10 +47,10 @@ def launches(shape: Shape, dtype: torch.dtype, family: str) -> Iterator[Any]:
     turned = spatial_pe.Rotary(table, table)
     longest = shape.tokens if shape.packed else None
     for rotary in (turned, None) if dtype == torch.bfloat16 else (turned,):
-        call = Call(*qkv, rotary, shape.dim**-0.5, bounds, longest, None)
+        call = AttentionCall(*qkv, rotary, shape.dim**-0.5, bounds, longest, None)
         # what was tuned on this GPU is not asked: a session starts without
-        bucket = configs.bucket(configs.longest_of(call))
-        choice = configs.prebuilt(family, dtype, shape.dim, bucket, configs.few_programs(call))
+        bucket = tiles.bucket(call.longest)
+        choice = tiles.prebuilt(family, dtype, shape.dim, bucket, tiles.few_programs(call))
         forward = plan_forward(call, choice)
         backward = plan_backward(call, *forward.results, grad, choice)
         yield from (*backward.launches, *forward.launches)
@@ -94,9 +94,9 @@ def build(task: tuple[Shape, str, int], family: str) -> str | None:
 
 
 def build_for_this_gpu(task: tuple[Shape, str, int]) -> str | None:
-    from spatial_pe.backends.triton import configs
+    from spatial_pe.backends.triton import tiles
 
-    return build(task, configs.family_of(torch.device("cuda", 0)))
+    return build(task, tiles.family_of(torch.device("cuda", 0)))
 
 
 def run(task: tuple[Work, str]) -> str | None:
@@ -117,9 +117,9 @@ def run(task: tuple[Work, str]) -> str | None:
 
 def tasks(name: str) -> tuple[Any, list[Any]]:
     if name == "table":
-        from spatial_pe.backends.triton import configs
+        from spatial_pe.backends.triton import tiles
 
-        return build_for_this_gpu, kernels(configs.family_of(torch.device("cuda", 0)))
+        return build_for_this_gpu, kernels(tiles.family_of(torch.device("cuda", 0)))
     compiled = ("compiled-cudnn", "flex")
     return run, [(work, variant) for work in plan(name) for variant in work.variants if variant in compiled]
 

@@ -13,17 +13,17 @@ import triton
 from torch import Tensor
 
 from ...rotary import Rotary
-from ..call import Call
-from . import configs
-from .angles import angles_kernel
-from .attention import forward_kernel
-from .attention_backward import key_kernel, query_kernel
+from ..base import AttentionCall, float32_tables, table_strides
+from . import tiles
+from .kernels.angle_gradient import angles_kernel
+from .kernels.backward import key_kernel, query_kernel
+from .kernels.blocks import channel_cut, operand_width, pair_cut
+from .kernels.forward import forward_kernel
+from .kernels.pre_rotate import operands_kernel
+from .kernels.rotate import rotate_kernel
+from .kernels.sequences import PACKED, programs
+from .kernels.windows import window_backward_kernel, window_forward_kernel
 from .launch import Launch
-from .operands import operands_kernel
-from .pieces import channel_cut, operand_width, pair_cut
-from .rotate import rotate_kernel
-from .sequences import DENSE, PACKED, PADDED, programs
-from .windows import window_backward_kernel, window_forward_kernel
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,29 @@ def on(device: torch.device):
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shared:
     """What all kernels of a call share."""
 
-    call: Call
-    form: str
+    call: AttentionCall
     bounds: Tensor  # cu_seqlens, seqlens, or any tensor where there are none
-    sequences: int
-    choice: configs.Choice
+    choice: tiles.Choice
     tables: tuple[Tensor, Tensor]
     table_strides: tuple[int, int, int]
 
     @classmethod
-    def of(cls, call: Call, choice: configs.Choice | None) -> Shape:
-        q = call.q
-        bounds = call.cu_seqlens if call.cu_seqlens is not None else call.seqlens
-        form = PACKED if call.cu_seqlens is not None else PADDED if call.seqlens is not None else DENSE
-        sequences = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-        tables = (q, q) if call.rotary is None else tables_of(call.rotary)
+    def of(cls, call: AttentionCall, choice: tiles.Choice | None) -> Shared:
+        tables = (call.q, call.q) if call.rotary is None else float32_tables(call.rotary)
         table = (0, 0, 0) if call.rotary is None else table_strides(tables[0])
-        bounds = q if bounds is None else bounds
-        return cls(call, form, bounds, sequences, choice or configs.choice_of(call), tables, table)
+        bounds = call.q if call.bounds is None else call.bounds
+        return cls(call, bounds, choice or tiles.choice_of(call), tables, table)
+
+    @property
+    def form(self) -> str:
+        return self.call.form
+
+    @property
+    def sequences(self) -> int:
+        return self.call.num_sequences
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,7 @@ class Shape:
 
     @property
     def settle(self) -> dict[str, bool]:
-        return {"SETTLE": self.choice.family == "ampere" and self.call.rotary is not None and not configs.INTERPRETED}
+        return {"SETTLE": self.choice.family == "ampere" and self.call.rotary is not None and not tiles.INTERPRETED}
 
     def grid(self, block: int, heads: int) -> tuple[int, int]:
         return programs(self.form, self.sequences, self.tokens, block), heads
@@ -112,21 +114,6 @@ def head_constants(dim: int, rotary: Rotary | None) -> dict[str, Any]:
         "PAIRING": "half" if rotary is None else rotary.pairing,
         "PAIRS": pair_cut(dim),
     }
-
-
-def tables_of(rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """float32 tables, contiguous in the last dimension and alike in the others."""
-    cos, sin = rotary.cos, rotary.sin
-    if cos.dtype != torch.float32:
-        cos, sin = cos.float(), sin.float()
-    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return cos, sin
-
-
-def table_strides(cos: Tensor) -> tuple[int, int, int]:
-    """(batch, token, head), 0 where samples or heads share a table."""
-    return 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), 0 if cos.shape[2] == 1 else cos.stride(2)
 
 
 def alignment(*tensors: Tensor) -> int:
@@ -142,48 +129,48 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------------------------------------------- forward
 
 
-def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
+def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Plan:
     """choice: other tiles than those of the device, or those of another one."""
-    shape = Shape.of(call, choice)
+    shared = Shared.of(call, choice)
     q, k, v = call.q, call.k, call.v
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[0], shape.heads, shape.tokens), dtype=torch.float32, device=q.device)
-    sizes = (shape.sequences, shape.tokens, shape.heads, shape.heads // shape.kv_heads, call.scale)
-    if window := shape.choice.window_forward:
-        per_program = configs.heads_per_program(window, shape.sequences, shape.heads)
+    lse = torch.empty((q.shape[0], shared.heads, shared.tokens), dtype=torch.float32, device=q.device)
+    sizes = (shared.sequences, shared.tokens, shared.heads, shared.heads // shared.kv_heads, call.scale)
+    if window := shared.choice.window_forward:
+        per_program = tiles.heads_per_program(window, shared.sequences, shared.heads)
         forward = Launch(
             window_forward_kernel,
-            (shape.sequences, triton.cdiv(shape.heads, per_program)),
-            (q, k, v, out, lse, *shape.tables, shape.bounds, *sizes)
-            + (*strides(q), *strides(k), *strides(v), *shape.table_strides),
-            shape.constants(q, k, v)
-            | shape.settle
+            (shared.sequences, triton.cdiv(shared.heads, per_program)),
+            (q, k, v, out, lse, *shared.tables, shared.bounds, *sizes)
+            + (*strides(q), *strides(k), *strides(v), *shared.table_strides),
+            shared.constants(q, k, v)
+            | shared.settle
             | {"BLOCK": window.block, "PER_PROGRAM": per_program, "STAGES": window.stages},
             window.warps,
         )
         return Plan((forward,), (out, lse))
 
-    tile = shape.choice.forward
+    tile = shared.choice.forward
     launches: tuple[Launch, ...] = ()
     scratch: tuple[Tensor, ...] = ()
     keys, key_strides = k, strides(k)
     before = call.rotary is not None and tile.turn == "before"
-    family = shape.choice.family
+    family = shared.choice.family
     # in the loop, 8 bytes of spills with "axis_half" at D = 72
     scattered = call.rotary is not None and call.rotary.pairing == "axis_half"
-    join = configs.joins(family, q.dtype) and (before or not scattered)
+    join = tiles.joins(family, q.dtype) and (before or not scattered)
     if before:
-        turn, keys, key_strides = turned(k, shape)
+        turn, keys, key_strides = turned(k, shared)
         launches, scratch = (turn,), (keys,)
     forward = Launch(
         forward_kernel,
-        shape.grid(tile.bm, shape.heads),
-        (q, keys, v, out, lse, *shape.tables, shape.bounds, *sizes)
-        + (*strides(q), *key_strides, *strides(v), *shape.table_strides),
-        shape.constants(q, keys, v)
-        | shape.settle
+        shared.grid(tile.bm, shared.heads),
+        (q, keys, v, out, lse, *shared.tables, shared.bounds, *sizes)
+        + (*strides(q), *key_strides, *strides(v), *shared.table_strides),
+        shared.constants(q, keys, v)
+        | shared.settle
         | {"ROTATE_K": not before, "JOIN": join, "RUNNING": q.dtype == torch.float16}
-        | {"ONES": configs.ones(family, q.dtype)}
+        | {"ONES": tiles.ones(family, q.dtype)}
         | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
         tile.maxnreg,
@@ -191,20 +178,20 @@ def plan_forward(call: Call, choice: configs.Choice | None = None) -> Plan:
     return Plan((*launches, forward), (out, lse), scratch)
 
 
-def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int]]:
+def turned(x: Tensor, shared: Shared) -> tuple[Launch, Tensor, tuple[int, int, int]]:
     """R(x) as operands, (H, B N, padded D), the launch that makes it, and its strides (0, token, head)."""
     tokens, heads, dim = x.shape[1:]
-    config = configs.OPERANDS
+    config = tiles.OPERANDS
     blocks = x.shape[0] * triton.cdiv(tokens, config.block)
-    per_program = configs.heads_per_program(config, blocks, heads)
-    rotary = shape.call.rotary
-    out = torch.empty((heads, shape.rows, operand_width(dim)), dtype=x.dtype, device=x.device)
+    per_program = tiles.heads_per_program(config, blocks, heads)
+    rotary = shared.call.rotary
+    out = torch.empty((heads, shared.rows, operand_width(dim)), dtype=x.dtype, device=x.device)
     launch = Launch(
         operands_kernel,
         (blocks, triton.cdiv(heads, per_program)),
-        (x, out, *shape.tables, tokens, shape.rows, heads, *strides(x), *shape.table_strides),
+        (x, out, *shared.tables, tokens, shared.rows, heads, *strides(x), *shared.table_strides),
         head_constants(dim, rotary)
-        | {"ALIGN": alignment(x), "TABLE_ALIGN": alignment(*shape.tables)}
+        | {"ALIGN": alignment(x), "TABLE_ALIGN": alignment(*shared.tables)}
         | {"PER_HEAD": rotary is not None and rotary.cos.shape[2] > 1}
         | {"BLOCK": config.block, "PER_PROGRAM": per_program},
         config.warps,
@@ -215,50 +202,52 @@ def turned(x: Tensor, shape: Shape) -> tuple[Launch, Tensor, tuple[int, int, int
 # --------------------------------------------------------------------------------------------------------- backward
 
 
-def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: configs.Choice | None = None) -> Plan:
+def plan_backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, choice: tiles.Choice | None = None
+) -> Plan:
     """dout (B, N, H, D) with a last dimension of stride 1."""
-    shape = Shape.of(call, choice)
+    shared = Shared.of(call, choice)
     q, k, v = call.q, call.k, call.v
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    group = shape.heads // shape.kv_heads
-    if window := shape.choice.window_backward:
+    group = shared.heads // shared.kv_heads
+    if window := shared.choice.window_backward:
         backward = Launch(
             window_backward_kernel,
-            (shape.sequences, shape.kv_heads),
-            (q, k, v, out, dout, lse, dq, dk, dv, *shape.tables, shape.bounds)
-            + (shape.sequences, shape.tokens, shape.heads, shape.kv_heads, group, call.scale)
-            + (*strides(q), *strides(k), *strides(v), *strides(dout), *shape.table_strides),
-            shape.constants(q, k, v, dout) | shape.settle | {"BLOCK": window.block},
+            (shared.sequences, shared.kv_heads),
+            (q, k, v, out, dout, lse, dq, dk, dv, *shared.tables, shared.bounds)
+            + (shared.sequences, shared.tokens, shared.heads, shared.kv_heads, group, call.scale)
+            + (*strides(q), *strides(k), *strides(v), *strides(dout), *shared.table_strides),
+            shared.constants(q, k, v, dout) | shared.settle | {"BLOCK": window.block},
             window.warps,
         )
         return Plan((backward,), (dq, dk, dv))
 
-    turn, turned_k, _ = turned(k, shape)
-    turned_q = turned_k.new_empty((shape.heads, shape.rows, turned_k.shape[-1]))
+    turn, turned_k, _ = turned(k, shared)
+    turned_q = turned_k.new_empty((shared.heads, shared.rows, turned_k.shape[-1]))
     delta = torch.empty_like(lse)
-    constants = shape.constants(q, v, dout)
-    tile = shape.choice.query
+    constants = shared.constants(q, v, dout)
+    tile = shared.choice.query
     by_query = Launch(
         query_kernel,
-        shape.grid(tile.bm, shape.heads),
-        (q, turned_k, v, out, dout, lse, dq, turned_q, delta, *shape.tables, shape.bounds)
-        + (shape.sequences, shape.tokens, shape.rows, shape.heads, group, call.scale)
-        + (*strides(q), *strides(v), *strides(dout), *shape.table_strides),
+        shared.grid(tile.bm, shared.heads),
+        (q, turned_k, v, out, dout, lse, dq, turned_q, delta, *shared.tables, shared.bounds)
+        + (shared.sequences, shared.tokens, shared.rows, shared.heads, group, call.scale)
+        + (*strides(q), *strides(v), *strides(dout), *shared.table_strides),
         constants | {"SPLIT": tile.split, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
         tile.maxnreg,
     )
-    tile = shape.choice.key
+    tile = shared.choice.key
     by_key = Launch(
         key_kernel,
-        shape.grid(tile.bn, shape.kv_heads),
-        (turned_q, turned_k, v, dout, lse, delta, dk, dv, *shape.tables, shape.bounds)
-        + (shape.sequences, shape.tokens, shape.rows, shape.heads, shape.kv_heads, group, call.scale)
-        + (*strides(v), *strides(dout), *shape.table_strides),
+        shared.grid(tile.bn, shared.kv_heads),
+        (turned_q, turned_k, v, dout, lse, delta, dk, dv, *shared.tables, shared.bounds)
+        + (shared.sequences, shared.tokens, shared.rows, shared.heads, shared.kv_heads, group, call.scale)
+        + (*strides(v), *strides(dout), *shared.table_strides),
         constants
         # with a loop over heads around it, or starts of sequences that 16 does not divide (Triton 3.6), a loop more spills
         | {
-            "SPLIT": tile.split and group == 1 and shape.form != PACKED,
+            "SPLIT": tile.split and group == 1 and shared.form != PACKED,
             "BM": tile.bm,
             "BN": tile.bn,
             "STAGES": tile.stages,
@@ -274,12 +263,12 @@ def plan_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, choice: co
 
 def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> Plan:
     """R(x) of x, or of q and k, (B, N, H|Hkv, D), in one launch; contiguous, or in place, with no results."""
-    tables = tables_of(rotary)
+    tables = float32_tables(rotary)
     outs = tuple(xs) if inplace else tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs)
     q, k = xs[0], xs[-1]
     batch, tokens, heads, dim = q.shape
     kv_heads = k.shape[2] if len(xs) == 2 else 0
-    config = configs.ROTATION
+    config = tiles.ROTATION
     # in place, channels that pass through need no visit
     pairs = (rotary.rotary_dim if inplace else dim) // 2
     launch = Launch(
@@ -310,12 +299,12 @@ def plan_angles(
 ) -> Plan:
     """dφ of every (sample, token, table head, pair): summed over the heads that share an angle; (B, N, H|1, R/2) float32.
 
-    table: the shape of cos, (B|1, N, H|1, R/2).
+    table: the shared of cos, (B|1, N, H|1, R/2).
     """
     batch, tokens, heads, dim = q.shape
     table_heads, pairs = table[2:]
     out = torch.empty((batch, tokens, table_heads, pairs), dtype=torch.float32, device=q.device)
-    block = configs.ANGLES_BLOCK
+    block = tiles.ANGLES_BLOCK
     launch = Launch(
         angles_kernel,
         (batch * triton.cdiv(tokens, block), table_heads),

@@ -12,10 +12,10 @@ from lmms_eval.models.simple.llava_hf import LlavaHf, model_map
 from loguru import logger
 
 from ... import from_pretrained, patch
-from ...backends.select import check_backend
-from ...towers.adapters import FusedAttention
-from ...towers.request import Request
-from ...towers.saved import NOTE
+from ...ops.select import check_backend
+from ...towers.config_entry import NOTE
+from ...towers.fused_attention import FusedAttention
+from ...towers.options import PatchOptions
 
 
 class Patched:
@@ -44,10 +44,10 @@ class Patched:
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
-        request = _request(rope, start, keep_absolute, legacy)
+        options = _options(rope, start, keep_absolute, legacy)
         if backend is not None:
             check_backend(backend)
-        with _patched_when_loaded(request, backend):
+        with _patched_when_loaded(options, backend):
             super().__init__(pretrained=pretrained, **kwargs)  # type: ignore[call-arg]
         if not any(isinstance(module, FusedAttention) for module in self.model.modules()):  # type: ignore[attr-defined]
             raise RuntimeError(
@@ -67,24 +67,26 @@ class LlavaHfSpatialPEChat(Patched, LlavaHfChat):
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def _request(rope: str | None, start: str, keep_absolute: bool, legacy: str | float | None) -> Request:
+def _options(rope: str | None, start: str, keep_absolute: bool, legacy: str | float | None) -> PatchOptions:
     if not isinstance(keep_absolute, bool):
         raise ValueError(f"keep_absolute must be True or False, got {keep_absolute!r}")
     rope = None if rope in ("none", "None") else rope
-    request = Request(rope, start, keep_absolute, None if legacy is None else str(legacy))  # 2601.09954 comes as float
-    request.check()
-    if not request.adds and request != Request():
+    options = PatchOptions(
+        rope, start, keep_absolute, None if legacy is None else str(legacy)
+    )  # 2601.09954 comes as float
+    options.check()
+    if not options.adds and options != PatchOptions():
         raise ValueError(
             f"start={start!r}, keep_absolute={keep_absolute} are for a RoPE that is added: give rope=axial"
         )
-    return request
+    return options
 
 
 @contextmanager
-def _patched_when_loaded(request: Request, backend: str | None) -> Iterator[None]:
+def _patched_when_loaded(options: PatchOptions, backend: str | None) -> Iterator[None]:
     """Patched inside of lmms-eval's constructor, which wraps the model for data parallelism and sharding."""
     classes = dict(model_map)
-    model_map.update({name: _Loader(cls, request, backend) for name, cls in classes.items()})
+    model_map.update({name: _Loader(cls, options, backend) for name, cls in classes.items()})
     try:
         yield
     finally:
@@ -94,11 +96,11 @@ def _patched_when_loaded(request: Request, backend: str | None) -> Iterator[None
 class _Loader:
     """Stands in lmms-eval's table for a class of transformers, of which it only calls ``from_pretrained``."""
 
-    def __init__(self, cls: Any, request: Request, backend: str | None) -> None:
-        self.cls, self.request, self.backend = cls, request, backend
+    def __init__(self, cls: Any, options: PatchOptions, backend: str | None) -> None:
+        self.cls, self.options, self.backend = cls, options, backend
 
     def from_pretrained(self, path: str, **kwargs: Any) -> Any:
-        request = self.request
+        options = self.options
         kwargs["device_map"] = kwargs.get("device_map") or None  # lmms-eval's "" is an error for transformers 5
         config = self.cls.config_class.from_pretrained(path, revision=kwargs.get("revision"))
         notes = list(_notes(config))
@@ -106,18 +108,18 @@ class _Loader:
             model = self.cls.from_pretrained(path, **kwargs)
             report = patch(
                 model,
-                rope=request.rope,
-                start=request.start,
-                keep_absolute=request.keep_absolute,
-                legacy=request.legacy,
+                rope=options.rope,
+                start=options.start,
+                keep_absolute=options.keep_absolute,
+                legacy=options.legacy,
                 backend=self.backend or "auto",
             )
             logger.info(f"{path}:\n{report}")
             return model
-        if request != Request():
+        if options != PatchOptions():
             raise ValueError(
-                f"{path} was saved patched ({Request.from_config(notes[0])}) and is loaded as it was: leave out rope, "
-                f"start, keep_absolute and legacy, got {request}"
+                f"{path} was saved patched ({PatchOptions.from_config(notes[0])}) and is loaded as it was: leave out "
+                f"rope, start, keep_absolute and legacy, got {options}"
             )
         for note in notes:
             note["backend"] = self.backend or note["backend"]

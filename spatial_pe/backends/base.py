@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of the op, as every backend receives it, and what a backend must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..rotary import Rotary
+from .checks import check_cu_seqlens, check_seqlens
+
+Form = Literal["dense", "packed", "padded"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """Checked arguments of rope_attention. q, k, v are (B, N, H|Hkv, D); packed sequences are one sample, B = 1."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotary: Rotary | None
+    scale: float
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    seqlens: Tensor | None
+
+    @property
+    def form(self) -> Form:
+        return "packed" if self.cu_seqlens is not None else "padded" if self.seqlens is not None else "dense"
+
+    @property
+    def bounds(self) -> Tensor | None:
+        """cu_seqlens, seqlens, or None."""
+        return self.seqlens if self.cu_seqlens is None else self.cu_seqlens
+
+    @property
+    def num_sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def longest(self) -> int:
+        """An upper bound of the tokens of a sequence: max_seqlen if packed and given, else N."""
+        tokens = self.q.shape[1]
+        return tokens if self.cu_seqlens is None or self.max_seqlen is None else int(self.max_seqlen)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that may want a gradient."""
+        rotary = self.rotary
+        return (self.q, self.k, self.v) if rotary is None else (self.q, self.k, self.v, rotary.cos, rotary.sin)
+
+    def sequences(self) -> Iterator[tuple[int, int, int]]:
+        """(sample, start, stop) of each sequence. Reads the lengths, so on a GPU it waits for them."""
+        batch, tokens = self.q.shape[:2]
+        if self.cu_seqlens is not None:
+            bounds = self.cu_seqlens.tolist()
+            check_cu_seqlens(bounds, tokens, self.max_seqlen)
+            for start, stop in pairwise(bounds):
+                yield 0, start, stop
+        else:
+            lengths = [tokens] * batch
+            if self.seqlens is not None:
+                lengths = self.seqlens.tolist()
+                check_seqlens(lengths, tokens)
+            for b, length in enumerate(lengths):
+                yield b, 0, length
+
+
+class Backend(Protocol):
+    """What the module of a backend offers. ``ops.select`` asks the first two before each call."""
+
+    def unavailable(self) -> str | None:
+        """Return why this machine does not have the backend, or None if it does."""
+
+    def cannot_serve(self, call: AttentionCall) -> str | None:
+        """Return why the backend cannot compute this call, or None if it can."""
+
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Return out (B, N, H, D) in q's dtype, and lse (B, H, N) float32, the log of a row's sum of exponentials."""
+
+    def backward(self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv in the shapes and dtype of q, k, v."""
+
+    def angle_gradient(
+        self, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+    ) -> Tensor:
+        """Return dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k."""
+
+
+# ------------------------------------------------------------------------------------------ for the compiled backends
+
+
+def float32_tables(rotary: Rotary, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Return cos and sin in float32, contiguous in the last dimension and alike in the others, whose strides `multiple`
+    divides if it divides R/2."""
+    cos, sin = rotary.cos, rotary.sin
+    if cos.dtype != torch.float32:
+        cos, sin = cos.float(), sin.float()
+    strides = cos.stride()
+    if strides != sin.stride() or strides[3] != 1 or any(stride % multiple for stride in strides[:3]):
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin
+
+
+def table_strides(cos: Tensor) -> tuple[int, int, int]:
+    """Return the strides of (batch, token, head), 0 where samples or heads share a table."""
+    return 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), 0 if cos.shape[2] == 1 else cos.stride(2)
+
+
+def allocator(call: AttentionCall) -> Callable[..., Tensor]:
+    """Allocate results like q. The kernels write the tokens of the sequences; with padding there are others, which must
+    be 0."""
+    return call.q.new_empty if call.seqlens is None else call.q.new_zeros
+
+
+def view(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides (batch, token, head) in elements; the last stride is 1."""
+    batch, token, head = x.stride()[:3]
+    return x.data_ptr(), batch, token, head

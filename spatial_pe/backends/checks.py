@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of a call, once: what is wrong raises here, before any kernel runs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils.dispatcher import in_transform
+from ..rotary import Rotary, check_rotary_fits
+
+INTEGERS = (int, torch.SymInt)  # as a tuple: dynamo of torch 2.9 knows no union of types
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: Rotary | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    seqlens: Tensor | None,
+) -> None:
+    """Shapes, dtypes, devices and strides of ``rope_attention``. Looks at no values, so it traces."""
+    _check_tensors(q, k, v)
+    packed = cu_seqlens is not None
+    _check_shapes(q, k, v, packed)
+    _check_lengths(q, cu_seqlens, max_seqlen, seqlens)
+    if rotary is not None:
+        check_rotary_fits(q[None] if packed else q, rotary, "q")
+        _check_table_heads(rotary, q, k)
+
+
+def check_fits(call: Any) -> None:
+    """The same for a ``Call`` that came through the torch op, from a traced graph say."""
+    packed = call.cu_seqlens is not None
+    q, k, v = (x[0] if packed and x.ndim == 4 else x for x in (call.q, call.k, call.v))
+    if call.rotary is not None:
+        call.rotary.check()
+    check_call(q, k, v, call.rotary, call.cu_seqlens, call.max_seqlen, call.seqlens)
+
+
+def check_gradients(call: Any, out: Tensor, lse: Tensor, dout: Tensor) -> None:
+    """What the backward gets beside the call."""
+    q = call.q
+    for name, x in (("dout", dout), ("out", out)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be as q, {tuple(q.shape)} {q.dtype} on {q.device}, got {tuple(x.shape)} {x.dtype} on "
+                f"{x.device}"
+            )
+    rows = (q.shape[0], q.shape[2], q.shape[1])
+    if lse.shape != rows or lse.dtype != torch.float32 or lse.device != q.device:
+        raise ValueError(f"lse must be (B, H, N) float32 on {q.device}, got {tuple(lse.shape)} {lse.dtype}")
+
+
+def check_angle_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor) -> None:
+    """What the op angle_gradient gets."""
+    if dq.shape != q.shape or dk.shape != k.shape:
+        raise ValueError(f"dq and dk must have the shapes of q and k, {tuple(q.shape)} and {tuple(k.shape)}")
+    rotary = Rotary._unchecked(cos, cos, "half")
+    for name, x in (("q", q), ("k", k)):
+        check_rotary_fits(x, rotary, name)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    dtype = device = None
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided:
+            raise TypeError(
+                f"{name} must be a dense (strided) tensor, got {x.layout}: pass sequences of several lengths as one "
+                "packed tensor with cu_seqlens"
+            )
+        if dtype is None:
+            dtype, device = x.dtype, x.device
+            if dtype not in DTYPES:
+                raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
+        if x.dtype is not dtype:
+            raise TypeError(f"q, k and v must share a dtype, got q {dtype}, {name} {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"q, k and v must be on one device, got q on {device}, {name} on {x.device}")
+        if x.ndim and x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() and not in_transform():
+            # inside torch.vmap strides are those of all lanes: its rule copies what the kernels cannot read
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension (stride 1), got strides {x.stride()}: "
+                f"pass (batch, tokens, heads, head_dim), or call {name}.contiguous()"
+            )
+
+
+def _check_lengths(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None and seqlens is not None:
+        raise ValueError("give cu_seqlens (packed sequences) or seqlens (padded batch), not both")
+    if cu_seqlens is not None:
+        _check_index(cu_seqlens, "cu_seqlens", q)
+        if cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must have sequences + 1 entries, got {cu_seqlens.shape[0]}")
+        if max_seqlen is not None and not isinstance(max_seqlen, INTEGERS):
+            raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}: use int(max_seqlen)")
+    if seqlens is not None:
+        _check_index(seqlens, "seqlens", q)
+        if seqlens.shape[0] != q.shape[0]:
+            raise ValueError(f"seqlens must have an entry for each of the {q.shape[0]} samples, got {seqlens.shape[0]}")
+
+
+def _check_table_heads(rotary: Rotary, q: Tensor, k: Tensor) -> None:
+    if rotary.cos.shape[2] != 1 and k.shape[-2] != q.shape[-2]:
+        raise ValueError(
+            f"rotary has a table per head, which needs as many key heads as query heads, "
+            f"got {k.shape[-2]} and {q.shape[-2]}"
+        )
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    layout = "(total_tokens, heads, head_dim)" if packed else "(batch, tokens, heads, head_dim)"
+    ndim = 3 if packed else 4
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != ndim:
+            hint = "" if packed or x.ndim != 3 else ": packed tensors need cu_seqlens"
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}{hint}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[:-2] != k.shape[:-2]:
+        raise ValueError(f"q and k must have the same batch and tokens, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same head_dim, got {q.shape[-1]} and {k.shape[-1]}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the number of key heads must divide the number of query heads, got {kv_heads} and {heads}")
+    if q.shape[-1] == 0:
+        raise ValueError("head_dim must be at least 1, got 0")
+
+
+def _check_index(index: Tensor, name: str, q: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be an int32 torch.Tensor, got {type(index).__name__}")
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {index.dtype}: use {name}.int()")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(index.shape)}")
+    if index.device != q.device:
+        raise ValueError(f"{name} is on {index.device}, q on {q.device}: they must be on one device")
+
+
+def check_cu_seqlens(cu_seqlens: list[int], total: int, max_seqlen: int | None = None) -> None:
+    """The values of cu_seqlens, where reading them costs no device synchronisation."""
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {cu_seqlens[0]}")
+    if cu_seqlens[-1] != total:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {total}, got {cu_seqlens[-1]}")
+    for i, (a, b) in enumerate(pairwise(cu_seqlens)):
+        if b < a:
+            raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at entry {i + 1}")
+        if max_seqlen is not None and b - a > max_seqlen:
+            raise ValueError(
+                f"max_seqlen must be at least the longest sequence, got {max_seqlen}: sequence {i} has {b - a} tokens"
+            )
+
+
+def check_seqlens(seqlens: list[int], tokens: int) -> None:
+    """The values of seqlens."""
+    for i, length in enumerate(seqlens):
+        if not 0 <= length <= tokens:
+            raise ValueError(f"seqlens must lie between 0 and the {tokens} tokens of q, got {length} for sample {i}")

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes: rows of data, by kernel, kind of GPU and head_dim. What `spatial-pe tune` has measured comes before them.
+
+All rows here are modelled, none is measured yet: no GPU was at hand. What each must satisfy (no spills, shared memory
+within the chip, tensor cores used) is checked by compiling it for its GPU offline: tests/triton/test_budget.py, and
+docs/triton_budget.md holds the table. Among those that do, rows are chosen by instructions per score in the main loop and
+by the programs that fit an SM together: one loads and exponentiates while another multiplies, so two are wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..._utils.dispatcher import assume_constant
+from ..base import AttentionCall
+from . import tuning_store
+
+Family = Literal["ampere", "hopper", "blackwell", "cdna"]
+# Triton's interpreter runs the kernels on the CPU, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def family_of(device: torch.device) -> Family:
+    """The kind of GPU; "hopper" for Triton's interpreter, so that tests run what most users run.
+
+    "ampere" is every GPU that multiplies by mma.sync: sm_80 to sm_89, and sm_120, consumer Blackwell. Their rows keep to
+    the 99 KB of shared memory that the smaller ones have.
+    """
+    if device.type != "cuda":
+        return "hopper"
+    if torch.version.hip is not None:
+        return "cdna"
+    major, _ = capability(device.index)
+    return "hopper" if major == 9 else "blackwell" if major in (10, 11) else "ampere"
+
+
+@assume_constant
+def capability(index: int) -> tuple[int, int]:
+    if index not in _CAPABILITIES:  # torch's own answer takes 2 us, in every call
+        _CAPABILITIES[index] = torch.cuda.get_device_capability(index)
+    return _CAPABILITIES[index]
+
+
+_CAPABILITIES: dict[int, tuple[int, int]] = {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM queries by BN keys; warps of 32 lanes; how many loads ahead."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    turn: Literal["loop", "before"] = "before"  # forward: k is turned in the loop, or before by operands.py
+    split: bool = False  # backward: a loop of its own for whole tiles, which takes registers
+    # most registers a thread, for NVIDIA's assembler: 128 lets two programs of 8 warps share an SM; None: as many as it likes
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sequences of at most `block` tokens. Forward: heads per program, one after another; how many loads ahead."""
+
+    block: int
+    warps: int
+    per_program: int = 1
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Tokens and heads that a program of rotate.py or operands.py rotates."""
+
+    block: int
+    per_program: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tiles that serve a call. A window, where there is one, serves instead of the tiles."""
+
+    family: Family
+    forward: Tile
+    query: Tile  # of the backward, for dq
+    key: Tile  # of the backward, for dk and dv: two accumulators of BN x D
+    window_forward: Window | None
+    window_backward: Window | None
+
+
+# Of an H100 or H200; an A100 has 108, a B200 148.
+SMS = 132
+ROTATION = Rotation(block=32, per_program=4, warps=4)
+OPERANDS = ROTATION
+# Tokens that a program of angles.py visits.
+ANGLES_BLOCK = 32
+
+# k is turned in the loop for sequences up to this many tokens, and by a kernel of its own above. In the loop, every block
+# of BM queries reads the angles once more, 256 bytes of a token at D = 64 against 256 of its k and v, from L2 at about 25
+# bytes a clock and SM; the extra kernel reads and writes k, 256 bytes, in main memory at about 18, and reads the angles
+# once: equal at N = 2.4 BM (model).
+TURN_IN_LOOP_UP_TO = 256
+
+# ------------------------------------------------------------------------------------------------- rows: (head_dim <=, tile)
+
+# float32: the ordinary units multiply, in small tiles
+_FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
+_FLOAT32_QUERY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
+_FLOAT32_KEY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
+# Hopper: at D <= 64 at most 128 registers a thread, so that two programs fit an SM, and 5.7 instructions per score (Triton
+# 3.9; 5.2 with 3.6).
+_BEFORE: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((80, Tile(128, 64, 8, 2)), (88, Tile(128, 32, 8, 2)), (128, Tile(128, 64, 8, 2))),
+    "hopper": ((32, Tile(128, 64, 8, 3, maxnreg=128)), (128, Tile(128, 64, 8, 3))),
+    "blackwell": ((96, Tile(128, 64, 8, 3)), (104, Tile(128, 32, 8, 3)), (128, Tile(128, 64, 8, 3))),
+    "cdna": ((128, Tile(64, 64, 8, 1)),),
+}
+_LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": (
+        (16, Tile(128, 64, 8, 2, "loop")),
+        (32, Tile(128, 32, 8, 2, "loop")),
+        (64, Tile(128, 64, 8, 2, "loop")),
+        (128, Tile(128, 32, 8, 2, "loop")),
+    ),
+    # 104 and 112, three cuts, have no registers for the rotation: 24 to 136 bytes of spills in the loop
+    "hopper": ((96, Tile(128, 64, 8, 3, "loop")), (112, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3, "loop"))),
+    "blackwell": (
+        (64, Tile(128, 64, 8, 3, "loop")),
+        (72, Tile(64, 64, 4, 2, "loop")),
+        (128, Tile(128, 64, 8, 3, "loop")),
+    ),
+    "cdna": ((128, Tile(64, 64, 8, 1, "loop")),),
+}
+# Where tiles of 128 queries would leave SMs without a program: one image, say.
+_FEW: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((80, Tile(64, 64, 4, 2)),),
+    "hopper": ((96, Tile(64, 64, 4, 3)),),
+    "blackwell": ((80, Tile(64, 64, 4, 2)),),
+    "cdna": (),
+}
+_QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 64, 8, 2)), (80, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 4, 2))),
+    "hopper": (
+        (96, Tile(128, 64, 8, 2, split=True)), (112, Tile(64, 64, 8, 2, split=True)), (128, Tile(128, 64, 8, 2, split=True)),
+    ),
+    "blackwell": (
+        (96, Tile(128, 64, 8, 2, split=True)), (112, Tile(64, 64, 8, 2, split=True)), (128, Tile(128, 64, 8, 2, split=True)),
+    ),
+    "cdna": ((128, Tile(64, 64, 8, 1)),),
+}  # fmt: skip
+_KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
+    "ampere": ((96, Tile(32, 128, 8, 2)), (112, Tile(32, 32, 4, 2)), (128, Tile(32, 128, 8, 2))),
+    "hopper": ((64, Tile(64, 128, 8, 2, split=True)), (80, Tile(64, 128, 8, 2)), (128, Tile(32, 128, 8, 2))),
+    "blackwell": (
+        (80, Tile(64, 128, 8, 2)),
+        (96, Tile(64, 64, 8, 2)),
+        (112, Tile(64, 64, 4, 2)),
+        (128, Tile(64, 64, 8, 2)),
+    ),
+    "cdna": ((128, Tile(64, 64, 8, 1)),),
+}
+# head_dim <= and the longest sequence decide; what is missing spills, and is served by the tiles.
+# Four warps: 1,058 instructions each for a window of 64 tokens at D = 80, half of what its memory traffic takes on an H200.
+_WINDOW_FORWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
+    "ampere": ((96, Window(64, 8, 4, 2)), (64, Window(128, 8, 2, 1))),
+    "hopper": ((104, Window(64, 4, 4, 2)), (128, Window(64, 8, 4, 2)), (96, Window(128, 8, 2, 2))),
+    "blackwell": ((96, Window(64, 4, 4, 2)), (96, Window(128, 8, 2, 2))),
+    "cdna": ((80, Window(64, 8, 4, 1)),),
+}
+_WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
+    "ampere": (),
+    "hopper": ((96, Window(64, 4)), (112, Window(64, 8))),
+    "blackwell": ((96, Window(64, 4)),),
+    "cdna": ((80, Window(64, 8)),),
+}
+
+
+def joins(family: Family, dtype: torch.dtype) -> bool:
+    """Whether the forward has one operand of q and k for each cut, not two. With wgmma and tcgen05 every operand costs a wait
+    for the tensor cores. With mma.sync and mfma there is nothing to wait for, and joined ones cost addresses (215
+    instructions a tile become 288: sm_80, D = 64, Triton 3.6); on the ordinary units they cost registers."""
+    return family in ("hopper", "blackwell") and dtype != torch.float32
+
+
+def ones(family: Family, dtype: torch.dtype) -> int:
+    """Columns of 1 of the product that sums the forward's rounded weights: the smallest that the tensor cores multiply by;
+    0, no product, where weights are not rounded or never above 1."""
+    return 0 if dtype != torch.bfloat16 else 16 if family == "cdna" else 8
+
+
+def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int, few: bool = False) -> Choice:
+    """longest: tokens of the longest sequence, as far as it is known; few: see few_programs."""
+    if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
+        forward = replace(_tile(_FLOAT32_FORWARD, dim), turn="loop" if longest <= TURN_IN_LOOP_UP_TO else "before")
+        return Choice(family, forward, _tile(_FLOAT32_QUERY, dim), _tile(_FLOAT32_KEY, dim), None, None)
+    in_loop = longest <= TURN_IN_LOOP_UP_TO
+    forward = _tile((_LOOP if in_loop else _BEFORE)[family], dim)
+    if few and any(dim <= width for width, _ in _FEW[family]):
+        forward = replace(_tile(_FEW[family], dim), turn=forward.turn)
+    return Choice(
+        family,
+        forward,
+        _tile(_QUERY[family], dim),
+        _tile(_KEY[family], dim),
+        _window(_WINDOW_FORWARD[family], dim, longest),
+        _window(_WINDOW_BACKWARD[family], dim, longest),
+    )
+
+
+def _tile(rows: tuple[tuple[int, Tile], ...], dim: int) -> Tile:
+    return next(tile for width, tile in rows if dim <= width)
+
+
+def _window(rows: tuple[tuple[int, Window], ...], dim: int, longest: int) -> Window | None:
+    fits = (window for width, window in rows if dim <= width and longest <= window.block)
+    if (found := next(fits, None)) is None:
+        return None
+    return replace(found, block=next(size for size in (16, 32, 64, 128) if longest <= size))
+
+
+# ---------------------------------------------------------------------------------------------------------------- a call
+
+
+def few_programs(call: AttentionCall) -> bool:
+    """Whether blocks of 128 queries are fewer than the SMs of a large GPU."""
+    batch, tokens, heads, _ = call.q.shape
+    blocks = batch * -(-tokens // 128) if call.cu_seqlens is None else tokens // 128 + call.cu_seqlens.shape[0] - 1
+    return blocks * heads < SMS
+
+
+def heads_per_program(config: Window | Rotation, blocks: int, heads: int) -> int:
+    """Fewer where that many heads one after another would leave SMs with less than two programs. blocks: of tokens."""
+    count = config.per_program
+    while count > 1 and blocks * -(-heads // count) < 2 * SMS:
+        count //= 2
+    return count
+
+
+def choice_of(call: AttentionCall) -> Choice:
+    q = call.q
+    return _choice(q.device, q.dtype, q.shape[-1], bucket(call.longest), few_programs(call))
+
+
+# Lengths within a bucket share their tiles.
+BUCKETS = (16, 32, 64, 128, 256, 640, 1280, 2560)
+
+
+def bucket(tokens: int) -> int:
+    return next((size for size in BUCKETS if tokens <= size), 1 << 31)
+
+
+@functools.lru_cache(1024)
+def _choice(device: torch.device, dtype: torch.dtype, dim: int, longest: int, few: bool) -> Choice:
+    """What was tuned, on many programs, tells nothing of few."""
+    choice = prebuilt(family_of(device), dtype, dim, longest, few)
+    return choice if few or device.type != "cuda" else tuning_store.load(device).over(choice, dtype, dim, longest)
+
+
+def forget() -> None:
+    """Read what was tuned again."""
+    _choice.cache_clear()
+    tuning_store.load.cache_clear()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `spatial-pe tune` measured on this GPU with these versions: one JSON file for each, in the user's cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..._utils.cache import cache_folder
+from ..._utils.dispatcher import assume_constant
+
+if TYPE_CHECKING:
+    from .tiles import Choice
+
+# Counts up when a row changes its meaning.
+FORMAT = 2
+# Fields of configs.Choice that are measured, in the order in which the tuner does: the backward needs a forward.
+UNITS = ("forward", "window_forward", "query", "key", "window_backward")
+
+
+def path(device: torch.device) -> Path:
+    """Tiles that are best on one GPU, or with one compiler, are not on another."""
+    from ... import __version__
+    from .backend import VERSION
+
+    name = f"{torch.cuda.get_device_name(device)}-triton-{VERSION or 'none'}-spatial_pe-{__version__}"
+    return cache_folder() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
+
+
+def regime(dtype: torch.dtype, dim: int, longest: int) -> str:
+    """longest: a bucket of configs.py."""
+    return f"{str(dtype).removeprefix('torch.')} D={dim} N<={longest}"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Rows by regime: the tiles of each unit (None: a window does not serve it; none of a unit without Triton), what took
+    how many milliseconds, and which backend was fastest, "triton", "cuda" or "composed", for "inference" and "training"."""
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def over(self, choice: Choice, dtype: torch.dtype, dim: int, longest: int) -> Choice:
+        """The choice, with what was measured for its regime instead."""
+        from .tiles import Tile, Window
+
+        row = self.rows.get(regime(dtype, dim, longest), {})
+        found: dict[str, Any] = {}
+        for unit in UNITS:
+            if unit in row:
+                kind = Window if unit.startswith("window") else Tile
+                found[unit] = None if row[unit] is None else kind(**row[unit])
+        return replace(choice, **found)
+
+    def faster(self, dtype: torch.dtype, dim: int, longest: int, training: bool) -> str | None:
+        row = self.rows.get(regime(dtype, dim, longest), {})
+        return row.get("faster", {}).get("training" if training else "inference")
+
+
+# Asked while a call is traced, too; torch.compile takes their answers as they are.
+
+
+@assume_constant
+def any_rows(device: torch.device) -> bool:
+    return bool(load(device).rows)
+
+
+@assume_constant
+def faster(device: torch.device, dtype: torch.dtype, dim: int, longest: int, training: bool) -> str | None:
+    return load(device).faster(dtype, dim, longest, training)
+
+
+@functools.cache
+def load(device: torch.device) -> Tuned:
+    """An unreadable file is left out with a warning: the tiles that come with the package serve."""
+    file = path(device)
+    try:
+        return _checked(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return Tuned()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{file} is not used ({error}): run `spatial-pe tune` again, or delete it", stacklevel=2)
+        return Tuned()
+
+
+def _checked(content: dict[str, Any]) -> Tuned:
+    from .tiles import Tile, Window
+
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, not {FORMAT}")
+    for name, row in content["rows"].items():
+        for unit in UNITS:
+            kind = Window if unit.startswith("window") else Tile
+            if row.get(unit) is not None and set(row[unit]) != {f.name for f in fields(kind)}:
+                raise ValueError(f"{name}: {unit} has {sorted(row[unit])}")
+    return Tuned(content["rows"])
+
+
+def save(rows: dict[str, dict[str, Any]], file: Path) -> None:
+    """Over the rows that are there; whole or not at all, also with several processes at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = {}
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a broken file is replaced
+        before = _checked(json.loads(file.read_text(encoding="utf-8"))).rows
+    content = {"format": FORMAT, "rows": before | rows}
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as part:
+        json.dump(content, part, indent=1)
+    os.replace(part.name, file)
+
+
+def plain(config: Any) -> dict[str, Any] | None:
+    return None if config is None else asdict(config)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure attention and vision towers on this machine, against what would be used instead; write JSON and a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .._utils import environment
+from .._utils.console import first_line, progress
+from .._utils.errors import UserError
+from .._utils.files import refusal, write_whole
+from ..backends import cpu
+from ..lab.bench import machine, report, result, suites
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="two minutes on two cores, in place of an hour")
+    parser.add_argument("--model", metavar="M", help="the tower of a checkpoint folder or hub id, and nothing else")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="default: bench.json")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Raises:
+        UserError: a file that cannot be written, a device or a model that cannot be used.
+    """
+    for name in ("json", "out"):
+        if (why := refusal(getattr(options, name))) is not None:
+            raise UserError(f"--{name} {str(getattr(options, name))!r} {why}")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device}: {first_line(error)}") from None
+    if options.model:
+        cases = list(suites.of_model(options.model, options.device))
+    else:
+        cases = list(suites.PLANS["quick" if options.quick else "full"](options.device))
+    found = {
+        "schema": result.SCHEMA,
+        "kind": "spatial-bench",
+        "command": options.command_line,
+        **environment.describe(),
+    }
+    found |= {"cpu_features": cpu.FEATURES, "device": options.device, "peaks": machine.peaks(options.device)}
+    found["rows"] = []
+    show = progress()
+    for index, case in enumerate(cases):
+        show(index, len(cases), str(case))
+        try:
+            found["rows"].append(case.run(options.device))
+        except UserError as error:
+            raise UserError(f"--model: {error}") from error
+        result.save(options.json, found)
+    show(len(cases), len(cases), "")
+    print(report.text(found))
+    print(report.headline(found))
+    write_whole(options.out, report.html(found))
+    print(f"Wrote {options.json} and {options.out}")
+    return 0

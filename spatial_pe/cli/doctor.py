@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Print what this machine has, which backends work, and why one does not; checks each backend against the reference."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+from .._utils import environment
+from ..backends.base import AttentionCall
+from ..ops import flash
+from ..ops.attention import rope_attention
+from ..ops.select import AUTO, backends, refusal, select
+from ..rotary import Rotary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints what is there. What is merely absent is no error; what is there and does not work is."""
+    machine = environment.describe()
+    for package, number in machine["versions"].items():
+        print(f"{package:<12} {number}")
+    if "transformers" not in machine["versions"]:
+        print("transformers missing: patch() and inspect need it (pip install spatial_pe[hf])")
+    print(f"system       {machine['system']} {machine['machine']}")
+    print(f"cpu          {machine['cpu']}, {machine['cores']} usable cores, torch uses {machine['threads']} threads")
+    print(f"gpu          {machine['gpu'] or 'none that torch can use'}")
+    print(f"torch sees   {machine['torch_cpu_capability']}")
+    broken = [*_print_extension(), *_print_backends()]
+    for what in broken:
+        print(f"BROKEN: {what}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _print_extension() -> list[str]:
+    """What the compiled extension says of itself; returns what is broken about it."""
+    if importlib.util.find_spec("spatial_pe._C") is None:
+        log = Path(__file__).parents[1] / "_build_failure.txt"  # left by setup.py
+        why = log.read_text(encoding="utf-8").strip() if log.is_file() else "no compiler when it was installed"
+        print(f"extension    not built, so no cpu backend: {why}")
+        return []
+    try:
+        features = importlib.import_module("spatial_pe._C").cpu_features()
+        print(f"extension    uses {features['isa']} kernels; sees {' '.join(features['flags']) or 'no flags'}")
+        threads = "OpenMP" if features["openmp"] else "no OpenMP: one thread only"
+        print(f"             compiled by {features['compiler']}, {threads}")
+    except Exception as error:  # whatever a binary built for another machine or Python may raise
+        print("extension    built, but it does not work")
+        return [f"the compiled extension does not work ({type(error).__name__}: {error}): reinstall spatial_pe"]
+    if importlib.util.find_spec("spatial_pe._cuda") is None:
+        return []  # the table of backends says so
+    try:
+        cuda = importlib.import_module("spatial_pe._cuda")
+        devices, why = cuda.devices()
+        found = ", ".join(device["name"] for device in devices) or f"no device ({why})"
+        print(f"             CUDA kernels for {cuda.architectures}, compiled by {cuda.compiler}; finds {found}")
+    except Exception as error:
+        print("             CUDA kernels built, but they do not load")
+        return [f"the CUDA extension does not load ({type(error).__name__}: {error}): reinstall spatial_pe"]
+    return []
+
+
+def _print_backends() -> list[str]:
+    """The table of backends, each available one tried against the reference; returns what is broken."""
+    print("backends")
+    broken = []
+    for name, why in backends():
+        if why is not None:
+            print(f"  {name:<10} missing: {why}")
+            continue
+        try:
+            error = _self_check(name)
+        except Exception as failure:  # a broken kernel may raise anything: say so, and go on with the others
+            error = f"{type(failure).__name__}: {failure}"
+        if error is None:
+            print(f"  {name:<10} available, agrees with the reference")
+        else:
+            print(f"  {name:<10} available, BUT WRONG")
+            broken.append(f'backend "{name}": {error}')
+    for line in (*_automatic(), *_behind_the_rotation()) if not broken else ():
+        print(line)
+    return broken
+
+
+def _automatic() -> list[str]:
+    """What backend="auto" takes on the CPU for each dtype, and why not the first that it asks."""
+
+    lines = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.empty(1, 256, 6, 64, dtype=dtype)
+        call = AttentionCall(x, x, x, None, 0.125, None, None, None)
+        why = refusal(AUTO[0], call)
+        lines.append(f"  auto       {str(dtype).removeprefix('torch.')} on the CPU: {select(call, 'auto')}")
+        lines[-1] += "" if why is None else f" (not {AUTO[0]}: {why})"
+    return lines
+
+
+def _behind_the_rotation() -> list[str]:
+    """Which attention the composed path uses on the GPU for dense and packed images, and why; without a GPU, what of
+    flash-attn is here."""
+
+    if not torch.cuda.is_available():
+        states = {provider.name: flash.unusable(provider) for provider in flash.PROVIDERS}
+        found = ", ".join(name for name, why in states.items() if why is None) or "nothing but torch's own attention"
+        return [f"  composed   has, for GPUs: {found}"]
+    lines = []
+    for form, tokens in (("dense", 576), ("dense", 4096), ("packed", 4096)):
+        x = torch.empty(1, tokens, 16, 64, dtype=torch.bfloat16, device=flash.DEVICE)
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=flash.DEVICE) if form == "packed" else None
+        row, why = flash.choose(AttentionCall(x, x, x, None, 0.125, bounds, tokens if form == "packed" else None, None))
+        name = "torch's own attention" if row is None else row.provider.name
+        lines.append(f"  composed   {form} bfloat16, {tokens} tokens, on the GPU: {name} ({why})")
+    return lines
+
+
+def _self_check(backend: str) -> str | None:
+    """One small rotated attention against the reference in float64: what is wrong with the backend, or None."""
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 17, 3, 64, generator=generator)
+    rotary = Rotary.from_angles(torch.rand(17, 32, generator=generator) * 6)
+    exact = rope_attention(q.double(), k.double(), v.double(), rotary, backend="reference")
+    refusal = "no device"
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for device, (dtype, most) in itertools.product(devices, {torch.float32: 1e-3, torch.bfloat16: 3e-2}.items()):
+        try:
+            x, y, z = (t.to(device, dtype) for t in (q, k, v))
+            out = rope_attention(x, y, z, rotary.to(device), backend=backend)
+        except ValueError as why:  # a backend serves one kind of device, and not every dtype
+            refusal = str(why)
+            continue
+        error = (out.cpu() - exact).abs().max().item()
+        return None if error < most else f"error {error:.1e} against the reference"
+    return refusal

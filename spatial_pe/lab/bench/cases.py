@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes that are measured, and the inputs of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...encodings import AxialRoPE
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``batch`` samples of ``tokens``; ``packed``: one behind the other in one sequence, as attention windows are."""
+
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    packed: bool = False
+
+    @property
+    def flops(self) -> int:
+        """Of the forward: two matrix products."""
+        return 4 * self.batch * self.heads * self.tokens**2 * self.head_dim
+
+    def elements(self) -> int:
+        """Of q, and of k, v and the output each."""
+        return self.batch * self.heads * self.tokens * self.head_dim
+
+    def __str__(self) -> str:
+        what = f"{self.batch} windows of {self.tokens}" if self.packed else f"{self.batch} × {self.tokens}"
+        return f"{what}, {self.heads} heads of {self.head_dim}"
+
+
+# What vision towers have: ViT-B at 224 px, CLIP-L at 336, SigLIP-so400m at 384, Qwen-VL's head_dim, a large image,
+# Qwen2.5-VL's windows of an image of 900 x 500 px
+SPEED = {
+    "196": Shape(4, 12, 196, 64),
+    "576": Shape(4, 16, 576, 64),
+    "729": Shape(2, 16, 729, 72),
+    "1024": Shape(1, 16, 1024, 80),
+    "4096": Shape(1, 16, 4096, 64),
+    "windows": Shape(70, 16, 64, 80, packed=True),
+}
+
+
+class Inputs:
+    """Random q, k, v as views of one fused projection, as in the towers: dense (B, N, H, D), packed (T, H, D).
+
+    ``leaves``: the same, for gradients; ``grad``: that of the output; ``cos``, ``sin``: (N | T, D) float32, each angle
+    twice, which rotate-half takes.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        lead = (shape.batch * shape.tokens,) if shape.packed else (shape.batch, shape.tokens)
+        generator = torch.Generator(device).manual_seed(0)
+        how = {"device": device, "generator": generator}
+        qkv = torch.randn(*lead, 3, shape.heads, shape.head_dim, **how).to(dtype)  # type: ignore[call-overload]
+        self.qkv = qkv.unbind(-3)
+        self.leaves = [x.detach().requires_grad_() for x in self.qkv]
+        self.grad = torch.randn(*lead, shape.heads, shape.head_dim, **how).to(dtype)  # type: ignore[call-overload]
+        side = int((shape.tokens - 1) ** 0.5) + 1
+        token = torch.arange(shape.tokens)
+        at = torch.stack([token // side, token % side], 1).float().repeat(shape.batch if shape.packed else 1, 1)
+        rotary = AxialRoPE(shape.head_dim)(at)
+        self.rotary = rotary.to(torch.device(device))
+        self.cos, self.sin = (table[0, :, 0].repeat(1, 2).to(device) for table in (rotary.cos, rotary.sin))
+        self.cu_seqlens: Tensor | None = None
+        self.max_seqlen: int | None = None
+        if shape.packed:
+            bounds = torch.arange(0, shape.batch * shape.tokens + 1, shape.tokens, dtype=torch.int32)
+            self.cu_seqlens, self.max_seqlen = bounds.to(device), shape.tokens

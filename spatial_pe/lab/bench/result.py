@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of a run, and what its rows say: ratios of medians, rates."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..._utils.errors import UserError
+from ..._utils.files import write_whole
+
+Row = dict
+SCHEMA = 1  # of the file; counts up when a field changes its meaning
+
+
+def load(path: Path) -> dict:
+    """
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as the result of a benchmark: {error}") from error
+    if not isinstance(result, dict) or result.get("kind") != "spatial-bench" or result.get("schema") != SCHEMA:
+        raise UserError(f"{str(path)!r} is not a result of this version's `spatial-pe bench`")
+    return result
+
+
+def save(path: Path, result: dict) -> None:
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+
+
+def rows(result: dict, suite: str) -> Iterator[Row]:
+    return (row for row in result["rows"] if row["suite"] == suite)
+
+
+def seconds(row: Row, variant: str) -> float | None:
+    """The median; None where the variant did not take part."""
+    samples = row["seconds"].get(variant)
+    return statistics.median(samples) if samples else None
+
+
+def speedup(row: Row, against: str, of: str = "ours") -> float | None:
+    """How many times as fast; below 1 it is slower."""
+    ours, theirs = seconds(row, of), seconds(row, against)
+    return theirs / ours if ours is not None and theirs is not None else None
+
+
+def best(row: Row, variants: tuple[str, ...]) -> str | None:
+    """The fastest of some variants that took part."""
+    found = {name: seconds(row, name) for name in variants if seconds(row, name) is not None}
+    return min(found, key=lambda name: found[name] or 0.0, default=None)
+
+
+def gflops(row: Row, variant: str) -> float | None:
+    median = seconds(row, variant)
+    return None if median is None else row["flops"] / median / 1e9
+
+
+def rotation_cost(row: Row) -> float | None:
+    """Of ours: 0.02 is two percent more time than without rotation."""
+    ratio = speedup(row, "ours", of="off")
+    return None if ratio is None else ratio - 1
+
+
+def intensity(row: Row) -> float:
+    """FLOP per byte of q, k, v and the output, each read or written once."""
+    shape = row["shape"]
+    size = {"bf16": 2, "fp16": 2, "fp32": 4}[row["dtype"]]
+    elements = shape["batch"] * shape["heads"] * shape["tokens"] * shape["head_dim"]
+    return row["flops"] / (4 * elements * size * (1 if row["direction"] == "forward" else 2))

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: functions of (q, k, v) that compute attention with 2D RoPE, and ours without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...modules import RoPE2DAttention
+from ...ops.attention import rope_attention
+from ...ops.rotate import apply_rotary_qk
+from . import peers
+from .cases import Inputs
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+LEVELS = ("kernel", "layer")
+Call = Callable[[], Any]
+
+
+class RefusedError(Exception):
+    """A variant that does not take part here; the message says why."""
+
+
+def ours(inputs: Inputs) -> Attention:
+    bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
+    return lambda q, k, v: rope_attention(q, k, v, inputs.rotary, cu_seqlens=bounds, max_seqlen=longest)
+
+
+def off(inputs: Inputs) -> Attention:
+    bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
+    return lambda q, k, v: rope_attention(q, k, v, None, cu_seqlens=bounds, max_seqlen=longest)
+
+
+def eager(inputs: Inputs) -> Attention:
+    """Rotate-half in float32, cast back, then torch's SDPA, a call for each window (transformers' towers)."""
+    attend = _windows(inputs) if inputs.shape.packed else sdpa
+    return lambda q, k, v: attend(*rotate(q, k, inputs.cos, inputs.sin), v)
+
+
+def compiled(inputs: Inputs) -> Attention:
+    return _compile(eager(inputs))
+
+
+def naive(inputs: Inputs) -> Attention:
+    """Eager rotation and attention: the matrix of scores is in memory (transformers' attn_implementation="eager")."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = rotate(q, k, inputs.cos, inputs.sin)
+        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(-3, -2).contiguous()
+
+    if inputs.shape.packed:
+        raise RefusedError("has no packed sequences")
+    return attend
+
+
+def separate(inputs: Inputs) -> Attention:
+    """Our rotary kernel, then torch's SDPA; windows as a batch, which no tower does."""
+    length = inputs.shape.tokens
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = apply_rotary_qk(q, k, inputs.rotary)
+        if not inputs.shape.packed:
+            return sdpa(q, k, v)
+        return sdpa(*(x.unflatten(0, (-1, length)) for x in (q, k, v))).flatten(0, 1)
+
+    return attend
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``make``: for inputs; ``call``: of a peer that takes no torch tensors, what is timed of its forward. ``rotates``:
+    whether it computes what ours does."""
+
+    label: str
+    make: Callable[[Inputs], Attention] | None = None
+    call: Callable[[Inputs, int], Call] | None = None
+    rotates: bool = True
+    cpu_only: bool = False
+
+
+VARIANTS = {
+    "ours": Variant("spatial_pe", ours),
+    "off": Variant("spatial_pe, rotation off", off, rotates=False),
+    "eager": Variant("eager rotation, SDPA", eager),
+    "naive": Variant("eager rotation, eager attention", naive),
+    "compiled": Variant("the same, torch.compile", compiled),
+    "separate": Variant("our rotary kernel, SDPA", separate),
+    "onnxruntime": Variant("ONNX Runtime", call=peers.onnxruntime, cpu_only=True),
+    "openvino": Variant("OpenVINO", call=peers.openvino, cpu_only=True),
+}
+
+
+PEERS = tuple(name for name, variant in VARIANTS.items() if variant.call is not None)
+
+
+def build(name: str, inputs: Inputs, direction: str, threads: int, level: str = "kernel") -> Call:
+    """What is timed: the forward without a graph, or the backward of one forward; of attention (``level`` "kernel"), or
+    of a layer: the projections of a ViT block around it.
+
+    Raises:
+        RefusedError: it does not serve this dtype, direction or device, or its package is missing.
+    """
+    variant = VARIANTS[name]
+    if variant.cpu_only and inputs.device != "cpu":
+        raise RefusedError("runs on the CPU only")
+    if variant.call is not None:
+        if direction != "forward":
+            raise RefusedError("has no backward")
+        if level != "kernel":
+            raise RefusedError("is measured on attention alone")
+        try:
+            return variant.call(inputs, threads)
+        except (ImportError, peers.UnsupportedError) as error:
+            raise RefusedError(str(error)) from error
+    assert variant.make is not None
+    if level == "kernel":
+        function: Callable[..., Tensor] = variant.make(inputs)
+        arguments, leaves, grad = inputs.qkv, inputs.leaves, inputs.grad
+    else:
+        module, function = _layer(name, inputs)
+        x = inputs.qkv[0].flatten(-2)
+        arguments, leaves, grad = (x,), [x.detach().requires_grad_(), *module.parameters()], inputs.grad.flatten(-2)
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*arguments)
+
+        return forward
+    out = function(*leaves[: len(arguments)])
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _layer(name: str, inputs: Inputs) -> tuple[RoPE2DAttention, Callable[[Tensor], Tensor]]:
+    """Ours as users have it, RoPE2DAttention; others between the same projections."""
+    shape = inputs.shape
+    rope = None if name == "off" else "axial"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = RoPE2DAttention(shape.heads * shape.head_dim, shape.heads, rope).to(inputs.device, inputs.dtype)
+    if name in ("ours", "off"):
+        rotary = inputs.rotary if name == "ours" else None
+        packed = {"cu_seqlens": inputs.cu_seqlens, "max_seqlen": inputs.max_seqlen}
+        return module, lambda x: module(x, rotary, **packed)
+    make = VARIANTS["eager" if name == "compiled" else name].make
+    assert make is not None
+    attend = make(inputs)
+
+    def layer(x: Tensor) -> Tensor:
+        qkv = module.qkv(x).unflatten(-1, (3, shape.heads, shape.head_dim)).unbind(-3)
+        return module.proj(attend(*qkv).flatten(-2))
+
+    return module, _compile(layer) if name == "compiled" else layer
+
+
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For one shape. Without the reset the ninth shape would run uncompiled: dynamo counts them by line of code."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k (..., N, H, D); cos, sin (N, D) float32."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def turned(x: Tensor) -> Tensor:
+        x32 = x.float()
+        a, b = x32.chunk(2, dim=-1)
+        return (x32 * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+    return turned(q), turned(k)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, N, H, D) -> the same, contiguous, as the output projection needs it."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+
+def _windows(inputs: Inputs) -> Attention:
+    length = inputs.shape.tokens
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        windows = zip(*(x.transpose(0, 1)[None].split(length, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*it).transpose(1, 2) for it in windows], 1)[0]
+
+    return attend

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrained weights, and the towers built from them."""

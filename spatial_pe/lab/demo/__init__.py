@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spatial-pe demo`: a pretrained tower before and after patch()."""

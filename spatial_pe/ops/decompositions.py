@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch ops as plain torch operators, for whoever takes no others: ONNX, ExecuTorch, a process without spatial_pe.
+
+They compute what the composed path computes. Lengths are never read but become masks, so that a traced graph serves
+other lengths too; the masks, and the scores of the backward, are N x N, which is what the fused kernels avoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..backends.base import AttentionCall
+from ..rotary import Rotary, rotated
+from . import composed
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """Return the decompositions of spatial_pe's torch ops into plain torch operators, by op.
+
+    For ``exported_program.run_decompositions(table)``, ``make_fx(f, table)``, and whatever else takes such a table;
+    ``torch.onnx.export`` finds them by itself.
+    """
+    ops = torch.ops.spatial_pe
+    return {
+        ops.rope_attention.default: rope_attention,
+        ops.rope_attention_backward.default: rope_attention_backward,
+        ops.angle_gradient.default: angle_gradient,
+        ops.rotate.default: rotate,
+        ops.rotate_.default: rotate_,
+    }
+
+
+def register() -> None:
+    """Add them to the table in which torch.onnx.export looks for ops that it cannot translate."""
+    for op, plain in decompositions().items():
+        torch._decomp.decomposition_table[op] = plain
+        # Fake tensors of symbolic sizes would run the decomposition to learn a shape, unless the op is listed here as
+        # one with a rule of its own: the one of torch.library.register_fake.
+        torch._decomp.meta_table[op] = op
+
+
+# ------------------------------------------------------------------------------------------------------------ the ops
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pairing: str,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, N, H, D) and lse (B, H, N) float32. The scores are computed once more for lse: who does not use it
+    has them removed with the other dead code."""
+    call = _call(q, k, v, cos, sin, pairing, scale, cu_seqlens, seqlens)
+    scores, valid = _scores(*_rotated(call), call)
+    lse = torch.logsumexp(scores, dim=-1)
+    return composed.attention(call), (lse if valid is None else torch.where(valid[:, None], lse, 0)).float()
+
+
+def rope_attention_backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pairing: str,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv: P = exp(S - lse), dP = dO Vᵀ, dS = P (dP - rowsum(dO O)), as the kernels do."""
+    call = _call(q, k, v, cos, sin, pairing, scale, cu_seqlens, seqlens)
+    q_hat, k_hat = _rotated(call)
+    scores, valid = _scores(q_hat, k_hat, call)
+    weights = torch.exp(scores - lse[..., None])
+    value, dout, out = (_wide(x) for x in (v, dout, out))
+    if valid is not None:
+        weights = torch.where(valid[:, None, :, None], weights, 0)
+        value, dout, out = (torch.where(valid[:, :, None, None], x, 0) for x in (value, dout, out))
+    group = q.shape[2] // k.shape[2]
+    dweights = torch.einsum("bnhd,bmhd->bhnm", dout, value.repeat_interleave(group, dim=2))
+    delta = (dout * out).sum(-1).transpose(1, 2)
+    dscores = weights * (dweights - delta[..., None]) * scale
+    dq = torch.einsum("bhnm,bmhd->bnhd", dscores, k_hat)
+    dk = torch.einsum("bhnm,bnhd->bmhd", dscores, q_hat).unflatten(2, (-1, group)).sum(3)
+    dv = torch.einsum("bhnm,bnhd->bmhd", weights, dout).unflatten(2, (-1, group)).sum(3)
+    if call.rotary is not None:
+        back = call.rotary.inverse()
+        dq, dk = rotated(dq, back), rotated(dk, back)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def angle_gradient(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None, backend: str
+) -> Tensor:
+    return reference.angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
+
+
+def rotate(xs: list[Tensor], cos: Tensor, sin: Tensor, pairing: str, inverse: bool) -> list[Tensor]:
+    rotary = Rotary._unchecked(cos, sin, pairing)  # type: ignore[arg-type]
+    return [rotated(x, rotary.inverse() if inverse else rotary) for x in xs]
+
+
+def rotate_(xs: list[Tensor], cos: Tensor, sin: Tensor, pairing: str) -> None:
+    for x, new in zip(xs, rotate(xs, cos, sin, pairing, False), strict=True):
+        x.copy_(new)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _call(q, k, v, cos, sin, pairing, scale, cu_seqlens, seqlens) -> AttentionCall:
+    rotary = None if cos is None else Rotary._unchecked(cos, sin, pairing)
+    return AttentionCall(q, k, v, rotary, scale, cu_seqlens, None, seqlens)
+
+
+def _rotated(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """q̂ (B, N, H, D) and k̂, its heads repeated to H, rounded as the kernels round them; 0 where there is padding."""
+    q, k = call.q, call.k
+    if call.seqlens is not None:
+        _, valid = composed.masks_of(call)
+        q, k = (torch.where(valid[:, :, None, None], x, 0) for x in (q, k))  # type: ignore[index]
+    if call.rotary is not None:
+        q, k = rotated(q, call.rotary), rotated(k, call.rotary)
+    return _wide(q), _wide(k).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+
+
+def _scores(q_hat: Tensor, k_hat: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """(B, H, N, N), -inf where a query does not attend to a key; and which tokens are part of a sequence."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", q_hat, k_hat) * call.scale
+    mask, valid = composed.masks_of(call)
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf), valid
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

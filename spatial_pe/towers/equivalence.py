@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof that a patched attention computes what its own forward computes, on a tiny random input.
+
+The reference is the module's own forward in float64. Errors are relative to it in the Frobenius norm, and it is itself
+good to float32 only: many towers rotate in float32 whatever they run in. Two rules:
+
+    patched, in float64           error <= 4 roundings of float32
+    patched, as the module is     error <= 1.5 x error of its own forward + 4 roundings in its dtype
+
+The first sees what low precision hides (a bias that outweighs the attention, say), the second proves the kernel that
+will serve. The reference turned the other way must break the first rule: else the proof could not have failed, and it
+says so. All runs use copies that share the weights but no hooks and no mode: the model, the random state and the
+gradients are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rotary import join_pairs
+from .classes import swapped_class
+from .cost import Cost, cost_of
+from .forms import ForwardForm
+from .fused_attention import Binding, FusedAttention
+from .layout import Layout, project, scale_of
+
+PREFIX = 3  # tokens that are not rotated
+SMALL = (0, 5, 6, 15)  # bounds of three sequences, one of a single token
+LARGE = tuple(range(0, 961, 64))  # 960 tokens in windows of 64
+
+
+@dataclass(frozen=True)
+class Proof:
+    """error: of the patched forward; own_error: of the module's own. pairing, returns, masks: what a Binding needs.
+
+    failure: why this is no proof, or None. ran: False if nothing was found wrong, but nothing could be compared either.
+    """
+
+    error: float | None = None
+    own_error: float | None = None
+    failure: str | None = None
+    ran: bool = True
+    pairing: str = "half"
+    returns: str = "tuple"
+    masks: bool = False
+    example: int = 0  # which of the examples it was
+
+
+def prove(
+    module: nn.Module, form: ForwardForm, layout: Layout, backend: str, packs_images: bool, pairings: tuple[str, ...]
+) -> Proof:
+    """Run all three and apply the rule, for each pairing and each form that the arguments may have, until it holds."""
+    weight = floating_weight(module)
+    if any(p.is_meta for p in module.parameters()):
+        return Proof(failure="its weights are not in memory", ran=False)
+    found: list[Proof] = []
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        reference, own = _bare(module, torch.float64), _bare(module, None)
+        for pairing in pairings:
+            examples = _examples(reference, form, layout, pairing, packs_images, weight.device, SMALL)
+            for example, inputs in enumerate(examples):
+                proof = _compare(reference, own, form, layout, backend, pairing, inputs, weight.dtype)
+                if proof.failure is None:
+                    return replace(proof, example=example)
+                found.append(proof)
+    compared = [proof for proof in found if proof.ran]
+    return compared[0] if compared else found[0]
+
+
+def floating_weight(module: nn.Module) -> Tensor:
+    """A parameter or buffer that tells in which dtype and where a module computes: quantised weights are integers, or
+    not tensors at all."""
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0, device=device))
+
+
+def costs(module: nn.Module, binding: Binding, packs_images: bool, example: int) -> tuple[Cost, Cost] | None:
+    """Of its own forward and of the patched one, on 960 tokens: one image, or 15 windows. None if one cannot be run."""
+    weight = floating_weight(module)
+    form, layout = binding.form, binding.layout
+    own = _bare(module, None)
+    patched = _as_patched(own, swapped_class(FusedAttention, type(own)), replace(binding, strict=True))
+    examples = list(_examples(own, form, layout, binding.pairing, packs_images, weight.device, LARGE))
+    inputs = examples[example]
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            return (
+                cost_of(own, _own_inputs(inputs, weight.dtype, form), form.first),
+                cost_of(patched, _cast(inputs, weight.dtype, form), form.first),
+            )
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _compare(
+    reference: nn.Module,
+    own: nn.Module,
+    form: ForwardForm,
+    layout: Layout,
+    backend: str,
+    pairing: str,
+    inputs: dict[str, Any],
+    dtype: torch.dtype,
+) -> Proof:
+    cls = swapped_class(FusedAttention, type(reference))
+    try:
+        exact, turned = (
+            _first(reference(**_own_inputs(given, torch.float64, form)))
+            for given in (inputs, _turned_back(inputs, form))
+        )
+        result = own(**_own_inputs(inputs, dtype, form))
+    except Exception as failed:
+        return Proof(failure=f"its own forward fails on a test input ({_brief(failed)})", ran=False)
+    theirs, returns = _first(result), "tuple" if isinstance(result, tuple) else "tensor"
+    binding = Binding(layout, form, pairing, returns, backend, strict=True)
+    try:
+        wide = _as_patched(reference, cls, replace(binding, backend="composed"))(**inputs)
+        ours = _as_patched(own, cls, binding)(**_cast(inputs, dtype, form))
+    except Exception as failed:
+        return Proof(failure=f"the patched forward fails on a test input ({_brief(failed)})")
+    if _first(ours).shape != exact.shape:
+        shapes = tuple(exact.shape), tuple(_first(ours).shape)
+        return Proof(failure=f"its own forward returns {shapes[0]}, the patched one {shapes[1]}")
+    allowed = 4 * torch.finfo(torch.float32).eps
+    if form.rotation and not _distance(turned, exact) > allowed:  # true also for NaN, as of weights that are all zero
+        return Proof(failure="its output does not depend on the rotation", ran=False)
+    error = _distance(_first(wide), exact)
+    if not error <= allowed:
+        return Proof(error, 0.0, f"relative error {error:.2g} in float64")
+    error, own_error = _distance(_first(ours), exact), _distance(theirs, exact)
+    if not error <= 1.5 * own_error + 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps):
+        return Proof(error, own_error, f"relative error {error:.2g}, its own forward has {own_error:.2g} ({dtype})")
+    padded = replace(binding, backend="composed", masks=True, pads=True)
+    masks = _takes_padding(reference, cls, padded, inputs, exact)
+    return Proof(error, own_error, pairing=pairing, returns=returns, masks=masks)
+
+
+def _takes_padding(
+    reference: nn.Module, cls: type[FusedAttention], binding: Binding, inputs: dict[str, Any], exact: Tensor
+) -> bool:
+    """Whether its own forward takes a mask of padding, at the end of one sample and scattered in the other, as such."""
+    name = binding.form.mask
+    if exact.ndim != 3 or exact.shape[0] != 2 or name not in signature(type(reference).forward).parameters:
+        return False
+    tokens = exact.shape[1]
+    valid = torch.ones(2, tokens, dtype=torch.bool, device=exact.device)
+    valid[0, -4:], valid[1, 4:9:2] = False, False
+    masked = {**inputs, name: valid[:, None, None].expand(2, 1, tokens, tokens)}
+    try:
+        theirs = _first(reference(**masked))
+        ours = _first(_as_patched(reference, cls, binding)(**masked))
+    except Exception:
+        return False
+    uses_it = _distance(theirs[valid], exact[valid]) > 4 * torch.finfo(torch.float32).eps
+    return uses_it and _distance(ours[valid], theirs[valid]) <= 4 * torch.finfo(torch.float32).eps
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _examples(
+    reference: nn.Module,
+    form: ForwardForm,
+    layout: Layout,
+    pairing: str,
+    packs: bool,
+    device: torch.device,
+    starts: tuple[int, ...],
+) -> Iterator[dict[str, Any]]:
+    """Arguments of the patched forward, in float64, in the forms that attention modules of a form take."""
+    packed = bool(form.bounds) or packs
+    bounds = torch.tensor(starts, dtype=torch.int32, device=device)
+    tokens = starts[-1]
+    forms: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    if form.bounds:
+        forms = [((tokens,), (tokens,)), ((1, tokens), (tokens,))]
+    elif packs:
+        forms = [((1, tokens), (tokens,))]
+    elif not form.rotation:
+        forms = [((2, tokens), (tokens,))]
+    else:
+        prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # timm says so
+        forms = [
+            ((2, tokens), (tokens - prefix,)),  # DINOv3, timm
+            ((2, tokens), (tokens,)),  # MLCD, Llama 4
+            ((2, tokens), (2, tokens)),  # Gemma 4
+            ((2, 3, tokens // 3), (tokens,)),  # SAM 3
+        ]
+    for lead, rows in forms:
+        generator = torch.Generator().manual_seed(0)
+        x, angles = (
+            torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
+            for size in ((*lead, layout.width), (*rows, layout.head_dim // 2))
+        )
+        inputs: dict[str, Any] = {form.first: x if starts is LARGE else x * _spread(reference, layout, x)}
+        if form.rotation:
+            inputs[form.rotation] = _rotation(angles, form.rotation, pairing)
+        if packed:
+            inputs[form.bounds or "cu_seq_lens_q"] = bounds
+        for name, parameter in [*signature(type(reference).forward).parameters.items()][1:]:
+            if name == "position_ids":  # Gemma 4 asks for the number of axes
+                inputs[name] = torch.zeros(2, tokens, 2, dtype=torch.long, device=device)
+            elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
+                inputs.setdefault(name, None)
+        if form.bounds and form.rotation == "position_embeddings":
+            # most packed towers hand on float32 tables whatever they are in, some their own dtype
+            yield {**inputs, form.rotation: tuple(t.float() for t in inputs[form.rotation])}
+        yield inputs
+        if form.bounds and not form.rotation:  # HunYuan-VL hands it on without naming it
+            yield {**inputs, form.mask: None}
+
+
+def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:
+    """A factor for x: logits near zero would make every attention uniform and every rotation look right. Give them a
+    spread of 2, which q kᵀ reaches where x is scaled by the root of what is missing."""
+    try:
+        q, k, _ = project(reference, layout, x)
+    except Exception:  # then its own forward fails too, and says how
+        return 1.0
+    spread = float((q * k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)).sum(-1).std()) * scale_of(
+        reference, layout
+    )
+    return min(max((2 / spread) ** 0.5, 1e-3), 1e3) if math.isfinite(spread) and spread > 0 else 1.0
+
+
+def _rotation(angles: Tensor, name: str, pairing: str) -> Any:
+    """(..., N, D/2) angles in the example of that argument, see ``adapters/tables.py``."""
+    if name == "freqs_ci":
+        return torch.polar(torch.ones_like(angles), angles)
+    if name == "rotary_pos_emb":
+        return angles
+    angles = join_pairs(angles, angles, pairing)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([sin, cos], dim=-1) if name == "rope" else (cos, sin)
+
+
+def _turned_back(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
+    """The same with every angle negated."""
+    value = inputs.get(form.rotation)
+    if isinstance(value, tuple):
+        value = (value[0], -value[1])
+    elif isinstance(value, Tensor) and value.is_complex():
+        value = value.conj().resolve_conj()
+    elif isinstance(value, Tensor) and form.rotation == "rotary_pos_emb":
+        value = -value
+    elif isinstance(value, Tensor):
+        sin, cos = value.chunk(2, dim=-1)
+        value = torch.cat([-sin, cos], dim=-1)
+    return inputs if value is None else {**inputs, form.rotation: value}
+
+
+def _cast(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict[str, Any]:
+    """In the module's dtype; a float32 table stays one."""
+    cast = {**inputs, form.first: inputs[form.first].to(dtype)}
+    value = inputs.get(form.rotation)
+    if isinstance(value, tuple):
+        wide = dtype != torch.float64 and value[0].dtype == torch.float32
+        cast[form.rotation] = value if wide else tuple(t.to(dtype) for t in value)
+    elif isinstance(value, Tensor) and value.is_complex():
+        cast[form.rotation] = value if dtype == torch.float64 else value.to(torch.complex64)
+    elif isinstance(value, Tensor):
+        cast[form.rotation] = value.to(dtype)
+    return cast
+
+
+def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict[str, Any]:
+    """The same for the module's own forward, which takes packed images as a mask."""
+    cast = _cast(inputs, dtype, form)
+    if "cu_seq_lens_q" in cast:
+        bounds = cast.pop("cu_seq_lens_q")
+        image = torch.searchsorted(bounds, torch.arange(cast[form.first].shape[-2], device=bounds.device), right=True)
+        mask = torch.zeros(len(image), len(image), dtype=dtype, device=image.device)
+        cast["attention_mask"] = mask.masked_fill_(image[:, None] != image, torch.finfo(dtype).min)[None, None]
+    return cast
+
+
+# ------------------------------------------------------------------------------------------------------------- copies
+
+
+def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy in eval mode that shares the weights (or holds them in dtype), without hooks and wrappers."""
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    state = twin.__dict__
+    for name in ("forward", "_old_forward", "_hf_hook", "_spatial_pe"):
+        state.pop(name, None)
+    for name, value in list(state.items()):
+        if "_hooks" in name and isinstance(value, OrderedDict):
+            state[name] = OrderedDict()
+    for kind in ("_parameters", "_buffers"):
+        state[kind] = {name: _converted(value, dtype) for name, value in state[kind].items()}
+    children = state["_modules"].items()
+    state["_modules"] = {name: None if child is None else _bare(child, dtype) for name, child in children}
+    state["training"] = False
+    config: Any = state.get("config")
+    if hasattr(config, "_attn_implementation") and (dtype is not None or config._attn_implementation != "eager"):
+        # the reference must run in float64, and flash attention may not run on this input at all
+        if config._attn_implementation == "eager":
+            state.setdefault("is_causal", False)  # a class that is never run with sdpa may not say that it is not
+        state["config"] = copy.copy(config)
+        state["config"]._attn_implementation = "sdpa"
+    return twin
+
+
+def _as_patched(twin: nn.Module, cls: type[FusedAttention], binding: Binding) -> nn.Module:
+    patched = type(twin).__new__(cls)
+    patched.__dict__.update(twin.__dict__)
+    patched._spatial_pe = binding  # type: ignore[assignment]
+    return patched
+
+
+def _converted(value: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    if value is None:
+        return None
+    value = value.detach()
+    return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _distance(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact.double()).norm() / exact.double().norm())
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:120]}" if text else type(error).__name__

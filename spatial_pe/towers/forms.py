@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: the forms of attention modules, the classes that the tests run, and those that are left alone.
+
+An attention module is recognised by the arguments of its forward and by its projections, never by its name. A class in
+``TESTED`` is part of this package's tests: it is trusted with ``verify=False``, and a difference found by ``verify``
+raises. Any other class that has a form is patched only if verification proves it right, which also finds its pairing.
+What is trusted is named by module and class: code that comes with a checkpoint has classes of the same names that do
+something else (Ovis2.5's ``Siglip2Attention`` rotates). What is refused is named by class alone: so are its copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class ForwardForm:
+    """A form of attention module: its forward takes ``first``, all of ``needs``, and no more than ``takes``.
+
+    rotation: the argument that holds the rotation, if any. bounds: the argument that bounds packed sequences, if any.
+    mask: the argument that may hold a mask of padding.
+    returns: what classes of this form return unless ``TESTED`` or a proof says otherwise.
+    """
+
+    name: str
+    needs: frozenset[str]
+    takes: frozenset[str]
+    first: str = "hidden_states"
+    rotation: str = ""
+    bounds: str = ""
+    returns: str = "tuple"  # (output, weights), or "tensor"
+    mask: str = "attention_mask"
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_OPTIONS = "attention_mask output_attentions past_key_value past_key_values cache"
+
+FORMS = (
+    ForwardForm(
+        "packed",
+        needs=_names("cu_seqlens position_embeddings"),
+        takes=_names(f"cu_seqlens position_embeddings rotary_pos_emb max_seqlen {_OPTIONS}"),
+        rotation="position_embeddings",
+        bounds="cu_seqlens",
+        returns="tensor",
+    ),
+    ForwardForm(  # Qwen2.5-Omni in transformers 4
+        "packed, from angles",
+        needs=_names("cu_seqlens rotary_pos_emb"),
+        takes=_names("cu_seqlens rotary_pos_emb"),
+        rotation="rotary_pos_emb",
+        bounds="cu_seqlens",
+        returns="tensor",
+    ),
+    ForwardForm(
+        "packed without RoPE",
+        needs=_names("cu_seqlens"),
+        takes=_names(f"cu_seqlens max_seqlen {_OPTIONS}"),
+        bounds="cu_seqlens",
+        returns="tensor",
+    ),
+    ForwardForm(
+        "batched",
+        needs=_names("position_embeddings"),
+        takes=_names(f"position_embeddings position_ids {_OPTIONS}"),
+        rotation="position_embeddings",
+    ),
+    ForwardForm(
+        "complex",
+        needs=_names("freqs_ci"),
+        takes=_names(f"freqs_ci {_OPTIONS}"),
+        rotation="freqs_ci",
+    ),
+    ForwardForm(
+        "timm",
+        needs=_names("rope"),
+        takes=_names("rope attn_mask is_causal"),
+        first="x",
+        rotation="rope",
+        returns="tensor",
+        mask="attn_mask",
+    ),
+    ForwardForm(
+        "timm without RoPE",
+        needs=_names("attn_mask"),
+        takes=_names("attn_mask is_causal"),
+        first="x",
+        returns="tensor",
+        mask="attn_mask",
+    ),
+    ForwardForm(
+        "plain",
+        needs=_names(""),
+        takes=_names(f"causal_attention_mask head_mask {_OPTIONS}"),
+    ),
+)
+
+
+class Known(NamedTuple):
+    """What a tested class does that its form leaves open."""
+
+    pairing: str = "half"
+    returns: str | None = None  # None: as its form does
+    pads: bool = False  # its tower pads, masks the padding, and drops what attention returns for it
+
+
+# Attention classes that tests/towers run, on the oldest and the newest supported transformers where they exist there.
+# x.Y is transformers.models.x.modeling_x.Y
+_HALF = """
+    qwen2_vl.VisionAttention qwen2_5_vl.Qwen2_5_VLVisionAttention qwen3_vl.Qwen3VLVisionAttention
+    qwen3_vl_moe.Qwen3VLMoeVisionAttention qwen3_5.Qwen3_5VisionAttention qwen3_5_moe.Qwen3_5MoeVisionAttention
+    qwen4_exp.Qwen4ExpVisionAttention qwen3_omni_moe.Qwen3OmniMoeVisionAttention
+    qwen2_5_omni.Qwen2_5OmniVisionAttention glm4v.Glm4vVisionAttention glm4v_moe.Glm4vMoeVisionAttention
+    glm_ocr.GlmOcrVisionAttention glm5_next.Glm5NextVisionAttention dots3_note.Dots3NoteVisionAttention
+    cohere_compass.CohereCompassVisionAttention exaone4_5.Exaone4_5_VisionAttention
+    ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention kimi_k25.Kimi_K25VisionAttention
+    muse_glimmer.MuseGlimmerVisionAttention muse_spark.MuseSparkVisionAttention pixtral.PixtralAttention
+    dinov3_vit.DINOv3ViTAttention eomt_dinov3.EomtDinov3Attention sapiens2.Sapiens2Attention
+    step3p7.Step3p7VisionAttention mlcd.MLCDAttention glm_image.GlmImageVisionAttention
+    cosmos3_edge.Cosmos3EdgeVisionAttention
+"""
+_PLAIN = """
+    clip.CLIPAttention altclip.AltCLIPAttention chinese_clip.ChineseCLIPVisionAttention
+    metaclip_2.MetaClip2Attention x_clip.XCLIPAttention kosmos2.Kosmos2VisionAttention git.GitVisionAttention
+    owlvit.OwlViTAttention siglip.SiglipAttention janus.JanusVisionAttention aimv2.Aimv2Attention
+    ovis2.Ovis2VisionAttention ovis2.Ovis2Attention internvl.InternVLVisionAttention
+    qianfan_ocr.QianfanOCRVisionAttention idefics3.Idefics3VisionAttention smolvlm.SmolVLMVisionAttention
+    granite_docling.GraniteDoclingVisionAttention dinov2.Dinov2Attention dinov2.Dinov2SelfAttention
+    dinov2_with_registers.Dinov2WithRegistersAttention dinov2_with_registers.Dinov2WithRegistersSelfAttention
+    vit.ViTAttention vit.ViTSelfAttention ijepa.IJepaAttention ijepa.IJepaSelfAttention vit_msn.ViTMSNAttention
+    vit_msn.ViTMSNSelfAttention vit_mae.ViTMAEAttention vit_mae.ViTMAESelfAttention deit.DeiTAttention
+    deit.DeiTSelfAttention yolos.YolosSelfAttention pixio.PixioAttention tipsv2.Tipsv2VisionAttention
+"""
+_HALF_TUPLE = """
+    paddleocr_vl.PaddleOCRVisionAttention video_llama_3.VideoLlama3VisionAttention lfm3_vl.Lfm3VlVisionAttention
+    minimax_m3_vl.MiniMaxM3VLVisionAttention hunyuan_vl.HunYuanVLVisionAttention
+    minicpmv4_6.MiniCPMV4_6VisionAttention
+"""
+_PADDING = """
+    siglip2.Siglip2Attention idefics2.Idefics2VisionAttention
+"""
+
+
+def _of_transformers(classes: str, known: Known) -> dict[str, Known]:
+    pairs = (entry.split(".") for entry in classes.split())
+    return {f"transformers.models.{family}.modeling_{family}.{name}": known for family, name in pairs}
+
+
+TESTED: dict[str, Known] = {
+    **_of_transformers(_HALF, Known()),
+    **_of_transformers(_HALF_TUPLE, Known(returns="tuple")),
+    **_of_transformers(_PLAIN, Known()),
+    **_of_transformers(_PADDING, Known(pads=True)),
+    **_of_transformers("inkling2.Inkling2VisionAttention", Known("interleaved", returns="tuple")),
+    **_of_transformers("radio.RadioAttention", Known(returns="tuple")),
+    **_of_transformers("llama4.Llama4VisionAttention sam3.Sam3ViTRoPEAttention", Known("interleaved")),
+    **_of_transformers("gemma4.Gemma4VisionAttention", Known("axis_half", pads=True)),
+    "timm.layers.attention.Attention": Known(pads=True),
+    "timm.layers.attention.AttentionRope": Known("interleaved", pads=True),
+    "timm.models.eva.EvaAttention": Known("interleaved", pads=True),
+}
+
+
+def tested(cls: type) -> Known | None:
+    """What the tests say of a class, or None where they do not run it."""
+    return TESTED.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+# Attention that looks right and is not: by class, with the reason that the report gives.
+LEFT_ALONE: dict[str, str] = {
+    "VJEPA2RopeAttention": "its tables are not a rotation: cos and sin are tiled, but neighbouring channels paired",
+    "Phi4MultimodalVisionAttention": "is_causal is True: with no padding its SDPA runs causal, which bidirectional "
+    "attention would change",
+}
+
+# Attention over tokens that are not a grid of patches behind a prefix: no RoPE is added to it.
+_SHUFFLED = "its tokens are a shuffled part of the patches"
+NO_GRID: dict[str, str] = {
+    "ViTMAEAttention": _SHUFFLED,
+    "ViTMAESelfAttention": _SHUFFLED,
+    "XCLIPAttention": "it adds a token after the patches, and attends over frames",
+}

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rotation that a tower hands to its attention, as a Rotary: made once per forward and not once per layer.
+
+Four forms are in use, with one column per channel (each angle twice) or per pair:
+
+- ``(cos, sin)``, each (N, R), (1, N, R) or (B, N, R): transformers;
+- complex (N, R/2) or (N, 1, R/2): Llama 4;
+- the angles (N, R/2), ``rotary_pos_emb``: Qwen2.5-Omni in transformers 4;
+- ``[sin | cos]`` (N, 2R), (H, N, 2R), (B, 1, N, 2R): timm, per head where the encoding is mixed.
+
+With a column per channel, the two columns of a pair must be alike: of tables ordered for another pairing a Rotary would
+hold half, and no proof notices, since it has tables of its own. Eager calls look at the values: on the CPU in every
+forward, on a GPU, which they wait for, until those of a module were alike once. Traced calls (torch.compile, export,
+jit.trace, vmap) see no values: there a column unlike its partner becomes NaN, and so does the output. A module that was
+called before it was traced, and was given such tables, is traced with its own forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils.dispatcher import is_traced
+from ..rotary import Rotary, split_pairs
+from .tensor_cache import once_per_forward
+
+# of types, as a tuple: dynamo of torch 2.9 knows no union of them
+PAIR = (tuple, list)
+DIFFER = "the two halves of cos and sin differ"
+
+
+@dataclass
+class Seen:
+    """What was last seen of the tables that the tower of one attention module hands over: nothing yet, or which."""
+
+    alike: bool = False
+    differ: bool = False
+
+
+def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: str, seen: Seen) -> Rotary | str:
+    """A Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
+
+    Making a Rotary checks for NaN and costs 20 us, looking it up 3 us.
+    """
+    tables = _tables(value, argument, head_dim)
+    if isinstance(tables, str):
+        return tables
+    key = value[0] if isinstance(value, PAIR) else value
+    others = tuple(value[1:]) if isinstance(value, PAIR) else ()
+    cos, sin, repeated = tables
+    prefix = tokens - cos.shape[1]
+    if prefix < 0:
+        return f"its rotation has {cos.shape[1]} rows for {tokens} tokens"
+    if is_traced(cos):
+        return DIFFER if repeated and seen.differ else _make(cos, sin, repeated, prefix, pairing, unseen=True)
+    differentiable = cos.requires_grad or sin.requires_grad
+
+    def make() -> Rotary | str | None:
+        if repeated and not _alike(cos, sin, pairing, seen):
+            return DIFFER
+        # kept, a differentiable one would hold the graph of its own key
+        return None if differentiable else _make(cos, sin, repeated, prefix, pairing)
+
+    found = once_per_forward(key, others, (prefix, pairing, differentiable), make)
+    seen.alike, seen.differ = found is not DIFFER, found is DIFFER
+    return _make(cos, sin, repeated, prefix, pairing) if found is None else found
+
+
+def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
+    """cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
+    if isinstance(value, PAIR) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
+        cos, sin = value
+        if cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-1] <= head_dim and cos.shape[-1] % 2 == 0:
+            lead = (1,) * (3 - cos.ndim)
+            return *(x.view(*lead, *x.shape).unsqueeze(2) for x in (cos, sin)), True  # type: ignore[return-value]
+    elif argument == "rotary_pos_emb" and isinstance(value, Tensor) and value.ndim == 2:
+        angles = value[None, :, None]
+        return angles.cos(), angles.sin(), False
+    elif isinstance(value, Tensor) and value.is_complex():
+        if value.shape[-1] == head_dim // 2 and value.numel() == value.shape[0] * value.shape[-1]:
+            rows = value.view(1, value.shape[0], 1, -1)
+            return rows.real, rows.imag, False
+    elif isinstance(value, Tensor) and value.ndim in (2, 3, 4) and value.shape[-1] in range(4, 2 * head_dim + 1, 4):
+        sin, cos = value.chunk(2, dim=-1)  # (N, R), (H, N, R) or (B, H|1, N, R)
+        lead = (1,) * (4 - value.ndim)
+        return *(x.reshape(*lead, *x.shape).transpose(1, 2) for x in (cos, sin)), True  # type: ignore[return-value]
+    return f"its rotation is not a pair of tables for {head_dim} channels"
+
+
+def _make(cos: Tensor, sin: Tensor, repeated: bool, prefix: int, pairing: str, unseen: bool = False) -> Rotary:
+    """unseen: columns of one channel each that nobody could compare."""
+    wide = torch.float64 if cos.dtype == torch.float64 else torch.float32
+    tables = []
+    for x, unrotated in ((cos, 1.0), (sin, 0.0)):
+        rows, others = split_pairs(x, pairing) if repeated else (x, x)
+        if repeated and unseen:
+            rows = torch.where((rows - others).abs() <= _rounding(x.dtype), rows, torch.nan)
+        # copies: a view would keep the key of its own entry alive
+        rows = rows.to(wide, copy=True, memory_format=torch.contiguous_format)
+        if prefix:
+            rows = torch.cat([rows.new_full((rows.shape[0], prefix, *rows.shape[2:]), unrotated), rows], dim=1)
+        tables.append(rows)
+    make = Rotary._unchecked if unseen else Rotary  # jit.trace would meet the NaN, and blame the tower
+    return make(tables[0], tables[1], pairing)  # type: ignore[arg-type]
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far equal columns may lie apart where a compiler computes each: an angle of 1000 has an ulp of 6e-5."""
+    return max(1e-3, 4 * torch.finfo(dtype).eps)
+
+
+def _alike(cos: Tensor, sin: Tensor, pairing: str, seen: Seen) -> bool:
+    if seen.alike and not _free_to_look(cos):
+        return True
+    return all(torch.equal(*split_pairs(x, pairing)) for x in (cos, sin))
+
+
+def _free_to_look(x: Tensor) -> bool:
+    return x.device.type == "cpu"
