@@ -60,7 +60,7 @@ sanitize: $(VENV)/installed
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(TOOLS) cmake --build build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_C*.so
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m tools.sanitize build/sanitize/_C*.so
 
 # The same under ThreadSanitizer, which does not see what torch and other libraries do without it.
 races: $(VENV)/installed
@@ -68,23 +68,23 @@ races: $(VENV)/installed
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(TOOLS) cmake --build build/races
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-	  $(BIN)/python tests/sanitize.py build/races/_C*.so
+	  $(BIN)/python -m tools.sanitize build/races/_C*.so
 
 # Random calls and towers, each checked; memory must not grow.
 soak: $(VENV)/installed
-	$(BIN)/python tests/soak.py --minutes 3
+	$(BIN)/python -m tools.soak --minutes 3
 
-# Ratios of three shapes may not fall below what they were (benchmarks/throughput/gate.json). Alone on the machine.
+# Ratios of three shapes may not fall below what they were (tools/gate.json). Alone on the machine.
 gate: $(VENV)/installed
-	PYTHONPATH=. $(BIN)/python -m benchmarks.throughput.gate
+	PYTHONPATH=. $(BIN)/python -m tools.gate
 
 # The numbers of speed in the README and docs, and the report; not the accuracy studies. An hour on two cores, with nothing beside it.
 BENCH := benchmarks/results/cpu
 bench: $(VENV)/bench
 	$(BIN)/spatial-pe bench --json $(BENCH)/bench.json --out $(BENCH)/report.html
-	$(BIN)/python -m benchmarks.throughput.instructions --out $(BENCH)/instructions.json
+	$(BIN)/python -m tools.instructions --out $(BENCH)/instructions.json
 	$(BIN)/spatial-pe demo --out docs/demo.png --json $(BENCH)/demo.json
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m tools.readme_tables
 
 # The accuracy studies, goes on where it was stopped. Half a day on two cores; `spatial-pe spatial run --budget full` is for
 # larger machines.
@@ -96,7 +96,7 @@ spatial: $(VENV)/installed
 	$(BIN)/spatial-pe spatial run --study data --seeds 5 --out $(SPATIAL)/data.json
 	$(BIN)/spatial-pe spatial run --study pretrained --seeds 3 --out $(SPATIAL)/pretrained.json
 	$(BIN)/spatial-pe spatial report $(SPATIAL)/*.json --out $(SPATIAL)/report.html
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m tools.readme_tables
 
 # On a machine with a GPU, with its own Python packages and no network, in three steps: STEP=1 builds, checks every
 # kernel against float64 and measures the shapes with targets (285 s), STEP=2 tests, tunes and measures small batches
@@ -117,8 +117,8 @@ endif
 # time; 4 to 12 minutes.
 triton-budget: $(VENV)/installed
 	mkdir -p build
-	printf '%s\n' sm_80 sm_90 sm_100 gfx942 | PYTHONPATH=. xargs -P 2 -I {} $(BIN)/python tests/triton/offline.py --targets {} --out build/{}.json
-	PYTHONPATH=. $(BIN)/python tests/triton/offline.py --reports build/sm_80.json build/sm_90.json build/sm_100.json \
+	printf '%s\n' sm_80 sm_90 sm_100 gfx942 | PYTHONPATH=. xargs -P 2 -I {} $(BIN)/python -m tools.triton_budget --targets {} --out build/{}.json
+	PYTHONPATH=. $(BIN)/python -m tools.triton_budget --reports build/sm_80.json build/sm_90.json build/sm_100.json \
 	  build/gfx942.json --markdown docs/triton_budget.md --budget tests/triton/budget.json
 
 # What nvcc makes of every CUDA kernel on every GPU, without one, its limits in the tests, and a model of its times. Two
@@ -126,16 +126,16 @@ triton-budget: $(VENV)/installed
 CUDA_TARGETS := sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 cuda-budget: $(VENV)/installed build/emulator/built
 	mkdir -p build/budget
-	printf '%s\n' $(CUDA_TARGETS) | xargs -P 2 -I {} $(BIN)/python tests/cuda/budget.py --targets {} --out build/budget/{}.json
-	$(BIN)/python tests/cuda/budget.py --reports $(CUDA_TARGETS:%=build/budget/%.json) \
+	printf '%s\n' $(CUDA_TARGETS) | xargs -P 2 -I {} $(BIN)/python -m tools.cuda_budget --targets {} --out build/budget/{}.json
+	$(BIN)/python -m tools.cuda_budget --reports $(CUDA_TARGETS:%=build/budget/%.json) \
 	  --markdown docs/cuda_budget.md --budget tests/cuda/budget.json
 	echo >> docs/cuda_budget.md
-	$(BIN)/python tests/cuda/model.py --reports $(CUDA_TARGETS:%=build/budget/%.json) --chips A100 H100 H200 "RTX 4090" \
+	$(BIN)/python -m tools.cuda_model --reports $(CUDA_TARGETS:%=build/budget/%.json) --chips A100 H100 H200 "RTX 4090" \
 	  >> docs/cuda_budget.md
 
 # docs/towers.md, from what is proven on both transformers. One minute.
 support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
-	PYTHONPATH=. $(BIN)/python tests/towers/support.py
+	PYTHONPATH=. $(BIN)/python -m tools.support_table
 
 # The CUDA kernels as C++, for the host: tests/cuda runs them. A minute.
 build/emulator/built: $(VENV)/installed $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)

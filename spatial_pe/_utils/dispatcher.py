@@ -2,7 +2,7 @@
 """Questions about torch's state: whether somebody listens to a call, and what that somebody asks of it.
 
 An eager call skips torch's dispatcher, whose way through Python costs 15 us, 65 us with a gradient to come: more than
-the kernel of a small image (`python -m benchmarks.throughput.host`). It may do so only where nobody listens. Tracers,
+the kernel of a small image (`python -m tools.host_overhead`). It may do so only where nobody listens. Tracers,
 modes and function transforms announce themselves in the dispatch keys of the thread, special tensors in their own keys,
 so these are compared with those of a plain call: a listener that torch adds later is noticed without being known here.
 """

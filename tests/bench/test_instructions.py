@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernel takes no more instructions than when benchmarks/throughput/instructions.py counted them."""
+"""The CPU kernel takes no more instructions than when tools/instructions.py counted them."""
 
 import json
 import shutil
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.throughput.instructions import Case, count
 from spatial_pe.backends import cpu
+from tools.instructions import Case, count
 
 COUNTED = json.loads((Path(__file__).parents[2] / "benchmarks/results/cpu/instructions.json").read_text())
 CASES = [

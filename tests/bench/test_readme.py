@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from benchmarks import readme
+from tools import readme_tables as readme
 
 
 @pytest.mark.parametrize("file", readme.BLOCKS)
 def test_tables_are_up_to_date(file):
     text = (readme.ROOT / file).read_text()
-    assert readme.written(file, text) == text, "run python -m benchmarks.readme"
+    assert readme.written(file, text) == text, "run python -m tools.readme_tables"
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/benchmarks.md"])

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-import budget
 import pytest
-from budget import TARGETS, Part
-from sass import Flow, Instruction
+
+from tools import cuda_budget as budget
+from tools.cuda_budget import TARGETS, Part
+from tools.sass import Flow, Instruction
 
 LIMITS_FILE = Path(__file__).with_name("budget.json")
 LIMITS = json.loads(LIMITS_FILE.read_text()) if LIMITS_FILE.exists() else {}

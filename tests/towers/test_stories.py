@@ -9,13 +9,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-import support
 import torch
 from families import randomize
 from timm_path import import_timm
 from towers_without_rope import HOLDERS
 
 import spatial_pe
+from tools import support_table as support
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -10,9 +10,9 @@ import torch
 from oracles import Case, make
 from triton.runtime.jit import JITFunction
 
-from benchmarks.throughput.host import FakeGPU, Launched
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends.triton import backend, launch_cache, tiles
+from tools.host_overhead import FakeGPU, Launched
 
 CASES = {
     "window": Case(batch=2, tokens=64, dim=80, dtype=torch.bfloat16),

@@ -34,7 +34,7 @@ def compiled(tmp_path: Path, *arguments: str, path: str = "") -> dict:
     out = tmp_path / "report.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)])), "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "tests/triton/offline.py"), "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "tools.triton_budget", "--out", str(out), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(out.read_text())
@@ -50,7 +50,7 @@ def broken(report: dict) -> list[str]:
         if row["spills"]:
             failures.append(f"{where}: {row['spills']} bytes of spills")
         if row["hazards"]:
-            failures.append(f"{where}: {row['hazards']} hazards (tests/triton/hazards.py)")
+            failures.append(f"{where}: {row['hazards']} hazards (tools/triton_hazards.py)")
         if "local" in row["loop"]:
             failures.append(f"{where}: local memory in the main loop")
         if row["shared"] > SHARED.get(row["target"], SHARED["sm_80"]):
@@ -79,7 +79,7 @@ def slower(report: dict) -> list[str]:
 
 @pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.slow) if t != "sm_90" else t for t in SHARED])
 def test_main_configurations(target, tmp_path):
-    from offline import exceeded
+    from tools.triton_budget import exceeded
 
     report = compiled(tmp_path, "--targets", target, "--only", *MAIN)
     failures = broken(report) + exceeded(report, LIMITS) + (slower(report) if target == "sm_90" else [])
@@ -89,7 +89,7 @@ def test_main_configurations(target, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
 def test_every_configuration(target, tmp_path):
-    from offline import exceeded, unit
+    from tools.triton_budget import exceeded, unit
 
     report = compiled(tmp_path, "--targets", target)
     failures = broken(report) + exceeded(report, LIMITS)
@@ -126,7 +126,7 @@ def test_the_triton_of_torch_2_11_in_every_configuration(target, tmp_path):
 
 
 def test_a_budget_that_is_exceeded_is_noticed():
-    from offline import budget, exceeded
+    from tools.triton_budget import budget, exceeded
 
     row = {"target": "sm_90", "launch": "forward_kernel bfloat16 D=64 ROTATE_K=False warps=8"}
     row |= {"registers": 128, "shared": 1000, "per_score": 7.0}

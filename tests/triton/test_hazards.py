@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import pytest
-from hazards import hazards, product, reads, writes
-from sass import Instruction, instructions
+
+from tools.sass import Instruction, instructions
+from tools.triton_hazards import hazards, product, reads, writes
 
 FIRST = "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR12], RZ, !UPT"  # D: R24..55, A: R56..59
 LAST = "HGMMA.64x64x16.F32.BF16 R24, R60, gdesc[UR16], R24, gsb0"

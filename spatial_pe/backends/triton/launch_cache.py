@@ -2,7 +2,7 @@
 """Launches that ran once, kept for the next call that differs in nothing but addresses.
 
 Planning a forward and finding its compiled kernel from 40 arguments costs 36 us of Python, more than the GPU needs for a
-small image. Kept launches cost 13: `python -m benchmarks.throughput.host`.
+small image. Kept launches cost 13: `python -m tools.host_overhead`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ for 203 (sm_90, D = 64, Triton 3.6).
 
 A row whose sum leaves float's range (scores growing by more than 60 nats after the first tile, NaN, Inf) sends the block
 through a second pass with a running maximum: 0.2 % of the blocks of DINOv2-small, all in its first layer (`python -m
-benchmarks.score_growth`). float16 takes that pass at once (RUNNING): its weights end at 65,504, 11 nats above the first
+tools.score_growth`). float16 takes that pass at once (RUNNING): its weights end at 65,504, 11 nats above the first
 maximum.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewrite the tables of the README and the docs, and the pictures of the accuracy study, from benchmarks/results/cpu.
 
-    python -m benchmarks.readme [--check]
+    python -m tools.readme_tables [--check]
 
 ``--check`` writes nothing and fails if a table is stale.
 """
@@ -277,7 +277,7 @@ BLOCKS = {
 def written(file: str, text: str) -> str:
     """The text of a file with its blocks as the results have them."""
     for name, make in BLOCKS[file].items():
-        block = f"<!-- {name}: written by `python -m benchmarks.readme` -->\n{make()}\n<!-- end of {name} -->"
+        block = f"<!-- {name}: written by `python -m tools.readme_tables` -->\n{make()}\n<!-- end of {name} -->"
         stale = re.compile(rf"<!-- {name}: .*?<!-- end of {name} -->", re.DOTALL)
         text, count = stale.subn(lambda _, block=block: block, text)
         if count != 1:
@@ -294,7 +294,7 @@ def main() -> None:
         before = path.read_text()
         text = written(file, before)
         if check and text != before:
-            sys.exit(f"{file} is stale: run python -m benchmarks.readme")
+            sys.exit(f"{file} is stale: run python -m tools.readme_tables")
         if not check:
             path.write_text(text)
     if not check:

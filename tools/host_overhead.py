@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call of the Triton backend costs on the host, up to the launch itself, on a machine without a GPU.
 
-    python -m benchmarks.throughput.host
+    python -m tools.host_overhead
 
 Kernels are compiled for an H100; a driver that launches nothing stands in for the real one, whose launch comes on
 top. Microseconds of this process's CPU time, so that load on the machine counts little. With a GPU, attention_gpu

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A MODEL of the CUDA kernels' time, from their instructions (budget.py), their launches and what a chip can issue.
 
-    python tests/cuda/model.py --reports report.json [--chips H100 A100] [--measured attention.json]
+    python -m tools.cuda_model --reports report.json [--chips H100 A100] [--measured attention.json]
 
 It measures nothing and knows no latency: where warps wait for each other or for memory, a kernel takes longer. Of each
 unit it says how long the work of the busiest SM keeps it busy. A launch takes at least as long as the busiest unit; and
@@ -14,13 +14,11 @@ import argparse
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-sys.path.append(str(Path(__file__).parent))  # where Python and pytest look already
-from budget import ROOT, TARGETS, Gpu, Part, launches, load, planner
+from tools.cuda_budget import ROOT, TARGETS, Gpu, Part, launches, load, planner
 
 TRITON = ROOT / "docs/triton_budget.md"
 SOURCES = ROOT / "csrc/cuda"

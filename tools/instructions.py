@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instructions of the CPU kernel, counted by valgrind: a figure that is the same on every run.
 
-    python -m benchmarks.throughput.instructions --out benchmarks/results/cpu/instructions.json
+    python -m tools.instructions --out benchmarks/results/cpu/instructions.json
 
 valgrind shows programs a CPU without AVX-512: what is counted is the AVX2 kernel, on one thread. One head, rotation on
 and off. A call is the difference between processes that make more and fewer. Five minutes, and it does not matter what
@@ -24,7 +24,7 @@ from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def main() -> None:
         rows.append(asdict(case) | {"instructions": instructions})
         print(f"{case}: {instructions:,}, {1000 * instructions / case.flops:.1f} a thousand FLOP", flush=True)
     if options.out:
-        command = "python -m " + " ".join(["benchmarks.throughput.instructions", *sys.argv[1:]])
+        command = "python -m " + " ".join(["tools.instructions", *sys.argv[1:]])
         options.out.write_text(json.dumps({"command": command, "compiler": compiler, "rows": rows}, indent=1) + "\n")
 
 

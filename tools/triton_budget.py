@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile launches for GPUs that are not there, and read what the compiler made of them.
 
-    python tests/triton/offline.py --out report.json [--only "bf16 D=64 N=576"] [--targets sm_90]
-    python tests/triton/offline.py --markdown docs/triton_budget.md --budget tests/triton/budget.json
+    python -m tools.triton_budget --out report.json [--only "bf16 D=64 N=576"] [--targets sm_90]
+    python -m tools.triton_budget --markdown docs/triton_budget.md --budget tests/triton/budget.json
 
 In a process of its own: the other tests run the kernels in Triton's interpreter, which replaces the compiler, and a
 second Triton needs a second process anyway (PYTHONPATH says which one).
@@ -31,10 +31,8 @@ from spatial_pe.backends.triton import tiles
 from spatial_pe.backends.triton.launch import Launch
 from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
 from spatial_pe.backends.triton.tiles import Family
-
-sys.path.append(str(Path(__file__).parents[1]))  # where pytest looks already
-from hazards import hazards
-from sass import TENSOR_CORE, Instruction, cuobjdump, instructions, kind
+from tools.sass import TENSOR_CORE, Instruction, cuobjdump, instructions, kind
+from tools.triton_hazards import hazards
 
 # name -> (what Triton compiles for, whose tiles)
 TARGETS: dict[str, tuple[GPUTarget, Family]] = {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers that are touched while a warp group's product still works on them, in the SASS of a Hopper kernel.
 
-    python tests/triton/hazards.py kernel.sass     # as cuobjdump --dump-sass writes it
+    python -m tools.triton_hazards kernel.sass     # as cuobjdump --dump-sass writes it
 
 HGMMA returns at once. Until a WARPGROUP.DEPBAR says that its group is complete, the tensor cores read its operand A
 from registers and write its result D to registers; hardware does not guard them, the compiler must. ptxas 12.8 and 12.9
@@ -24,8 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).parents[1]))  # where pytest looks already
-from sass import Flow, Instruction, conditional, functions
+from tools.sass import Flow, Instruction, conditional, functions
 
 # Without a register as result, though the first operand may be one; those whose first is memory need not be here
 NO_RESULT = ("BAR", "BRX", "BSSY", "BSYNC", "CALL", "FCHK", "NANOSLEEP", "R2P", "RET", "WARPSYNC")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is attention as fast inside of a tower as alone? Milliseconds of a layer, on the CPU, forward.
 
-    python -m benchmarks.throughput.in_tower [--towers clip_large_336 ...] [--rounds 7]
+    python -m tools.in_tower [--towers clip_large_336 ...] [--rounds 7]
 
 in the tower: its operands were just written by the projections. alone: the same call again and again. cold: the caches
 flushed by 256 MB in between. sdpa: the unpatched tower's, in it. Medians; the towers of `spatial-pe bench`.

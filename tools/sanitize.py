@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every CPU kernel over odd shapes, for a build with sanitizers: ``python tests/sanitize.py path/to/_C.so``.
+"""Run every CPU kernel over odd shapes, for a build with sanitizers: ``python -m tools.sanitize path/to/_C.so``.
 
     cmake -S csrc -B build/sanitize -DSPATIAL_PE_SANITIZE=address,undefined -DSPATIAL_PE_CUDA=0
     cmake --build build/sanitize
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" \\
-        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 python tests/sanitize.py build/sanitize/_C*.so
+        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 python -m tools.sanitize build/sanitize/_C*.so
 
     cmake -S csrc -B build/races -DSPATIAL_PE_SANITIZE=thread -DSPATIAL_PE_CUDA=0   # likewise, with libtsan
 

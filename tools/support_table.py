@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of docs/towers.md, from what ``inspect`` proves and counts on every family of the tests.
 
-python tests/towers/support.py --json        # this environment's families
+python -m tools.support_table --json        # this environment's families
 make support-table                           # both transformers, and timm, into docs/towers.md
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 OLD = ROOT / ".venv" / "transformers-4.57"
 BEGIN, END = "<!-- support: written by `make support-table` -->", "<!-- end of support -->"
 TOWERS = ROOT / "docs/towers.md"
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 def elsewhere(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
     """The same with other packages first on the path."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
-    command = [sys.executable, __file__, "--json"]
+    command = [sys.executable, "-m", "tools.support_table", "--json"]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     read = json.loads(run.stdout.splitlines()[-1])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the CUDA kernels for GPUs that are not there, and read what nvcc made of them.
 
-    python tests/cuda/budget.py --targets sm_80 sm_90 --dims 64 80 --out report.json
-    python tests/cuda/budget.py --extension spatial_pe/_cuda.*.so --out report.json
-    python tests/cuda/budget.py --reports a.json b.json --markdown docs/cuda_budget.md --budget tests/cuda/budget.json
+    python -m tools.cuda_budget --targets sm_80 sm_90 --dims 64 80 --out report.json
+    python -m tools.cuda_budget --extension spatial_pe/_cuda.*.so --out report.json
+    python -m tools.cuda_budget --reports a.json b.json --markdown docs/cuda_budget.md --budget tests/cuda/budget.json
 
 Compiling takes 9 seconds for a target and head_dim; --extension reads what is compiled already.
 """
@@ -25,10 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
-sys.path.append(str(Path(__file__).parents[1]))  # where pytest looks already
-from sass import Flow, Instruction, Loop, cuobjdump, functions, kind
+from tools.sass import Flow, Instruction, Loop, cuobjdump, functions, kind
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CMAKE = ROOT / "csrc/CMakeLists.txt"
 KERNELS = ROOT / "csrc/cuda/kernels.cu"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Has the CPU kernel become slower? Ratios to eager attention of three shapes, against those in gate.json.
 
-    python -m benchmarks.throughput.gate [--update]
+    python -m tools.gate [--update]
 
 Ratios, because seconds differ between machines and days; one thread. gate.json holds what was measured on a CPU (the
 lower of this and of a whole run); on others the kernel may not be slower than eager attention. A ratio may be a tenth

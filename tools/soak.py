@@ -2,7 +2,7 @@
 """Random calls, patched towers and episodes of several threads for as long as asked, checked one by one: no error, no
 growth of memory, no crash.
 
-    python tests/soak.py --minutes 3 [--seed N]
+    python -m tools.soak --minutes 3 [--seed N]
 
 A failure names the case and the seed that draws it again.
 
@@ -26,17 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracles
+import stress
 import torch
+from families import FAMILIES, HERE
+from oracles import Case, exact, make, run
+from oracles.rule import check, check_bound
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "towers")]
-import oracles  # noqa: E402
-import stress  # noqa: E402
-from families import FAMILIES, HERE  # noqa: E402
-from oracles import Case, exact, make, run  # noqa: E402
-from oracles.rule import check, check_bound  # noqa: E402
-
-import spatial_pe  # noqa: E402
-from spatial_pe.rotary import PAIRINGS  # noqa: E402
+import spatial_pe
+from spatial_pe.rotary import PAIRINGS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 M_ARENA_MAX = -8  # of mallopt(3)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far scores grow along a row, on real weights: what decides which softmax needs no running maximum.
 
-    python -m benchmarks.score_growth
+    python -m tools.score_growth
 
 DINOv2-small on photographs at 518 px, all layers, heads and rows, in nats: the row's maximum above that of its first
 keys (the reference of attention.py), and above the row's own score (one that would need no tile). And the share of
