@@ -15,15 +15,15 @@ demo: $(VENV)/installed
 
 # Two processes: the tests of one thread each. The towers once more with the oldest transformers that is supported.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
-# of test_timm.py only what goes through transformers
+# of test_timm*.py only what goes through transformers
 OLDER := PYTHONPATH=$(VENV)/transformers-4.57 $(PYTEST) tests/towers -k "not test_timm or wrapper or perception"
 TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm $(VENV)/lmms-eval build/emulator/built
 
 # For contributors, under three minutes: the op, what it is made of, and who may trace it; no towers, no GPU compilers.
 test-quick: $(VENV)/installed
 	$(PYTEST) -m "not slow and not gpu" $(QUICK_TESTS)
-QUICK_TESTS := tests/test_op.py tests/test_rotary.py tests/test_checks.py tests/test_grid.py tests/test_modules.py \
-  tests/test_encodings.py tests/test_verify.py tests/test_cli.py
+QUICK_TESTS := tests/ops/test_op.py tests/test_rotary.py tests/backends/test_checks.py tests/test_grid.py tests/test_modules.py \
+  tests/test_encodings*.py tests/test_verify.py tests/cli/test_cli.py
 
 # the environments at once: most of an installation is waiting
 test: $(VENV)/installed
@@ -38,7 +38,7 @@ test-all: $(TEST_ENVS) $(TORCHES:%=test-torch-%)
 # The oldest torch that pyproject.toml allows, and the newest that can be had: what depends on torch's insides. Each has
 # an environment of its own, 5 GB with the CUDA libraries that its wheel asks for.
 TORCHES := 2.9.0 2.14.1
-TORCH_TESTS := $(QUICK_TESTS) tests/test_attention.py tests/transforms tests/towers/test_patch.py tests/towers/test_add_rope.py
+TORCH_TESTS := $(QUICK_TESTS) tests/ops/test_attention.py tests/ops/transforms tests/towers/test_patch.py tests/towers/test_add_rope.py
 test-torch-%: $(VENV)/torch-%/installed
 	$(VENV)/torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(TORCH_TESTS)
 
@@ -119,7 +119,7 @@ triton-budget: $(VENV)/installed
 	mkdir -p build
 	printf '%s\n' sm_80 sm_90 sm_100 gfx942 | PYTHONPATH=. xargs -P 2 -I {} $(BIN)/python -m tools.triton_budget --targets {} --out build/{}.json
 	PYTHONPATH=. $(BIN)/python -m tools.triton_budget --reports build/sm_80.json build/sm_90.json build/sm_100.json \
-	  build/gfx942.json --markdown docs/triton_budget.md --budget tests/triton/budget.json
+	  build/gfx942.json --markdown docs/triton_budget.md --budget tests/backends/triton/budget.json
 
 # What nvcc makes of every CUDA kernel on every GPU, without one, its limits in the tests, and a model of its times. Two
 # targets at a time; 3 minutes.
@@ -128,7 +128,7 @@ cuda-budget: $(VENV)/installed build/emulator/built
 	mkdir -p build/budget
 	printf '%s\n' $(CUDA_TARGETS) | xargs -P 2 -I {} $(BIN)/python -m tools.cuda_budget --targets {} --out build/budget/{}.json
 	$(BIN)/python -m tools.cuda_budget --reports $(CUDA_TARGETS:%=build/budget/%.json) \
-	  --markdown docs/cuda_budget.md --budget tests/cuda/budget.json
+	  --markdown docs/cuda_budget.md --budget tests/backends/cuda/budget.json
 	echo >> docs/cuda_budget.md
 	$(BIN)/python -m tools.cuda_model --reports $(CUDA_TARGETS:%=build/budget/%.json) --chips A100 H100 H200 "RTX 4090" \
 	  >> docs/cuda_budget.md
@@ -137,14 +137,14 @@ cuda-budget: $(VENV)/installed build/emulator/built
 support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
 	PYTHONPATH=. $(BIN)/python -m tools.support_table
 
-# The CUDA kernels as C++, for the host: tests/cuda runs them. A minute.
-build/emulator/built: $(VENV)/installed $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)
+# The CUDA kernels as C++, for the host: tests/backends/cuda runs them. A minute.
+build/emulator/built: $(VENV)/installed $(shell find csrc tests/backends/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)
 	$(TOOLS) cmake --fresh -S csrc -B build/emulator -G Ninja -DSPATIAL_PE_EMULATOR=1 \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(TOOLS) cmake --build build/emulator
 	touch $@
 
-# The Triton of torch 2.11, beside the newest: tests/triton/test_budget.py compiles with both
+# The Triton of torch 2.11, beside the newest: tests/backends/triton/test_budget.py compiles with both
 $(VENV)/triton-3.6: $(VENV)/installed
 	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.6.0

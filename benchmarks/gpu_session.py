@@ -37,7 +37,7 @@ from benchmarks.throughput.gpu.watch import Ended, Running, python
 
 # Of a step, for the report and for ending what has to be killed.
 CLOSING_SECONDS = 10.0
-TESTS = python("pytest", "-p", "no:cacheprovider", "-v", "--durations=5", "-m", "gpu", "tests/gpu")
+TESTS = python("pytest", "-p", "no:cacheprovider", "-v", "--durations=5", "-m", "gpu", "tests/backends/gpu")
 INSTALL = python("pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
 SANITIZE = [
     *("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only"),

@@ -3,7 +3,8 @@
 
     python -m tools.cuda_budget --targets sm_80 sm_90 --dims 64 80 --out report.json
     python -m tools.cuda_budget --extension spatial_pe/_cuda.*.so --out report.json
-    python -m tools.cuda_budget --reports a.json b.json --markdown docs/cuda_budget.md --budget tests/cuda/budget.json
+    python -m tools.cuda_budget --reports a.json b.json --markdown docs/cuda_budget.md \\
+        --budget tests/backends/cuda/budget.json
 
 Compiling takes 9 seconds for a target and head_dim; --extension reads what is compiled already.
 """
@@ -452,7 +453,7 @@ def markdown(report: dict) -> str:
         "",
         "float16 is listed where it differs in registers or in the main loop.",
         "",
-        "`tests/cuda/test_cuda_budget.py` fails if anything spills, exceeds `tests/cuda/budget.json`, needs more",
+        "`tests/backends/cuda/test_cuda_budget.py` fails if anything spills, exceeds the `budget.json` beside it, needs more",
         "shared memory than the chip has, or does not use the tensor cores.",
         "",
     ]

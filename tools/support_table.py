@@ -30,7 +30,7 @@ def proven() -> dict[str, dict]:
 
 
 def proven_of_timm() -> dict[str, dict]:
-    from test_timm import ADDED, CASES
+    from timm_cases import ADDED, CASES
 
     return {name: row(name, case.build, name in ADDED) for name, case in CASES.items()}
 

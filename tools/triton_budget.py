@@ -2,7 +2,7 @@
 """Compile launches for GPUs that are not there, and read what the compiler made of them.
 
     python -m tools.triton_budget --out report.json [--only "bf16 D=64 N=576"] [--targets sm_90]
-    python -m tools.triton_budget --markdown docs/triton_budget.md --budget tests/triton/budget.json
+    python -m tools.triton_budget --markdown docs/triton_budget.md --budget tests/backends/triton/budget.json
 
 In a process of its own: the other tests run the kernels in Triton's interpreter, which replaces the compiler, and a
 second Triton needs a second process anyway (PYTHONPATH says which one).
@@ -273,7 +273,7 @@ def markdown(report: dict) -> str:
         "main loop, by kind; per score: what a lane issues there for each score of its tile (without rotation and",
         "running maximum, the arithmetic of the softmax alone is 3.5).",
         "",
-        "`tests/triton/test_budget.py` fails if anything spills, exceeds `tests/triton/budget.json`, needs more shared",
+        "`tests/backends/triton/test_budget.py` fails if anything spills, exceeds the `budget.json` beside it, needs more shared",
         "memory than the chip has, or uses no tensor core (float32, which runs on the ordinary units, excepted).",
         "",
     ]

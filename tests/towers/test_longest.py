@@ -13,7 +13,9 @@ from spatial_pe.backends.longest import longest_sequence
 from spatial_pe.backends.triton import backend as triton
 from spatial_pe.towers import fused_attention
 
-pytestmark = pytest.mark.skipif(not triton.INTERPRETED, reason="a GPU is here: tests/gpu runs the kernels on it")
+pytestmark = pytest.mark.skipif(
+    not triton.INTERPRETED, reason="a GPU is here: tests/backends/gpu runs the kernels on it"
+)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import logging
 
 import pytest
 import torch
+from added_rope import encodings, shaken
 from families import FAMILIES, GRIDS, HERE, outputs, to
-from test_add_rope import encodings, shaken
 from torch import nn
 
 import spatial_pe

@@ -223,7 +223,7 @@ def tuned_kernels() -> dict[Any, Any]:
 
 
 def tested_kernels() -> dict[Any, Any]:
-    """Of the cases of tests/gpu, in every dtype, with the tiles of a large batch."""
+    """Of the cases of tests/backends/gpu, in every dtype, with the tiles of a large batch."""
     sys.path.insert(0, str(ROOT / "tests"))
     from oracles import make
     from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
@@ -338,7 +338,7 @@ def collected() -> int:
         "--collect-only",
         "-m",
         "gpu",
-        "tests/gpu",
+        "tests/backends/gpu",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return sum("::" in line for line in done.stdout.splitlines())

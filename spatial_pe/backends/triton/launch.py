@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel launch as data: it can be run, compiled for a GPU that is not there (tests/triton), or kept for the next call
+"""A kernel launch as data: it can be run, compiled for a GPU that is not there (tests/backends/triton), or kept for the next call
 (replay.py)."""
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Tile sizes: rows of data, by kernel, kind of GPU and head_dim. What `spatial-pe tune` has measured comes before them.
 
 All rows here are modelled, none is measured yet: no GPU was at hand. What each must satisfy (no spills, shared memory
-within the chip, tensor cores used) is checked by compiling it for its GPU offline: tests/triton/test_budget.py, and
+within the chip, tensor cores used) is checked by compiling it for its GPU offline: tests/backends/triton/test_budget.py, and
 docs/triton_budget.md holds the table. Among those that do, rows are chosen by instructions per score in the main loop and
 by the programs that fit an SM together: one loads and exponentiates while another multiplies, so two are wanted.
 """
