@@ -453,7 +453,7 @@ def markdown(report: dict) -> str:
         "",
         "float16 is listed where it differs in registers or in the main loop.",
         "",
-        "`tests/backends/cuda/test_cuda_budget.py` fails if anything spills, exceeds the `budget.json` beside it, needs more",
+        "`tests/backends/cuda/test_cuda_budget.py` fails if anything spills, exceeds its `budget.json`, needs more",
         "shared memory than the chip has, or does not use the tensor cores.",
         "",
     ]
