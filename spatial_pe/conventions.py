@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encodings of the published model families, as data: one row per family, with the code that it was read from."""
+"""Encodings of the published model families: one row per family, with the source that it was read from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .encodings import AxialRoPE, MixedRoPE
 
 @dataclass(frozen=True)
 class Convention:
-    """What a model family chose: the class, its options, and where that was read."""
+    """Encoding class of a model family, its options, and the source that it was read from."""
 
     encoding: type[AxialRoPE | MixedRoPE]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -113,12 +113,12 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 def convention(name: str, head_dim: int, **overrides: Any) -> AxialRoPE | MixedRoPE:
-    """The encoding of a model family, e.g. ``convention("dinov3", 64)``.
+    """Return the encoding of a model family, e.g. ``convention("dinov3", 64)``.
 
     Args:
         name: a key of ``CONVENTIONS``.
         head_dim: D, channels of a head.
-        overrides: options of ``AxialRoPE`` or ``MixedRoPE`` that differ from the family's own, such as ``theta``;
+        overrides: options of ``AxialRoPE`` or ``MixedRoPE`` that differ from the family's, such as ``theta``;
             ``convention("rope_vit_mixed", 64, num_heads=6)`` needs the number of heads.
 
     Raises:

@@ -5,8 +5,8 @@ Every 2D RoPE made of 2 x 2 rotations is one formula; models differ only in the 
 
     angle[head, token, pair] = row[token] * f_row[head, pair] + column[token] * f_column[head, pair]
 
-``AxialRoPE``: each pair listens to one axis, with fixed frequencies. ``MixedRoPE``: each pair listens to both,
-with learned frequencies per head. ``CONVENTIONS``: what the published model families chose, as data.
+``AxialRoPE``: each pair depends on one axis, with fixed frequencies. ``MixedRoPE``: each pair depends on both,
+with learned frequencies per head. ``CONVENTIONS``: the options of the published model families, as data.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ Layout = Literal["block", "split", "alternating"]
 Frequency = Literal["inverse", "period"]
 Normalize = Literal["separate", "min", "max"]
 
-_TURN = 2.0 * math.pi
+_CYCLE = 2.0 * math.pi
 
-# Devices without float64 (some xpu have it): angles are formed in float32 there.
+# Devices without float64 (some xpu have it): angles are computed in float32 there.
 _WITHOUT_FLOAT64 = ("mps", "xpu")
 
 _WIDE = (torch.float32, torch.float64)
 
 
 class _Float32(nn.Module):
-    """Base of the encodings: their own parameters and buffers stay float32, or float64, in a model of any dtype.
+    """Base of the encodings: keeps parameters and buffers in float32 (or float64) in a model of any dtype.
 
     bfloat16 keeps 8 bits: it rounds by up to 0.4 %, which is 0.4 radians of an angle at 100 patches.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32:
-        """Every cast and move of a module passes here, with ``fn`` for each tensor and each gradient."""
+        """Keep float32 through casts and moves: ``fn`` is applied to each tensor and each gradient."""
         if recurse:
-            for child in self.children():  # of a subclass: cast as they are
+            for child in self.children():  # of a subclass: cast as usual
                 child._apply(fn)
         without_values = self._on_meta()
-        # to_empty makes memory that nobody wrote of what has values here: of a tower that was patched on meta, say
+        # to_empty allocates uninitialised memory, e.g. for a tower that was patched on meta
         empties = getattr(fn, "__qualname__", "").startswith("Module.to_empty")
         super()._apply(lambda x: _uncast(x, fn(x), empties and not x.is_meta), recurse=False)
         if without_values and not self._on_meta():
@@ -58,17 +58,17 @@ class _Float32(nn.Module):
         return any(p is not None and p.is_meta for p in self._parameters.values())
 
     def reset_parameters(self) -> None:
-        """Set the parameters to what they start at."""
+        """Reset the parameters to their initial values."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """With ``assign=True`` the saved tensors take the place of the module's: they are made float32 first."""
+        """Convert to float32 before loading: with ``assign=True`` the saved tensors replace the module's."""
         own = {name: state_dict.get(prefix + name) for name in (*self._parameters, *self._buffers)}
         wide = {prefix + name: at_least_float32(value) for name, value in own.items() if isinstance(value, Tensor)}
         super()._load_from_state_dict({**state_dict, **wide}, prefix, *args, **kwargs)
 
     def _exact(self, name: str) -> Tensor:
-        """The parameter of this name; raises where something set it to rounded values without a cast of the module."""
+        """Return the parameter of this name; raise if something rounded it without a cast of the module."""
         value = getattr(self, name)
         if value.dtype in _WIDE:
             return value
@@ -78,19 +78,19 @@ class _Float32(nn.Module):
             f"hands out rounded copies under a param_dtype: call `[fully_shard(m, mp_policy=MixedPrecisionPolicy()) "
             f"for m in model.modules() if isinstance(m, spatial_pe.{kind})]` before any other fully_shard, with the "
             "same mesh; with FullyShardedDataParallel use torch.autocast in place of param_dtype. If a loader rounded "
-            "them for good, load them again in float32, or accept them with encoding.float()"
+            "the parameters, load them again in float32, or accept them with encoding.float()"
         )
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """As float32, unless float32, float64 or not floating-point."""
+    """Return x in float32, or unchanged if it is float32, float64 or not floating-point."""
     return x.detach().float() if x.is_floating_point() and x.dtype not in _WIDE else x
 
 
 def _uncast(before: Tensor, after: Tensor, lost: bool = False) -> Tensor:
-    """The result of a cast or a move, but with the values from before where it rounded or lost them.
+    """Return the result of a cast or a move, with the original values where it rounded or lost them.
 
-    Values that were rounded already stay in half precision, so that forward still refuses them.
+    Values that were already rounded stay in half precision, so that forward still refuses them.
     """
     rounds = before.dtype in _WIDE and after.dtype not in _WIDE
     if lost:
@@ -99,14 +99,14 @@ def _uncast(before: Tensor, after: Tensor, lost: bool = False) -> Tensor:
 
 
 class AxialRoPE(_Float32):
-    """Axial 2D RoPE: every channel pair turns with the row or with the column of its token.
+    """Axial 2D RoPE: the angle of every channel pair is proportional to the row or to the column of its token.
 
-    With rotary dim R there are R/2 pairs. A geometric ladder of n frequencies, l[i] = theta^(-i/n) for
-    i = 0 .. n-1, serves each axis, and ``layout`` says which pair gets which entry; ``axis_order`` which axis
-    (h: the row, w: the column) comes first:
+    With rotary dim R there are R/2 pairs. Each axis has a geometric sequence of n frequencies, l[i] = theta^(-i/n) for
+    i = 0 .. n-1. ``layout`` assigns the frequencies to the pairs; ``axis_order`` says which axis (h: the row, w: the
+    column) comes first:
 
     - ``"block"``: n = R/4, pairs are [l of the first axis | l of the second] (Qwen-VL, DINOv3, EVA-02, most);
-    - ``"split"``: n = R/2, one ladder dealt out: [l[0], l[2], .. of the first | l[1], l[3], .. of the second]
+    - ``"split"``: n = R/2, one sequence, alternating: [l[0], l[2], .. of the first | l[1], l[3], .. of the second]
       (Pixtral);
     - ``"alternating"``: n = R/4, pairs are first l[0], second l[0], first l[1], second l[1], .. (MoonViT).
 
@@ -115,8 +115,8 @@ class AxialRoPE(_Float32):
 
     - default: x = i + offset;
     - ``reference_size`` r: x = (i + offset) / size * r, the grid is stretched to the one of pretraining (EVA-02);
-    - ``normalize``: x = 2 (i + 0.5) / s - 1, the patch centre, with s the size of that axis (``"separate"``), the
-      smaller (``"min"``) or the larger (``"max"``) of both (DINOv3);
+    - ``normalize``: x = 2 (i + 0.5) / s - 1, the patch centre, with s the size of that axis (``"separate"``), or
+      the smaller (``"min"``) or larger (``"max"``) of both (DINOv3);
 
     and then multiplied by ``scale`` (SAM 3's global layers: window / size). Tokens with ``grid.rotated`` False get
     angle 0, whatever the offset.
@@ -126,33 +126,33 @@ class AxialRoPE(_Float32):
     ``CONVENTIONS`` they equal those of transformers, bit for bit where the head_dim is a power of two, to a relative
     2e-7 otherwise.
 
-    Angles are formed in float64: cos and sin are within 3e-7 of the exact ones for coordinates of up to 10^8, so that
-    a shift of all coordinates leaves attention as it is (5e-7 for a shift by 2^24). transformers rounds angles to
-    float32, and its cos and sin differ from these by 6e-8 of the angle, 1e-6 for an image of 16 x 16 patches. So do
-    those that are made on a device without float64 (mps, xpu): 6e-5 at 1,000 radians, 4e-3 at 65,536. Subtract what
-    large coordinates have in common before they go there.
+    Angles are computed in float64: cos and sin are within 3e-7 of the exact ones for coordinates of up to 10^8, and a
+    shift of all coordinates does not change attention (5e-7 for a shift by 2^24). transformers rounds angles to
+    float32, and its cos and sin differ from these by 6e-8 of the angle, 1e-6 for an image of 16 x 16 patches. The same
+    holds for tables made on a device without float64 (mps, xpu): 6e-5 at 1,000 radians, 4e-3 at 65,536. Subtract a
+    common offset from large coordinates before moving them to such a device.
 
     Args:
         head_dim: D, channels of a head.
-        theta: base of the ladder, > 0.
-        rotary_dim: R, how many channels are turned, a multiple of 4, at most D (default: D).
+        theta: base of the frequencies, > 0.
+        rotary_dim: R, number of rotated channels, a multiple of 4, at most D (default: D).
         pairing: which channels make a pair, see ``Rotary``.
         axis_order, layout: see above.
-        frequency: ``"inverse"``: l is in radians per unit of x (RoFormer); ``"period"``: in turns, so that 1/l is
-            a period and the angle is 2 pi x l (DINOv3).
+        frequency: ``"inverse"``: l is in radians per unit of x (RoFormer); ``"period"``: in cycles per unit of x, so
+            that 1/l is a period and the angle is 2 pi x l (DINOv3).
         period_range: (shortest, longest) period, log-spaced, in place of theta; needs ``frequency="period"``.
         offset: added to the patch index: 1 in Llama 4 and Perception Encoder. It cancels between two patches, not
             between a patch and a token that is not rotated.
         scale, reference_size, normalize: see above. ``reference_size`` is one size or (height, width).
-        strength: if given, a learnable multiplier of the angles, one per pair, starts at this value: 0 is the
+        strength: if given, a learnable multiplier of the angles, one per pair, with this initial value: 0 is the
             identity, 1 the full encoding. Per pair, because the angles span four orders of magnitude: a single
             multiplier would follow the few fastest pairs. It enters linearly, so its gradient at 0 does not vanish.
 
     Raises:
         TypeError, ValueError: naming the argument and what it must be.
 
-    The ladder is RoFormer's (arXiv 2104.09864), split over two axes as in rope-vit (arXiv 2403.13298)
-    and DINOv3 (arXiv 2508.10104); what each family does is in ``CONVENTIONS``.
+    The frequencies are RoFormer's (arXiv 2104.09864), split over two axes as in rope-vit (arXiv 2403.13298)
+    and DINOv3 (arXiv 2508.10104); the options of each family are in ``CONVENTIONS``.
     """
 
     frequencies: Tensor  # (2, 1, R/2): of the row, of the column
@@ -199,19 +199,19 @@ class AxialRoPE(_Float32):
             self.strength = nn.Parameter(torch.full((self.rotary_dim // 2,), self._start, dtype=torch.float32))
 
     def forward(self, where: PatchGrid | Tensor) -> Rotary:
-        """The table of a grid, or of raw coordinates.
+        """Return the table of a grid, or of raw coordinates.
 
         Args:
             where: a PatchGrid with N tokens, or (row, column) coordinates in patches, (N, 2) or (B, N, 2), float32,
-                float64 or integer. Raw coordinates take the place of the patch index: ``offset`` and ``scale``
-                apply to them, every token is rotated; ``reference_size`` and ``normalize`` need a grid.
+                float64 or integer. Raw coordinates replace the patch index: ``offset`` and ``scale`` apply to them,
+                    every token is rotated; ``reference_size`` and ``normalize`` need a grid.
 
         Returns:
             Rotary with tables (1, N, 1, R/2), or (B, N, 1, R/2), in float32; float64 for float64 coordinates or
             after ``.double()``. Gradients flow to ``strength`` and to raw coordinates.
 
         Raises:
-            TypeError: ``strength`` is in half precision, put there by FSDP or a loader; says what to do.
+            TypeError: ``strength`` is in half precision, set by FSDP or a loader; the message says how to fix it.
         """
         if (node := fx_node(self, where)) is not None:
             return node
@@ -219,17 +219,17 @@ class AxialRoPE(_Float32):
         frequencies = self._frequencies()
         if self.strength is not None:
             frequencies = frequencies * self._exact("strength").to(frequencies.dtype)
-        return _table(self._coordinates(where), frequencies, dtype, self.pairing, turns=self.frequency == "period")
+        return _table(self._coordinates(where), frequencies, dtype, self.pairing, cycles=self.frequency == "period")
 
     def _frequencies(self) -> Tensor:
-        """(2, 1, R/2) in radians or turns per x, float64 where the device has it."""
+        """Return (2, 1, R/2) in radians or cycles per x, float64 where the device has it."""
         made = self.frequencies
         if made.dtype not in _WIDE:  # FSDP1 with a buffer_dtype sets the data of buffers
             made = self._make_frequencies().to(made.device)
         return made.to(_widest(made.device))
 
     def _coordinates(self, where: PatchGrid | Tensor) -> Tensor:
-        """(N, 2) or (B, N, 2) of x, float64 where the device has it."""
+        """Return (N, 2) or (B, N, 2) of x, float64 where the device has it."""
         device = self.frequencies.device
         wide = _widest(device)
         if not isinstance(where, PatchGrid):
@@ -255,7 +255,7 @@ class AxialRoPE(_Float32):
         return torch.where(where.rotated[:, None], x * self.scale, 0.0).to(wide).to(device)
 
     def _make_frequencies(self) -> Tensor:
-        """(2, 1, R/2) float32, on the CPU even under ``torch.device("meta")``, in float32 steps as the models do."""
+        """Return (2, 1, R/2) float32, on the CPU even under ``torch.device("meta")``, rounded as the models round."""
         pairs = self.rotary_dim // 2
         count = pairs if self.layout == "split" else pairs // 2
         if self.period_range is not None:
@@ -275,12 +275,12 @@ class AxialRoPE(_Float32):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set ``strength`` to the value it starts at, as after ``to_empty``."""
+        """Reset ``strength`` to its initial value, e.g. after ``to_empty``."""
         if self.strength is not None:
             self.strength.fill_(self._start)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AxialRoPE:
-        """Keep the frequencies' values through ``to_empty``, and make them anew where there are none."""
+        """Keep the values of the frequencies through ``to_empty``, and recompute them if there are none."""
         before = self.frequencies
         super()._apply(fn, recurse)
         after = self.frequencies
@@ -323,12 +323,12 @@ class MixedRoPE(_Float32):
     Args:
         head_dim: D, channels of a head.
         num_heads: H.
-        theta: base of the ladder that ``init="random"`` starts from, > 0.
+        theta: base of the frequencies for ``init="random"``, > 0.
         init: ``"random"``: pairs k and k + R/4 of a head get the frequency theta^(-4k/R) along two perpendicular
-            directions, which are turned by one uniformly random angle per head (drawn from torch's default
-            generator); ``"identity"``: zero, so that nothing is rotated until training moves it. The gradient at
-            zero does not vanish: the angle is linear in the frequencies.
-        rotary_dim: R, how many channels are turned, a multiple of 4, at most D (default: D).
+            directions, rotated by one uniformly random angle per head (drawn from torch's default generator);
+            ``"identity"``: zero, so that the encoding starts as the identity. The gradient at zero does not vanish:
+            the angle is linear in the frequencies.
+        rotary_dim: R, number of rotated channels, a multiple of 4, at most D (default: D).
         pairing: which channels make a pair, see ``Rotary``.
 
     Raises:
@@ -363,14 +363,14 @@ class MixedRoPE(_Float32):
             return
         device = self.frequencies.device
         magnitude = 1.0 / self.theta ** (torch.arange(0, self.rotary_dim, 4, device=device).float() / self.rotary_dim)
-        direction = _TURN * torch.rand(self.num_heads, 1, device=device, dtype=torch.float32)
+        direction = _CYCLE * torch.rand(self.num_heads, 1, device=device, dtype=torch.float32)
         perpendicular = direction + math.pi / 2
         row = torch.cat([magnitude * direction.sin(), magnitude * perpendicular.sin()], dim=1)
         column = torch.cat([magnitude * direction.cos(), magnitude * perpendicular.cos()], dim=1)
         self.frequencies.copy_(torch.stack([row, column]))
 
     def forward(self, where: PatchGrid | Tensor) -> Rotary:
-        """The table of a grid, or of raw (row, column) coordinates in patches, (N, 2) or (B, N, 2).
+        """Return the table of a grid, or of raw (row, column) coordinates in patches, (N, 2) or (B, N, 2).
 
         Returns:
             Rotary with tables (1, N, H, R/2), or (B, N, H, R/2), in float32; float64 for float64 coordinates or
@@ -378,7 +378,7 @@ class MixedRoPE(_Float32):
             coordinates.
 
         Raises:
-            TypeError: ``frequencies`` are in half precision, put there by FSDP or a loader; says what to do.
+            TypeError: ``frequencies`` are in half precision, set by FSDP or a loader; the message says how to fix it.
         """
         if (node := fx_node(self, where)) is not None:
             return node
@@ -400,44 +400,44 @@ class MixedRoPE(_Float32):
 
 
 def _table(
-    coordinates: Tensor, frequencies: Tensor, dtype: torch.dtype, pairing: Pairing, turns: bool = False
+    coordinates: Tensor, frequencies: Tensor, dtype: torch.dtype, pairing: Pairing, cycles: bool = False
 ) -> Rotary:
-    """Tables (B|1, N, H|1, R/2) of (N, 2) or (B, N, 2) coordinates.
+    """Return tables (B|1, N, H|1, R/2) for (N, 2) or (B, N, 2) coordinates.
 
-    ``frequencies`` (2, H|1, R/2) are in radians per unit, or in turns; coordinates have their dtype: float64, or
+    ``frequencies`` (2, H|1, R/2) are in radians per unit, or in cycles; coordinates have their dtype: float64, or
     float32 on a device without it.
     """
     points = coordinates if coordinates.ndim == 3 else coordinates[None]
     if points.dtype == torch.float64:
         onnx = torch.onnx.is_in_onnx_export()  # rounds numbers to float32, 0.5 radians at 2^24, but not tensors
-        turn = torch.tensor(_TURN, dtype=torch.float64, device="cpu") if onnx else _TURN
-        angles = points @ (frequencies if turns else frequencies / turn).flatten(1)
-        # Whole turns fall off while they are exact, and one float32 rounding is left, of less than a turn. In place, as
-        # new memory costs more than arithmetic: forward and backward of (1, 1024, 16, 32) take 1.3 times as long as in
-        # float32, and 2.6 times with float64 cos and sin.
+        cycle = torch.tensor(_CYCLE, dtype=torch.float64, device="cpu") if onnx else _CYCLE
+        angles = points @ (frequencies if cycles else frequencies / cycle).flatten(1)
+        # Whole cycles are removed while they are exact, so that one float32 rounding is left, of less than a cycle. In
+        # place, as new memory costs more than arithmetic: forward and backward of (1, 1024, 16, 32) take 1.3 times as
+        # long as in float32, and 2.6 times with float64 cos and sin.
         if onnx:
-            angles = (angles - angles.floor()) * turn  # dynamo=False has no frac
+            angles = (angles - angles.floor()) * cycle  # dynamo=False has no frac
         elif is_traced(angles):
-            angles = angles.frac() * turn  # torch.func.linearize takes nothing in place
+            angles = angles.frac() * cycle  # torch.func.linearize supports no in-place operators
         else:
-            angles = angles.frac_().mul_(turn)
+            angles = angles.frac_().mul_(cycle)
         angles = angles.to(dtype).unflatten(-1, frequencies.shape[1:])
     else:
         row, column = points.unbind(-1)
-        if turns:
-            frequencies = frequencies * _TURN
+        if cycles:
+            frequencies = frequencies * _CYCLE
         # two products and not a matrix product, which autocast runs in half precision
         angles = row[..., None, None] * frequencies[0] + column[..., None, None] * frequencies[1]
     return Rotary.from_angles(angles, pairing)
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    """The dtype that angles are formed in on a device."""
+    """Return the dtype that angles are computed in on a device."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def _table_dtype(where: PatchGrid | Tensor, frequencies: Tensor) -> torch.dtype:
-    """float64 if coordinates or frequencies are, else float32."""
+    """Return float64 if coordinates or frequencies are, else float32."""
     return torch.float64 if torch.float64 in (getattr(where, "dtype", None), frequencies.dtype) else torch.float32
 
 
@@ -463,15 +463,15 @@ def _check_coordinates(where: object) -> Tensor:
 
 def _check_dims(head_dim: object, rotary_dim: object) -> tuple[int, int]:
     dim = _check_int("head_dim", head_dim)
-    turned = dim if rotary_dim is None else _check_int("rotary_dim", rotary_dim)
-    if turned % 4:
+    rotary = dim if rotary_dim is None else _check_int("rotary_dim", rotary_dim)
+    if rotary % 4:
         name = "head_dim" if rotary_dim is None else "rotary_dim"
-        lower = turned - turned % 4
-        hint = f": pass rotary_dim={lower} to leave {turned - lower} channels unrotated" if lower else ""
-        raise ValueError(f"{name} must be a multiple of 4 (two axes, two channels a pair), got {turned}{hint}")
-    if turned > dim:
-        raise ValueError(f"rotary_dim must be at most head_dim={dim}, got {turned}")
-    return dim, turned
+        lower = rotary - rotary % 4
+        hint = f": pass rotary_dim={lower} to leave {rotary - lower} channels unrotated" if lower else ""
+        raise ValueError(f"{name} must be a multiple of 4 (two axes, two channels a pair), got {rotary}{hint}")
+    if rotary > dim:
+        raise ValueError(f"rotary_dim must be at most head_dim={dim}, got {rotary}")
+    return dim, rotary
 
 
 def _check_int(name: str, value: Any) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tokens sit: patch grids, packed sequences of images, attention windows."""
+"""Token positions: patch grids, packed sequences of images, attention windows."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._utils.dispatcher import somebody_listens
+from ._utils.dispatcher import is_intercepted
 
 
 @dataclass(frozen=True, init=False)
 class PatchGrid:
     """The patch tokens of one image, or of several images packed into one sequence.
 
-    Tokens of an image run: ``prefix`` tokens that are not rotated (CLS, registers), ``height * width``
-    patches, ``suffix`` tokens that are not rotated (Llama 4 keeps CLS last). Patches are row-major, or, with
+    The tokens of an image are ``prefix`` tokens that are not rotated (CLS, registers), ``height * width``
+    patches, and ``suffix`` tokens that are not rotated (Llama 4 keeps CLS last). Patches are row-major, or, with
     ``merge_size`` m > 1, ordered in m x m blocks that are themselves row-major (Qwen-VL's patch merger).
 
     Args:
@@ -42,7 +42,7 @@ class PatchGrid:
     def packed(
         cls, images: Iterable[Sequence[int]], merge_size: int = 1, *, prefix: int = 0, suffix: int = 0
     ) -> PatchGrid:
-        """Several images in one sequence, in order; ``images`` holds (height, width) pairs in patches."""
+        """Pack several images into one sequence, in order; ``images`` holds (height, width) pairs in patches."""
         pairs = tuple(tuple(image) for image in images)
         if not pairs:
             raise ValueError("images is empty: give at least one (height, width) pair")
@@ -70,7 +70,7 @@ class PatchGrid:
         object.__setattr__(self, "merge_size", int(merge_size))
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
-        """A constant of a torch.fx graph."""
+        """Return the node of a constant in a torch.fx graph."""
         options = {"prefix": self.prefix, "suffix": self.suffix}
         return tracer.create_node("call_function", PatchGrid.packed, (self.images, self.merge_size), options)
 
@@ -78,7 +78,7 @@ class PatchGrid:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each image."""
+        """Number of tokens of each image."""
         return tuple(self.prefix + h * w + self.suffix for h, w in self.images)
 
     @property
@@ -91,7 +91,7 @@ class PatchGrid:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """(images + 1,) int32: where each image starts, and the total."""
+        """(images + 1,) int32: start of each image, and the total."""
         return _cumulative(self.lengths)
 
     # ------------------------------------------------------------- per token
@@ -106,17 +106,17 @@ class PatchGrid:
         return self._once("coordinates", lambda h, w: _raster(h, w, self.merge_size))
 
     def _once(self, name: str, of_patches: Callable[[int, int], Tensor]) -> Tensor:
-        """What is made of the patches of each image, zeros for other tokens. Each layer of a tower asks the same grid:
-        45 us, and 2 for a copy."""
+        """Return a per-image tensor for all images, zeros for unrotated tokens, cached: each layer of a tower asks the
+        same grid, 45 us when computed and 2 us for a copy."""
 
         def make() -> Tensor:
             return torch.cat([_pad(of_patches(h, w), self.prefix, self.suffix) for h, w in self.images])
 
-        if somebody_listens():
+        if is_intercepted():
             return make()
         kept: dict[str, Tensor] = self.__dict__.get("_kept", {})
         if name not in kept:
-            with torch.inference_mode(False):  # of use to autograd too
+            with torch.inference_mode(False):  # usable by autograd too
                 kept = {**kept, name: make()}
             object.__setattr__(self, "_kept", kept)  # a new one, since other threads may read the old one
         return kept[name].clone()
@@ -159,12 +159,12 @@ class PatchGrid:
         return torch.cat(order), _cumulative(lengths)
 
 
-# Mixed precision of FSDP rebuilds every dataclass among a block's arguments, and this one has a constructor of its own.
+# Mixed precision of FSDP rebuilds every dataclass among a block's arguments, and this one has its own constructor.
 del PatchGrid.__dataclass_fields__
 
 
 def _check_int(name: str, value: object, low: int) -> None:
-    # asked first whether it is an int: a symbolic one of torch.compile can be asked nothing else
+    # checked first: a symbolic int of torch.compile supports no other check
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low:  # type: ignore[operator]
@@ -176,12 +176,12 @@ def _cumulative(lengths: Sequence[int]) -> Tensor:
 
 
 def _pad(x: Tensor, before: int, after: int) -> Tensor:
-    """(n, ...) -> (before + n + after, ...), zeros (False) around."""
+    """Pad (n, ...) with zeros (False) to (before + n + after, ...)."""
     return torch.cat([x.new_zeros(before, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])])
 
 
 def _raster(height: int, width: int, merge: int) -> Tensor:
-    """(height * width, 2) float32 of (row, column), row-major over merge blocks, row-major inside each."""
+    """Return (height * width, 2) float32 of (row, column), row-major over merge blocks, row-major inside each."""
     row, column = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (height, width)), indexing="ij")
     points = torch.stack([row, column], dim=-1).float()
     # (h, w, 2) -> (h/m, m, w/m, m, 2) -> (h/m, w/m, m, m, 2)

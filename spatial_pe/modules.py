@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoPE2DAttention: multi-head self-attention over a patch grid, drop-in."""
+"""RoPE2DAttention: multi-head self-attention over a patch grid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RoPE2DAttention(nn.Module):
         backend: see ``rope_attention``.
 
     Shapes:
-        forward(x, grid): x (B, N, C) and a grid, (N, 2) coordinates or a ready Rotary -> (B, N, C); or packed
+        forward(x, grid): x (B, N, C) and a grid, (N, 2) coordinates or a Rotary -> (B, N, C); or packed
         (T, C) with ``PatchGrid.packed`` or ``cu_seqlens``.
     """
 
@@ -49,7 +49,7 @@ class RoPE2DAttention(nn.Module):
         self.backend = backend
         self.qkv = nn.Linear(embed_dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
-        # last: it stays float32 in a model of any dtype, and others take the dtype of a model from its first parameter
+        # last: it stays float32 in a model of any dtype, and libraries take a model's dtype from its first parameter
         self.rope = _encoding(rope, self.head_dim, num_heads)
 
     def forward(
@@ -73,7 +73,7 @@ class RoPE2DAttention(nn.Module):
         rotary = self._rotary(grid, x)
         if x.ndim == 2 and cu_seqlens is None:
             if not isinstance(grid, PatchGrid):
-                raise ValueError("packed x (T, C) needs cu_seqlens, or a PatchGrid that knows them")
+                raise ValueError("packed x (T, C) needs cu_seqlens, or a PatchGrid that has them")
             cu_seqlens, max_seqlen = grid.cu_seqlens.to(x.device), grid.max_seqlen
         # (..., (H + 2 Hkv) D) -> q (..., H, D), k, v (..., Hkv, D): views of one projection
         q, k, v = (
@@ -92,7 +92,7 @@ class RoPE2DAttention(nn.Module):
         if self.rope is None:
             return None
         if grid is None:
-            raise ValueError("grid is None: give a PatchGrid, (N, 2) coordinates or a Rotary, or build with rope=None")
+            raise ValueError("grid is None: pass a PatchGrid, (N, 2) coordinates or a Rotary, or build with rope=None")
         return self.rope(grid).to(x.device)
 
     def extra_repr(self) -> str:

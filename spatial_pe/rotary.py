@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary: a table of angles and the pairing of channels that they turn."""
+"""Rotary: a table of angles and the pairing of the channels that they rotate."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rotary:
         pairing: see above; ``"axis_half"`` needs R/2 to be even.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, pairing, or NaN/Inf in a table that lies on the CPU.
+        TypeError, ValueError: wrong dtype, shape, pairing, or NaN/Inf in a table on the CPU.
     """
 
     cos: Tensor
@@ -57,7 +57,7 @@ class Rotary:
         unrecorded(self._check_values)
 
     def check(self) -> None:
-        """Raise unless the two tables fit each other."""
+        """Raise unless the two tables match."""
         if self.cos.shape != self.sin.shape:
             raise ValueError(f"cos has shape {tuple(self.cos.shape)}, sin {tuple(self.sin.shape)}: they must be equal")
         if self.cos.dtype != self.sin.dtype or self.cos.device != self.sin.device:
@@ -76,7 +76,7 @@ class Rotary:
 
     @classmethod
     def _unchecked(cls, cos: Tensor, sin: Tensor, pairing: Pairing) -> Rotary:
-        """From canonical (B|1, N, H|1, R/2) tables of a Rotary: a second look for NaN costs 40 us at (4480, 40)."""
+        """Build a Rotary from canonical (B|1, N, H|1, R/2) tables without the NaN check (40 us at (4480, 40))."""
         rotary = object.__new__(cls)
         for name, value in (("cos", cos), ("sin", sin), ("pairing", pairing)):
             object.__setattr__(rotary, name, value)
@@ -84,7 +84,7 @@ class Rotary:
 
     @classmethod
     def from_angles(cls, angles: Tensor, pairing: Pairing = "half") -> Rotary:
-        """From angles in radians, shape (N, R/2) or (B|1, N, H|1, R/2); differentiable."""
+        """Build a Rotary from angles in radians, (N, R/2) or (B|1, N, H|1, R/2); differentiable."""
         if (node := fx_node(cls.from_angles, angles, pairing)) is not None:
             return node
         if not isinstance(angles, Tensor):
@@ -92,7 +92,7 @@ class Rotary:
         return cls(angles.cos(), angles.sin(), pairing)
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
-        """A constant of a torch.fx graph."""
+        """Return the node of a constant in a torch.fx graph."""
         args = tuple(tracer.create_arg(x) for x in (self.cos, self.sin, self.pairing))
         return tracer.create_node("call_function", Rotary._unchecked, args, {}, name="rotary")
 
@@ -104,7 +104,7 @@ class Rotary:
 
     @property
     def rotary_dim(self) -> int:
-        """R: the number of channels that are turned."""
+        """R: the number of rotated channels."""
         return 2 * self.cos.shape[-1]
 
     @property
@@ -114,23 +114,23 @@ class Rotary:
     # ------------------------------------------------------------ converting
 
     def to(self, *args, **kwargs) -> Rotary:
-        """Like Tensor.to, for both tables."""
+        """Move or cast both tables, like Tensor.to."""
         cos, sin = self.cos.to(*args, **kwargs), self.sin.to(*args, **kwargs)
         if cos is self.cos and sin is self.sin:
-            return self  # looking for NaN again costs 30 us
+            return self  # another NaN check costs 30 us
         return Rotary(cos, sin, self.pairing)
 
     def index_tokens(self, index: Tensor) -> Rotary:
-        """Rows in another order, e.g. the permutation of ``PatchGrid.windows``."""
+        """Return the rows in another order, e.g. the permutation of ``PatchGrid.windows``."""
         return self._unchecked(self.cos.index_select(1, index), self.sin.index_select(1, index), self.pairing)
 
     def slice(self, sample: int, start: int, stop: int) -> Rotary:
-        """The rows of tokens start..stop of one sample: tables of shape (1, stop - start, H|1, R/2)."""
+        """Return the rows of tokens start..stop of one sample: tables of shape (1, stop - start, H|1, R/2)."""
         b = sample if self.cos.shape[0] > 1 else 0
         return self._unchecked(self.cos[b : b + 1, start:stop], self.sin[b : b + 1, start:stop], self.pairing)
 
     def inverse(self) -> Rotary:
-        """The rotation back: the transpose, since a rotation is orthogonal."""
+        """Return the inverse rotation: the transpose, since a rotation is orthogonal."""
         return self._unchecked(self.cos, -self.sin, self.pairing)
 
 
@@ -143,24 +143,24 @@ def _check_table(table: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be (N, R/2) or (B|1, N, H|1, R/2), got shape {tuple(table.shape)}")
 
 
-# Mixed precision of FSDP rebuilds every dataclass among a block's arguments, its tensors cast down: bfloat16 angles.
+# Mixed precision of FSDP rebuilds every dataclass among a block's arguments with its tensors cast: bfloat16 angles.
 del Rotary.__dataclass_fields__
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """R(x) in plain PyTorch, (B, N, H, D) or packed (T, H, D): float32 inside (float64 for float64 x), rounded once."""
+    """Compute R(x) in plain PyTorch, (B, N, H, D) or packed (T, H, D): float32 inside (float64 for float64 x)."""
     if x.ndim == 3:
         return rotated(x[None], rotary)[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = rotary.cos.to(wide), rotary.sin.to(wide)
     rotary_dim = rotary.rotary_dim
     x1, x2 = split_pairs(x[..., :rotary_dim].to(wide), rotary.pairing)
-    turned = join_pairs(x1 * cos - x2 * sin, x1 * sin + x2 * cos, rotary.pairing).to(x.dtype)
-    return turned if rotary_dim == x.shape[-1] else torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+    out = join_pairs(x1 * cos - x2 * sin, x1 * sin + x2 * cos, rotary.pairing).to(x.dtype)
+    return out if rotary_dim == x.shape[-1] else torch.cat([out, x[..., rotary_dim:]], dim=-1)
 
 
 def angle_gradient(x: Tensor, dx: Tensor, table: Tensor, pairing: str) -> Tensor:
-    """dφ = x₁·dx₂ - x₂·dx₁, from the un-rotated x and its final gradient, since R commutes with a quarter turn.
+    """Return dφ = x₁·dx₂ - x₂·dx₁, from the un-rotated x and its final gradient: R commutes with a rotation by 90°.
 
     (B, N, H, D) -> the shape of the table, (B|1, N, H|1, R/2), summed over the samples and heads that share an angle.
     """
@@ -170,15 +170,15 @@ def angle_gradient(x: Tensor, dx: Tensor, table: Tensor, pairing: str) -> Tensor
     return (x1 * g2 - x2 * g1).sum_to_size(table.shape)
 
 
-# How far cos² + sin² of a table that wants a gradient may be from 1: tables in bfloat16 are off by 0.008.
+# How far cos² + sin² of a table that requires a gradient may be from 1: tables in bfloat16 are off by 0.008.
 OFF_CIRCLE = 0.02
 
 
 def table_gradients(cos: Tensor, sin: Tensor, dphi: Tensor) -> tuple[Tensor, Tensor]:
-    """dcos and dsin from the gradient of the angles, for tables on the unit circle.
+    """Return dcos and dsin from the gradient of the angles, for tables on the unit circle.
 
-    They are the parts along the circle: what would change a magnitude is not computed, so tables that have one of their
-    own are refused where their values are at hand, and get NaN where they are not.
+    They are the components along the circle; the component that would change a magnitude is not computed. So tables off
+    the unit circle are refused where their values can be read, and get NaN where they cannot.
     """
     squared = cos * cos + sin * sin
     on_circle = ((squared - 1).abs() <= OFF_CIRCLE) | (squared == 0)  # timm's rows for padding, where dphi is 0
@@ -187,14 +187,14 @@ def table_gradients(cos: Tensor, sin: Tensor, dphi: Tensor) -> tuple[Tensor, Ten
     elif not on_circle.all():
         raise ValueError(
             f"spatial_pe: cos² + sin² is {squared[~on_circle][0]:.3g} in a table that requires a gradient, which "
-            "exists for rotations only: scale q by the magnitude and give a Rotary.from_angles(...)"
+            "exists for rotations only: scale q by the magnitude and pass a Rotary.from_angles(...)"
         )
     dphi = dphi / torch.where(squared == 0, 1, squared)
     return -sin * dphi, cos * dphi
 
 
 def split_pairs(x: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
-    """(..., R) -> first and second channels of the pairs, each (..., R/2), as views where a view can do it."""
+    """Split (..., R) into the first and second channels of the pairs, each (..., R/2), as views where possible."""
     if pairing == "half":
         first, second = x.chunk(2, dim=-1)
     elif pairing == "interleaved":
@@ -205,7 +205,7 @@ def split_pairs(x: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
 
 
 def join_pairs(first: Tensor, second: Tensor, pairing: str) -> Tensor:
-    """The inverse of split_pairs: two (..., R/2) -> (..., R)."""
+    """Invert split_pairs: two (..., R/2) -> (..., R)."""
     if pairing == "half":
         return torch.cat([first, second], dim=-1)
     if pairing == "interleaved":
@@ -215,7 +215,7 @@ def join_pairs(first: Tensor, second: Tensor, pairing: str) -> Tensor:
 
 
 def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
-    """Raise unless the tables fit x of shape (B, N, H, D)."""
+    """Raise unless the tables match x of shape (B, N, H, D)."""
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a spatial_pe.Rotary or None, got {type(rotary).__name__}")
     if not isinstance(x, Tensor):
@@ -232,7 +232,7 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
             hint = f": did you forget prefix={tokens - table_tokens}?"
         raise ValueError(f"rotary has {table_tokens} tokens, {name} has {tokens}{hint}")
     if rotary.rotary_dim > dim:
-        raise ValueError(f"rotary turns {rotary.rotary_dim} channels, {name} has head_dim {dim}: R must be <= D")
+        raise ValueError(f"rotary rotates {rotary.rotary_dim} channels, {name} has head_dim {dim}: R must be <= D")
     if table_heads not in (1, heads):
         raise ValueError(f"rotary has {table_heads} heads, {name} has {heads}: it must have 1 or {heads}")
     if table_batch not in (1, batch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is it a rotation, and does it encode relative position? Asked of a table, or of any function, by probing it."""
+"""Check whether a table or function is a rotation and encodes relative position, by probing it."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch import Tensor
 from .grid import PatchGrid
 from .rotary import Rotary, rotated, split_pairs
 
-# Below this an angle does not move: float32 sines of equal angles differ by 6e-8 (a vectorised sine rounds otherwise
-# than a scalar one); the slowest pair in use (theta 1e6, head_dim 128) moves by 1.2e-6 a patch.
+# Smaller changes of an angle are rounding: float32 sines of equal angles differ by 6e-8 (a vectorised sine rounds
+# differently from a scalar one); the slowest pair in use (theta 1e6, head_dim 128) changes by 1.2e-6 a patch.
 _STILL = 3e-7
 
-# Random (q, k): one gives a deviation of the right size already.
+# Random (q, k): a single pair already gives a deviation of the right size.
 _PROBES = 4
 
 
 @dataclass(frozen=True)
 class RotaryReport:
-    """What ``verify_rotary`` found. Printing it gives a readable summary.
+    """Result of ``verify_rotary``. Printing it gives a readable summary.
 
     Attributes:
         is_rotation: every token's linear map is a rotation: singular values and determinants are 1.
         is_relative: <fn(q)_n, fn(k)_m> depends on n and m only through their offset (rows, columns), for patches of
             the same image. A grid of one patch has no two pairs to compare and is relative.
         norm_ratio: smallest and largest |fn(x)_n| / |x|, over random x and all tokens: the typical distortion.
-        singular_values: the same over all x: the worst distortion, exact.
+        singular_values: smallest and largest over all x: the worst distortion, exact.
         logit_deviation: the largest spread (max - min) of <fn(q)_n, fn(k)_m> / (|q| |k|) among all n, m of the same
             offset, over the offsets and a few random q, k.
         determinant: smallest and largest determinant of the blocks of channels that a token's map mixes (2 x 2 for
             anything like RoPE, 1 x 1 for channels that pass through).
         encodes_position: the map of some patch differs from that of another of the same image. False: attention
             cannot tell where a patch is, as with angles that are all 0. None: no image has two patches to compare.
-        axes: for each channel pair (or larger block), what it turns with: ``"rows"``, ``"cols"``, ``"both"`` or
-            ``"none"``. Channels that are mixed with no other are left out, unless a Rotary names them a pair.
-        unrotated_is_identity: prefix and suffix tokens come out as they went in (True if there are none).
-        tolerance: what the first two were decided with.
+        axes: for each channel pair (or larger block), the coordinate that its rotation depends on: ``"rows"``,
+            ``"cols"``, ``"both"`` or ``"none"``. Channels that are not mixed are left out, unless a Rotary pairs them.
+        unrotated_is_identity: prefix and suffix tokens are returned unchanged (True if there are none).
+        tolerance: used for is_rotation and is_relative.
     """
 
     is_rotation: bool
@@ -69,7 +69,7 @@ class RotaryReport:
             blocks = [block for block, driver in self.axes.items() if driver == axis]
             if blocks:
                 shown = ", ".join(map(str, blocks[:2])) + (f", .. {blocks[-1]}" if len(blocks) > 2 else "")
-                # "none" would read as no objection
+                # "none" would read as "no problem"
                 label = "no position" if axis == "none" else axis
                 lines.append(f"  {label:<17} {len(blocks)} pairs: {shown}")
         if self.encodes_position is False:
@@ -86,16 +86,16 @@ def verify_rotary(
     head_dim: int | None = None,
     tolerance: float = 1e-4,
 ) -> RotaryReport:
-    """Probe a rotary table or function: does it rotate, and only by relative position?
+    """Check whether a rotary table or function rotates, and depends only on relative position.
 
-    The map of each token is found by feeding basis vectors, D calls, and must be the same for every call. Time and
-    memory grow with D N D and with N^2: a grid of 16 x 16 says as much as a large one.
+    The map of each token is found by applying the function to basis vectors, D calls, and must be the same for every
+    call. Time and memory grow with D N D and with N^2: a grid of 16 x 16 is as conclusive as a large one.
 
     Args:
         fn_or_rotary: a Rotary (each sample and head of its tables is checked), or any function from (N, D) float64
             to (N, D), N the tokens of the grid in their order, one head, on the CPU. A function must be linear in x
             and act on each token alone; one that needs another dtype converts: ``lambda x: f(x.float())``.
-        grid: where the N tokens sit. Packed grids are checked image by image.
+        grid: positions of the N tokens. Packed grids are checked image by image.
         head_dim: D. For a Rotary at least its rotary_dim, which is the default; for a function 64 is the default.
         tolerance: how far from 1 (0) the singular values and determinants (logit deviation) may be. The default
             covers float32 tables: angles of a 100 x 100 grid are rounded by 1e-5. For a bfloat16 path use 2e-2.
@@ -133,7 +133,7 @@ def verify_rotary(
 def _functions(
     given: Rotary | Callable[[Tensor], Tensor], grid: PatchGrid, head_dim: int | None
 ) -> tuple[list[Callable[[Tensor], Tensor]], list[tuple[int, int]], int]:
-    """One (N, D) -> (N, D) function per sample and head, the pairs known beforehand, and D."""
+    """Return one (N, D) -> (N, D) function per sample and head, the known pairs, and D."""
     if not isinstance(given, Rotary):
         if not callable(given):
             raise TypeError(f"fn_or_rotary must be a Rotary or a function, got {type(given).__name__}")
@@ -164,7 +164,7 @@ def _one_head(rotary: Rotary) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is known of one function."""
+    """Findings for one function."""
 
     norm_ratio: tuple[float, float]
     singular_values: tuple[float, float]
@@ -194,7 +194,7 @@ def _probe(
     q, k = ([call(vector.expand(tokens, dim)) for vector in probes[:, i]] for i in (0, 1))
     _check_linear(call, probes, q[0], k[0])
 
-    # maps[n, j, i]: what channel i of token n gives to channel j
+    # maps[n, j, i]: the contribution of channel i of token n to channel j
     maps = torch.stack([call(unit.expand(tokens, dim)) for unit in torch.eye(dim, dtype=torch.float64)], dim=-1)
     blocks = _blocks(maps, pairs)
     values, determinants, axes = [], [], {}
@@ -222,7 +222,7 @@ def _probe(
 
 
 def _check_linear(call: Callable[[Tensor], Tensor], probes: Tensor, fn_q: Tensor, fn_k: Tensor) -> None:
-    """A combination of q and k that is another for each token must come out as that combination, token by token."""
+    """Raise unless a combination of q and k with other factors for each token is mapped to that combination."""
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, fn_q.shape[0], 1, generator=generator, dtype=torch.float64)
     got, expected = call(a * probes[0, 0] + b * probes[0, 1]), a * fn_q + b * fn_k
@@ -234,7 +234,7 @@ def _check_linear(call: Callable[[Tensor], Tensor], probes: Tensor, fn_q: Tensor
 
 
 def _blocks(maps: Tensor, pairs: list[tuple[int, int]]) -> list[tuple[int, ...]]:
-    """Channels that some token's map mixes, as connected sets ordered by their first channel."""
+    """Return the channels that some token's map mixes, as connected sets ordered by their first channel."""
     dim = maps.shape[-1]
     linked = maps.abs().amax(0) > _STILL
     for a, b in pairs:
@@ -256,13 +256,13 @@ def _blocks(maps: Tensor, pairs: list[tuple[int, int]]) -> list[tuple[int, ...]]
 
 
 def _moves(maps: Tensor, grid: PatchGrid) -> bool | None:
-    """Whether the maps of two patches of an image differ; None without two patches."""
+    """Return whether the maps of two patches of an image differ; None without two patches."""
     images = [maps[image] for image, _ in _images(grid) if len(image) > 1]
     return any(bool((image - image[:1]).abs().max() > _STILL) for image in images) if images else None
 
 
 def _axis(local: Tensor, grid: PatchGrid) -> str:
-    """(N, s, s) maps of one block -> which coordinate changes them."""
+    """Return the coordinate that changes the (N, s, s) maps of one block."""
     rows = cols = False
     for image, (height, width) in _images(grid):
         by_place = local[image].view(height, width, -1)
@@ -272,7 +272,7 @@ def _axis(local: Tensor, grid: PatchGrid) -> str:
 
 
 def _deviation(q: Tensor, k: Tensor, grid: PatchGrid) -> float:
-    """The largest spread of <q_n, k_m> among the patches n, m of an image with the same offset."""
+    """Return the largest spread of <q_n, k_m> among the patches n, m of an image with the same offset."""
     worst = 0.0
     for image, (height, width) in _images(grid):
         place = torch.arange(height * width)
@@ -291,7 +291,7 @@ def _deviation(q: Tensor, k: Tensor, grid: PatchGrid) -> float:
 
 
 def _images(grid: PatchGrid) -> list[tuple[Tensor, tuple[int, int]]]:
-    """For each image: the token index of its patches in row-major order, and (height, width)."""
+    """Return for each image the token index of its patches in row-major order, and (height, width)."""
     images, start = [], 0
     coordinates = grid.coordinates().long()
     for (height, width), length in zip(grid.images, grid.lengths, strict=True):
@@ -303,7 +303,7 @@ def _images(grid: PatchGrid) -> list[tuple[Tensor, tuple[int, int]]]:
 
 
 def _merge_axes(parts: list[dict[tuple[int, ...], str]]) -> dict[tuple[int, ...], str]:
-    """Over heads: a block that turns with rows in one head and with columns in another turns with both."""
+    """Merge over heads: a block that depends on rows in one head and on columns in another depends on both."""
     merged: dict[tuple[int, ...], str] = {}
     for axes in parts:
         for block, axis in axes.items():

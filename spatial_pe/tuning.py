@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure tiles and backends on this GPU: `spatial-pe tune`, or `python -m spatial_pe.cli tune`.
 
-A few candidates for each unit (forward, query, key, windows) are timed on the shapes that vision towers have, and the
-fastest is kept on disk for this GPU and these versions (backends/triton/tuning_store.py). Only right candidates take
-part: every row of every result is compared with float64, and two runs bit for bit (backends/guard.py). Candidates are
-compiled beforehand by as many processes as there are cores, into Triton's own cache. Without Triton there are no tiles,
-and only backends are compared.
+A few candidates for each unit (forward, query, key, windows) are timed on the shapes of vision towers, and the fastest
+is stored on disk for this GPU and these versions (backends/triton/tuning_store.py). Only correct candidates are timed:
+every row of every result is compared with float64, and two runs must agree bit for bit (backends/guard.py). Candidates
+are compiled beforehand by as many processes as there are cores, into Triton's own cache. Without Triton there are no
+tiles, and only backends are compared.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """A shape to tune for. Its winners serve all calls of its regime: dtype, head_dim, bucket of lengths."""
+    """Shape to tune for. Its result applies to all calls of its regime: dtype, head_dim, bucket of lengths."""
 
     tokens: int
     dim: int
     windows: bool = False  # packed sequences of `tokens` tokens, as Qwen2.5-VL has
     heads: int = 16
     dtype: str = "bfloat16"
-    budget: int = 36_864  # tokens of all samples
+    budget: int = 36_864  # total tokens of the batch
 
     def call(self, device: torch.device) -> AttentionCall:
-        """On random data: constant data draws less power, and clocks higher, than real data would."""
+        """Build the call on random data: constant data draws less power, so clocks would be higher than in use."""
         samples = max(1, self.budget // self.tokens)
         shape = (1, samples * self.tokens) if self.windows else (samples, self.tokens)
         dtype = getattr(torch, self.dtype)
@@ -65,7 +65,7 @@ class Problem:
         return getattr(torch, self.dtype), self.dim, tiles.bucket(self.tokens)
 
 
-# What vision towers have: Qwen2.5-VL, DINOv2/v3 and CLIP at 224, SigLIP at 256 and 384, CLIP at 336, Qwen2-VL, ...
+# Shapes of vision towers: Qwen2.5-VL, DINOv2/v3 and CLIP at 224, SigLIP at 256 and 384, CLIP at 336, Qwen2-VL, ...
 PROBLEMS = (
     Problem(64, 80, windows=True), Problem(196, 64), Problem(576, 64), Problem(729, 72), Problem(1024, 64),
     Problem(1024, 80), Problem(4096, 64), Problem(64, 64), Problem(256, 72), Problem(2304, 64), Problem(256, 80),
@@ -74,12 +74,12 @@ PROBLEMS = (
 )  # fmt: skip
 QUICK = PROBLEMS[:7]
 
-# Those that came out of the offline budgets without spills and with the fewest instructions per score.
+# Tiles that compile without spills and with the fewest instructions per score (offline budgets).
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "forward": (
         *(Tile(*tile, "loop") for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2))),
-        # two programs an SM, for some bytes of spills outside the loop
-        *(Tile(128, 64, 8, 3, turn, maxnreg=128) for turn in ("loop", "before")),
+        # two programs per SM, for some bytes of spills outside the loop
+        *(Tile(128, 64, 8, 3, rotate_k, maxnreg=128) for rotate_k in ("loop", "before")),
         *(Tile(*tile) for tile in ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3))),
         Tile(128, 64, 4, 3),  # 99 KB of shared memory: a second tile in flight
     ),
@@ -99,12 +99,12 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     ),
     "window_backward": (None, Window(0, 4), Window(0, 8)),
 }
-# In the loop k is turned once for every block of queries: no use trying it for many.
+# In the loop k is rotated once for every block of queries: too often for many blocks.
 LOOP_UP_TO = 1280
 
 
 def candidates(unit: str, problem: Problem, base: Choice) -> list[Any]:
-    """What is tried: that of the package first, and windows only where a sequence is one tile."""
+    """Return the configurations to time: the default first, and windows only where a sequence is one tile."""
     dtype, _, longest = problem.regime()
     found = [getattr(base, unit)]
     if unit.startswith("window"):
@@ -115,7 +115,7 @@ def candidates(unit: str, problem: Problem, base: Choice) -> list[Any]:
         others = (
             tile
             for tile in CANDIDATES[unit]
-            if dtype != torch.float32 and (tile.turn == "before" or longest <= LOOP_UP_TO)
+            if dtype != torch.float32 and (tile.rotate_k == "before" or longest <= LOOP_UP_TO)
         )
     return found + [config for config in others if config not in found]
 
@@ -139,17 +139,17 @@ def tune(
     clock: Callable[[dict[Any, Callable[[], None]]], dict[Any, float]] | None = None,
     workers: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Time the candidates of each problem and save what wins, problem by problem.
+    """Time the candidates of each problem and store the fastest, problem by problem.
 
     Args:
-        seconds: no new problem is begun after this long.
-        file: where to save; None is the cache folder, where calls of the next process find it.
-        copy: where to save it as well.
-        clock: milliseconds of each of some functions; None is CUDA events.
-        workers: processes that compile beforehand; None is one a core, 0 none.
+        seconds: no new problem is started after this long.
+        file: where to save; None is the cache folder, where later processes find it.
+        copy: a second file to save to.
+        clock: maps named functions to their milliseconds; None is CUDA events.
+        workers: processes that compile beforehand; None is one per core, 0 none.
 
     Returns:
-        The rows of tuned.py that were measured.
+        The measured rows of tuning_store.py.
     """
     file = file or tuning_store.path(device)
     clock = clock or milliseconds
@@ -197,7 +197,7 @@ def _tune_one(problem: Problem, device: torch.device, clock: Callable) -> dict[s
 
 @dataclass(frozen=True)
 class Timed:
-    """A backend on one problem: inference() -> (out, ...), training() -> (dq, dk, dv), of a forward of its own."""
+    """A backend on one problem: inference() -> (out, ...), training() -> (dq, dk, dv), with its own forward."""
 
     name: str
     inference: Callable[[], tuple[Tensor, ...]]
@@ -208,7 +208,7 @@ class Timed:
 
 
 def _composed(call: AttentionCall, dout: Tensor) -> Timed:
-    """The rotation alone, then torch's attention."""
+    """Return the composed path: rotary kernel, then torch's attention."""
     leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
     wanted = replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
 
@@ -231,15 +231,15 @@ def _tuned_tiles(
     clock: Callable,
     row: dict[str, Any],
 ) -> Timed | None:
-    """Time the candidates of each unit, write the fastest into the row, and return Triton with them; None, and no tiles
-    in the row, where no candidate of a unit is right."""
+    """Time the candidates of each unit, write the fastest into the row, and return Triton with them; return None, and
+    write no tiles, if all candidates of a unit are wrong."""
     device = call.q.device
     dtype, dim, longest = problem.regime()
     choice = tiles.prebuilt(tiles.family_of(device), dtype, dim, longest)
-    # every backward of the right forward: a wrong one must not make the candidates of the others wrong
+    # every backward candidate gets the exact forward: a wrong forward must not fail the candidates of other units
     results = (expected["out"].to(dtype), expected["lse"], dout)
     units: dict[str, Any] = {}
-    # windows before tiles: None among them means that the tiles are timed, and have to be the best ones
+    # windows before tiles: None among them means that the tiles are timed, which must be the best ones by then
     for unit in tuning_store.UNITS:
         base = replace(choice, window_forward=None) if unit == "forward" else choice
         base = replace(base, window_backward=None) if unit in ("query", "key") else base
@@ -284,7 +284,7 @@ def _run(plan: Plan, device: torch.device) -> dict[str, Tensor]:
 
 
 def _fastest(backends: list[Timed], clock: Callable, row: dict[str, Any]) -> dict[str, str]:
-    """Which backend serves soonest: {"inference": its name, "training": its name}."""
+    """Return the fastest backend: {"inference": name, "training": name}."""
     uses = ("inference", "training")
     times = clock({f"{found.name}, {use}": getattr(found, use) for use in uses for found in backends})
     row["milliseconds"] |= times
@@ -292,7 +292,7 @@ def _fastest(backends: list[Timed], clock: Callable, row: dict[str, Any]) -> dic
 
 
 def _wrong(run: Callable[[], dict[str, Tensor]], expected: dict[str, Tensor], call: AttentionCall) -> str | None:
-    """Why a candidate does not take part, or None. The compiler's failures have no common class."""
+    """Return why a candidate is rejected, or None. The compiler's failures have no common class."""
     try:
         return guard.wrong(run, expected, call.q.dtype)
     except Exception as error:  # does not compile, does not fit, does not launch, or fails on the device
@@ -300,7 +300,7 @@ def _wrong(run: Callable[[], dict[str, Tensor]], expected: dict[str, Tensor], ca
 
 
 def milliseconds(runs: dict[Any, Callable[[], None]], rounds: int = 5) -> dict[Any, float]:
-    """Medians of `rounds` samples in turns; a sample is half a millisecond or more of launches behind a busy queue."""
+    """Return medians of `rounds` interleaved samples, each half a millisecond or more of launches on a busy queue."""
 
     def sample(run: Callable[[], None], repeats: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -314,8 +314,8 @@ def milliseconds(runs: dict[Any, Callable[[], None]], rounds: int = 5) -> dict[A
 
     repeats = {key: max(2, min(50, int(0.5 / max(sample(run, 2), 1e-3)))) for key, run in runs.items()}
     samples: dict[Any, list[float]] = {key: [] for key in runs}
-    for turn in range(rounds):
-        for key in list(runs) if turn % 2 == 0 else reversed(runs):
+    for index in range(rounds):
+        for key in list(runs) if index % 2 == 0 else reversed(runs):
             samples[key].append(sample(runs[key], repeats[key]))
     return {key: statistics.median(times) for key, times in samples.items()}
 
@@ -337,7 +337,7 @@ def _compile_all(problems: list[Problem], device: torch.device, workers: int, se
         for job in waiting:
             job.result(timeout=max(0.1, deadline - time.monotonic()) if math.isfinite(seconds) else None)
     except TimeoutError:
-        pass  # what is left is compiled when it is timed
+        pass  # the remaining candidates are compiled when they are timed
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -348,9 +348,9 @@ def _base(problem: Problem, device: torch.device) -> Choice:
 
 
 def _compile(problem: Problem, unit: str, index: int, device_name: str) -> None:
-    """Compile a candidate into Triton's cache on disk, in a process of its own. A failure is seen when it is timed."""
+    """Compile a candidate into Triton's cache on disk, in a separate process. Failures are reported when timed."""
     device = torch.device(device_name)
-    call = problem.call(device)  # of its size: whether 16 divides a size is compiled in
+    call = problem.call(device)  # of the real size: divisibility by 16 is compiled in
     base = _base(problem, device)
     config = candidates(unit, problem, base)[index]
     out = torch.empty(call.q.shape, dtype=call.q.dtype, device=device)
@@ -360,6 +360,6 @@ def _compile(problem: Problem, unit: str, index: int, device_name: str) -> None:
         choice = replace(choice, window_forward=None, window_backward=None)
     for launch in plan_of(unit, call, choice, (out, lse, out)).launches:
         try:
-            _ = launch.compile().run  # which also compiles the C code that launches it, a third of a second
+            _ = launch.compile().run  # also compiles the C launcher, a third of a second
         except Exception:  # see above
             return

@@ -213,7 +213,7 @@ class Clock:
         self.runs.append(name)
 
 
-def test_runs_are_interleaved_in_turns_and_the_first_is_dropped(monkeypatch):
+def test_runs_are_interleaved_and_the_first_is_dropped(monkeypatch):
     clock, steps = Clock(monkeypatch), []
     timing = measure.interleaved(
         lambda: clock.run("before", 3), lambda: clock.run("after", 2), 240, lambda *step: steps.append(step)

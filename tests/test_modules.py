@@ -39,7 +39,7 @@ def by_hand(module: RoPE2DAttention, x: torch.Tensor, cos, sin, pairing: str, le
         part.reshape(*rows, tokens, -1, width) for part in (qkv[..., :q_end], qkv[..., q_end:k_end], qkv[..., k_end:])
     )
     if cos is not None:
-        q, k = turned(q, cos, sin, pairing), turned(k, cos, sin, pairing)
+        q, k = rotated(q, cos, sin, pairing), rotated(k, cos, sin, pairing)
     group = module.num_heads // module.num_kv_heads
     k, v = k.repeat_interleave(group, -2), v.repeat_interleave(group, -2)
     outs, start = [], 0
@@ -53,7 +53,7 @@ def by_hand(module: RoPE2DAttention, x: torch.Tensor, cos, sin, pairing: str, le
     return out @ module.proj.weight.T + (0 if module.proj.bias is None else module.proj.bias)
 
 
-def turned(x, cos, sin, pairing):
+def rotated(x, cos, sin, pairing):
     pairs = cos.shape[-1]
     columns = [None] * x.shape[-1]
     for p in range(pairs):
@@ -64,7 +64,7 @@ def turned(x, cos, sin, pairing):
 
 
 def axial_angles(grid: PatchGrid, head_dim: int, theta: float) -> torch.Tensor:
-    """(N, 1, pairs): the first half of the pairs turns with the row, the second with the column."""
+    """(N, 1, pairs): the first half of the pairs rotates with the row, the second with the column."""
     quarter = head_dim // 4
     angles = torch.zeros(grid.num_tokens, 1, 2 * quarter)
     height, width = grid.images[0]
@@ -174,7 +174,7 @@ def test_without_rope():
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "pixtral", "dinov3"])
 def test_any_encoding(name):
-    """rope is a module that the user brings; its Rotary is what turns."""
+    """rope is a module that the user brings; its Rotary is used."""
     rope = convention(name, 16)
     module, x = RoPE2DAttention(C, H, rope=rope), torch.randn(1, 15, C)
     assert module.rope is rope
@@ -251,9 +251,9 @@ def test_wrong_calls():
     module, x = RoPE2DAttention(C, H), torch.randn(2, 15, C)
     with pytest.raises(ValueError, match=r"^x must be \(B, N, C\) or packed \(T, C\), got shape \(1, 2, 15, 64\)"):
         module(x[None], GRID)
-    with pytest.raises(ValueError, match=r"^grid is None: give a PatchGrid, \(N, 2\) coordinates or a Rotary"):
+    with pytest.raises(ValueError, match=r"^grid is None: pass a PatchGrid, \(N, 2\) coordinates or a Rotary"):
         module(x)
-    with pytest.raises(ValueError, match=r"^packed x \(T, C\) needs cu_seqlens, or a PatchGrid that knows them"):
+    with pytest.raises(ValueError, match=r"^packed x \(T, C\) needs cu_seqlens, or a PatchGrid that has them"):
         module(x[0], PatchGrid(3, 5).coordinates())
     with pytest.raises(ValueError, match=r"^packed x \(T, C\) needs cu_seqlens, or a PatchGrid"):
         RoPE2DAttention(C, H, rope=None)(x[0])

@@ -22,10 +22,10 @@ PAIRS = {
 def complex_oracle(x: torch.Tensor, angles: torch.Tensor, pairing: str) -> torch.Tensor:
     """x (B, N, H, 8 + extra), angles (B|1, N, H|1, 4): pair p times exp(i angle p)."""
     out = x.clone()
-    turn = torch.polar(torch.ones_like(angles), angles)
+    rotation = torch.polar(torch.ones_like(angles), angles)
     for p, (first, second) in enumerate(PAIRS[pairing]):
-        turned = torch.complex(x[..., first], x[..., second]) * turn[..., p]
-        out[..., first], out[..., second] = turned.real, turned.imag
+        rotated_pair = torch.complex(x[..., first], x[..., second]) * rotation[..., p]
+        out[..., first], out[..., second] = rotated_pair.real, rotated_pair.imag
     return out
 
 
@@ -126,7 +126,7 @@ def test_bad_tables(args, error, message):
     [
         ((1, 6, 1, 8), (5, 4), "rotary has 5 tokens, x has 6: did you forget prefix=1?"),
         ((1, 4, 1, 8), (5, 4), "rotary has 5 tokens, x has 4$"),
-        ((1, 5, 1, 6), (5, 4), "rotary turns 8 channels, x has head_dim 6"),
+        ((1, 5, 1, 6), (5, 4), "rotary rotates 8 channels, x has head_dim 6"),
         ((1, 5, 2, 8), (1, 5, 3, 4), "rotary has 3 heads, x has 2: it must have 1 or 2"),
         ((1, 5, 2, 8), (2, 5, 1, 4), "rotary has batch 2, x has 1"),
         ((5, 8), (5, 4), r"x must be \(B, N, H, D\) or packed \(T, H, D\), got shape \(5, 8\)"),

@@ -76,7 +76,7 @@ def test_learned_encodings():
     assert report.is_rotation and report.is_relative
     assert list(report.axes.values()) == ["both"] * 6 + ["rows", "none"]
 
-    # a pair that turns with rows in one head and with columns in another
+    # a pair that rotates with rows in one head and with columns in another
     two_heads = MixedRoPE(16, 2)
     with torch.no_grad():
         two_heads.frequencies[1, 0] = two_heads.frequencies[0, 1] = 0
@@ -154,7 +154,7 @@ def test_a_function_and_its_table_agree():
 
 
 def test_public_code_of_2601_09954():
-    """The table is [H, H, W, W], but channel j is paired with j + D/2: one turns with the row, one with the column.
+    """The table is [H, H, W, W], but channel j is paired with j + D/2: one rotates with the row, one with the column.
 
     The block of a pair is [[cos a, -sin a], [sin b, cos b]] with a, b the angles of row and column: determinant
     cos(a - b), singular values sqrt(1 +- sin(b - a)). On 16 x 16, cos(11) = 0.0044 is the smallest |determinant|.
@@ -222,20 +222,20 @@ def test_linear_but_not_a_rotation():
     grid = PatchGrid(4, 4)
     rotary = AxialRoPE(16)(grid)
 
-    def turned(x):
+    def rotated(x):
         return apply_rotary(x[:, None], rotary)[:, 0]
 
-    gain = verify_rotary(lambda x: 1.1 * turned(x), grid, head_dim=16)
+    gain = verify_rotary(lambda x: 1.1 * rotated(x), grid, head_dim=16)
     assert gain.is_relative and not gain.is_rotation
     assert gain.norm_ratio == pytest.approx((1.1, 1.1)) and gain.determinant == pytest.approx((1.21, 1.21))
     flip = torch.ones(16, dtype=torch.float64)
     flip[0] = -1
-    reflection = verify_rotary(lambda x: flip * turned(x), grid, head_dim=16)
+    reflection = verify_rotary(lambda x: flip * rotated(x), grid, head_dim=16)
     assert reflection.is_relative and not reflection.is_rotation
     assert reflection.singular_values == pytest.approx((1, 1)) and reflection.determinant[0] == pytest.approx(-1)
     squeeze = torch.ones(16, dtype=torch.float64)
     squeeze[0], squeeze[8] = 2, 0.5
-    squeezed = verify_rotary(lambda x: squeeze * turned(x), grid, head_dim=16)
+    squeezed = verify_rotary(lambda x: squeeze * rotated(x), grid, head_dim=16)
     assert not squeezed.is_rotation and squeezed.determinant == pytest.approx((1, 1), abs=1e-6)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers that know nothing of attention: progress bar, atomic writer, cache folder, the error that users can fix."""
+"""Shared helpers, independent of attention: progress bar, atomic writer, cache folder, user errors, environment."""

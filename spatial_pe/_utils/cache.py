@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder for what outlives a process: downloaded weights, what `spatial-pe tune` measured."""
+"""Cache folder: downloaded weights and the results of `spatial-pe tune`."""
 
 from __future__ import annotations
 

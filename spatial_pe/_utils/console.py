@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands show: progress while they work, errors in one line."""
+"""Console output of commands: progress bar and one-line errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def progress() -> Callable[[int, int, str], None]:
-    """A function of (done, total, label): a bar on a terminal, a line elsewhere, on stderr."""
+    """Return a function of (done, total, label) that reports on stderr: a bar on a terminal, a line elsewhere."""
     terminal = sys.stderr.isatty()
 
     def show(done: int, total: int, label: str) -> None:
@@ -24,5 +24,5 @@ def progress() -> Callable[[int, int, str], None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none: KeyError(), a bare assert."""
+    """Return the first line of an error's message, or its class if the message is empty: KeyError(), a bare assert."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

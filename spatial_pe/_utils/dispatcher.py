@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about torch's state: whether somebody listens to a call, and what that somebody asks of it.
+"""Decide whether a call must go through torch's dispatcher, and which operators it may use.
 
-An eager call skips torch's dispatcher, whose way through Python costs 15 us, 65 us with a gradient to come: more than
-the kernel of a small image (`python -m tools.host_overhead`). It may do so only where nobody listens. Tracers,
-modes and function transforms announce themselves in the dispatch keys of the thread, special tensors in their own keys,
-so these are compared with those of a plain call: a listener that torch adds later is noticed without being known here.
+An eager call skips torch's dispatcher, whose path through Python costs 15 us, 65 us with a gradient: more than the
+kernel of a small image (`python -m tools.host_overhead`). It may do so only if nothing intercepts the call.
+Tracers, modes and function transforms set dispatch keys of the thread, special tensors have their own keys, so these
+are compared with those of a plain call: interceptors that torch adds later are noticed without being listed here.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _keys(*keys: Any) -> int:
     return keyset.raw_repr()
 
 
-# Keys that a thread includes when nothing is going on, also inside torch.inference_mode.
+# Keys that a thread includes by default, also inside torch.inference_mode.
 _QUIET = frozenset({_keys(_KEY.BackendSelect), _keys(_KEY.BackendSelect, _KEY.ADInplaceOrView)})
-# Keys of a strided tensor with memory of its own, made outside or inside of torch.inference_mode.
+# Keys of an ordinary strided tensor, made outside or inside of torch.inference_mode.
 _PLAIN = frozenset(
     _keys(backend, autocast, *autograd)
     for backend, autocast, grad in (
@@ -42,8 +42,8 @@ _PLAIN = frozenset(
 )
 
 
-def somebody_listens() -> bool:
-    """Return whether a tracer, a mode, a function transform or forward mode is at work in this thread."""
+def is_intercepted() -> bool:
+    """Return whether a tracer, a mode, a function transform or forward mode is active in this thread."""
     if torch.compiler.is_compiling() or _C._dispatch_tls_local_include_set().raw_repr() not in _QUIET:
         return True
     return forward_ad._current_level >= 0 or _C._len_torch_function_stack() > 0  # neither is among the keys
@@ -59,12 +59,12 @@ def are_special(tensors: Sequence[Tensor]) -> bool:
 
 
 def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
-    """Return whether a torch op must be seen."""
-    return somebody_listens() or are_special(tensors)
+    """Return whether the call must be a torch op."""
+    return is_intercepted() or are_special(tensors)
 
 
 def needs_plain_ops(tensors: Sequence[Tensor]) -> str | None:
-    """Return why only plain torch operators serve a call, or None. Asked only where the dispatcher is needed."""
+    """Return why the call must be made of plain torch operators, or None. Call only where the dispatcher is needed."""
     if reason := derivatives_beyond_reverse():
         return reason
     if in_torchscript_export():
@@ -82,8 +82,8 @@ def in_torchscript_export() -> bool:
 
 
 def derivatives_beyond_reverse() -> str | None:
-    """Return which derivatives a transform asks for that fused kernels, torch's and ours, do not have: theirs are the
-    first ones in reverse mode."""
+    """Return which derivatives a transform requests that fused kernels (torch's and ours) lack: they have first
+    derivatives in reverse mode only."""
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives (torch.func.jvp, dual numbers)"
     if in_transform():
@@ -94,18 +94,18 @@ def derivatives_beyond_reverse() -> str | None:
 
 
 def _dispatches(kind: Any) -> bool:
-    """Return whether operators on tensors of this class are computed by the class, and not by torch for its tracing."""
+    """Return whether the class computes operators on its tensors itself, instead of torch when tracing."""
     own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
     return own and not kind.__module__.startswith(("torch._subclasses.", "torch._export", "torch.fx."))
 
 
 def in_transform() -> bool:
-    """Return whether a function transform (torch.func) is at work."""
+    """Return whether a function transform (torch.func) is active."""
     return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None
 
 
 def is_traced(x: Tensor) -> bool:
-    """Return whether the values of x cannot be looked at: there are none, or a tracer or transform is in between."""
+    """Return whether the values of x cannot be read: there are none, or a tracer or transform is in between."""
     if torch.compiler.is_compiling() or (type(x) is not Tensor and type(x) is not Parameter) or x.is_meta:
         return True
     if _C._is_tracing() or in_transform():
@@ -115,11 +115,11 @@ def is_traced(x: Tensor) -> bool:
 
 _TRACING_MODES = tuple(
     getattr(_C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
-)  # modes that stand between an operator and its values
+)  # modes that intercept operators
 
 
 def has_values(x: Tensor) -> bool:
-    """Return whether looking at the values of x is possible, and cheap: on a GPU it would wait for the device."""
+    """Return whether the values of x can be read cheaply: on a GPU it would wait for the device."""
     return x.device.type == "cpu" and not is_traced(x)
 
 
@@ -128,7 +128,7 @@ def requires_grad(tensors: Sequence[Tensor]) -> bool:
 
 
 def unrecorded(function: Callable, *args: Any) -> Any:
-    """Return function(*args), left out of a running torch.jit.trace, which would record each size that is read as a
+    """Return function(*args), hidden from a running torch.jit.trace, which would record each size that is read as a
     tensor and warn of each comparison."""
     state = None if torch.compiler.is_compiling() else _C._get_tracing_state()
     if state is None:
@@ -141,9 +141,9 @@ def unrecorded(function: Callable, *args: Any) -> Any:
 
 
 def fx_node(target: Callable | torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Return a node of torch.fx that calls the function or module, if an argument is being traced by it; else None.
+    """Return a torch.fx node that calls the function or module, if it is being traced symbolically; else None.
 
-    What a function does here depends on shapes and on what its tensors are, which a symbolic trace cannot ask.
+    Functions of this package depend on shapes and tensor properties, which a symbolic trace does not have.
     """
     proxy = None
     for x in (*args, *kwargs.values()):
@@ -158,13 +158,13 @@ def fx_node(target: Callable | torch.nn.Module, *args: Any, **kwargs: Any) -> An
 
 
 def assume_constant(function: F) -> F:
-    """torch.compiler.assume_constant_result without its import of dynamo, which takes as long as that of torch: 1.5 s,
-    also of those who never compile."""
+    """Mark a function as torch.compiler.assume_constant_result does, without importing dynamo, which takes as long as
+    importing torch: 1.5 s, also for those who never compile."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @assume_constant
 def has_autocast(device: str) -> bool:
-    """Return whether a type of device knows autocast. meta does not, and asking it whether autocast is on raises."""
+    """Return whether a device type supports autocast. meta does not, and torch.is_autocast_enabled raises on it."""
     return torch.amp.is_autocast_available(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result depends on besides the code: versions, the CPU and what it can do, threads."""
+"""Description of the environment of a result: versions, the CPU and its features, threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """This package, Python, and what is installed of PACKAGES."""
+    """Return the versions of this package, Python, and the installed ones of PACKAGES."""
     found = {"spatial_pe": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor as it names itself, with family and model: a virtual machine may say no more than "AMD EPYC"."""
+    """Return the processor's name with family and model: a virtual machine may report only "AMD EPYC"."""
     fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -44,12 +44,12 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: fewer than the machine has in a container or under taskset."""
+    """Return how many cores this process may use: fewer than the machine has in a container or under taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> dict:
-    """The machine and the software as plain data, to stand beside the numbers in a JSON file."""
+    """Return the machine and the software as plain data, to store beside the numbers in a JSON file."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "versions": versions(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error that a user can put right: commands print its message and exit with 2, without a traceback."""
+"""Errors that a user can fix: commands print the message and exit with 2, without a traceback."""
 
 
 class UserError(ValueError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing results."""
+"""Writing of result files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all: a process that is killed while it writes leaves the file as it was."""
+    """Write a file atomically: a process that is killed while it writes leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -19,7 +19,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file cannot be written there, None if it can: said before hours of work, not after."""
+    """Return why a file cannot be written, or None, so that long runs fail early."""
     if path.is_dir():
         return "is a folder: name a file"
     try:

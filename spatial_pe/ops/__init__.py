@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators: rope_attention, apply_rotary, and how a call finds its backend.
+"""The operators: rope_attention, apply_rotary, and the selection of a backend.
 
-Read ``attention`` (the op), ``select`` (which backend computes a call), ``composed`` and ``flash`` (a rotation in front
-of torch's attention or an installed flash-attn); then ``rotate``, ``batching`` (vmap), ``decompositions`` (export).
+Read ``attention`` (the op), ``select`` (selection of the backend), ``composed`` and ``flash`` (a rotation before
+torch's attention or an installed flash-attn); then ``rotate``, ``batching`` (vmap), ``decompositions`` (export).
 """

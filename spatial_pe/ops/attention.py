@@ -16,10 +16,10 @@ from .._utils.dispatcher import (
     are_special,
     has_autocast,
     in_transform,
+    is_intercepted,
     needs_dispatcher,
     needs_plain_ops,
     requires_grad,
-    somebody_listens,
     unrecorded,
 )
 from ..backends import reference
@@ -42,7 +42,7 @@ def rope_attention(
     seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Bidirectional attention with q and k rotated inside: softmax(R(q) R(k)ᵀ · scale) v.
+    """Compute bidirectional attention with q and k rotated inside the kernel: softmax(R(q) R(k)ᵀ · scale) v.
 
     Args:
         q: (B, N, H, D), or packed (T, H, D) with ``cu_seqlens``. float32, float16, bfloat16 (float64 without a
@@ -51,12 +51,12 @@ def rope_attention(
         k, v: (B, N, Hkv, D) or (T, Hkv, D); Hkv divides H (grouped-query attention).
         rotary: the angles, one row per token, prefix tokens included; None is plain attention.
         scale: factor on the scores; None is 1/sqrt(D).
-        cu_seqlens: (sequences + 1,) int32, starts of the packed sequences and T; tokens attend within theirs.
-        max_seqlen: an upper bound of the lengths of the packed sequences; the kernels of a GPU choose their tiles by
-            it, so that nobody has to read ``cu_seqlens`` from the device. A sequence that is longer raises on the CPU;
-            on a GPU its rows are NaN.
+        cu_seqlens: (sequences + 1,) int32, starts of the packed sequences and T; tokens attend within their sequence.
+        max_seqlen: an upper bound of the lengths of the packed sequences. GPU kernels choose their tiles by it, so that
+            ``cu_seqlens`` need not be read from the device. A longer sequence raises on the CPU; on a GPU its rows
+            are NaN.
         seqlens: (B,) int32: sample b has only its first ``seqlens[b]`` tokens, the rest of its output is 0.
-        backend: "auto", or a name from ``spatial_pe.backends()``, which raises if it cannot serve the call.
+        backend: "auto", or a name from ``spatial_pe.backends()``, which raises if it cannot compute the call.
 
     Returns:
         Same shape and dtype as q, contiguous.
@@ -65,8 +65,8 @@ def rope_attention(
     q, k, v and in the tables of ``rotary`` (the gradient of the angles: dcos and dsin are its parts along the circle,
     ``-sin dφ`` and ``cos dφ``). NaN and Inf in q, k, v propagate as in torch's scaled_dot_product_attention.
 
-    ``cu_seqlens`` and ``seqlens`` that do not fit the tokens raise where their values are at hand (on the CPU); on a
-    GPU and in a traced graph the rows that they leave open are NaN. Tracing, exporting and function transforms: see
+    ``cu_seqlens`` and ``seqlens`` that do not match the tokens raise where their values can be read (on the CPU); on a
+    GPU and in a traced graph the rows outside of all sequences are NaN. Tracing, exporting and function transforms: see
     docs/transforms.md.
 
     Raises:
@@ -79,8 +79,8 @@ def rope_attention(
         )  # fmt: skip
     if torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    listened = somebody_listens()
-    read = unrecorded if listened else _call
+    intercepted = is_intercepted()
+    read = unrecorded if intercepted else _call
     read(check_call, q, k, v, rotary, cu_seqlens, max_seqlen, seqlens)
     if scale is None:
         scale = 1.0 / math.sqrt(read(_head_dim, q))
@@ -97,7 +97,7 @@ def rope_attention(
         q, k, v = q[None], k[None], v[None]
     call = AttentionCall(q, k, v, rotary, float(scale), cu_seqlens, max_seqlen, seqlens)
     tensors = call.tensors
-    dispatched = listened or are_special(tensors)
+    dispatched = intercepted or are_special(tensors)
     plain = read(needs_plain_ops, tensors) if dispatched else None
     name = read(select, call, backend, plain)
     if name == "composed":
@@ -115,7 +115,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def _autocast(x: Any) -> Any:
-    """x as autocast wants it: norms in front of the attention may have made q and k float32, and not v."""
+    """Cast x as autocast requires: norms before the attention may have made q and k float32, and not v."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     device = x.device.type
@@ -147,7 +147,7 @@ _LIBRARY.define(f"rope_attention_backward(Tensor dout, Tensor out, Tensor lse, {
 
 
 def _flatten(call: AttentionCall) -> tuple:
-    """The call as the op's arguments, backend excepted. q, k, v have four dimensions."""
+    """Return the call as the op's arguments, except the backend. q, k, v have four dimensions."""
     cos = sin = None
     pairing = "half"
     if call.rotary is not None:
@@ -174,7 +174,7 @@ def _angle_gradient(q, k, dq, dk, cos, pairing, seqlens, backend):
     return BACKENDS[backend].angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
 
 
-# A traced graph calls the op with tensors that nobody has checked: of another size than the tables that it holds, say.
+# A traced graph calls the op with unchecked tensors, e.g. of another size than the tables that it holds.
 
 
 @torch.library.impl(_LIBRARY, "rope_attention", "CompositeExplicitAutograd")
@@ -194,7 +194,7 @@ def _backward_op(dout, out, lse, *args):
 @torch.library.impl(_LIBRARY, "angle_gradient", "CompositeExplicitAutograd")
 def _angle_gradient_op(*args):
     check_angle_gradient(*args[:5])
-    return _angle_gradient(*args).contiguous()  # as the fake kernel says
+    return _angle_gradient(*args).contiguous()  # as the fake kernel
 
 
 @torch.library.register_fake("spatial_pe::angle_gradient", lib=_LIBRARY)
@@ -219,9 +219,9 @@ for _name, _rule in (("rope_attention", batching.forward), ("rope_attention_back
 
 
 class _Attention(torch.autograd.function._SingleLevelFunction):
-    """Records a gradient at one level: that of eager autograd, or that of the function transform which is at work.
+    """Autograd function at one level: that of eager autograd, or that of the active function transform.
 
-    torch.autograd.Function would take part in all levels at once, which the dispatcher does already for an op; and its
+    torch.autograd.Function would record at all levels at once, which the dispatcher already does for an op; and its
     setup_context binds the arguments by inspection, in every call.
     """
 
@@ -247,7 +247,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradients(ctx, dout: Tensor) -> tuple:
     q, k, v, cos, sin, cu_seqlens, seqlens, out, lse = ctx.saved_tensors
     flat = (q, k, v, cos, sin, ctx.pairing, ctx.scale, cu_seqlens, ctx.max_seqlen, seqlens)
-    # with gradients recorded (create_graph=True) the op is there to raise when they are differentiated again
+    # with gradients recorded (create_graph=True), call the op, which raises when they are differentiated again
     seen = torch.is_grad_enabled() or needs_dispatcher((q, k, v, dout))
     backward = torch.ops.spatial_pe.rope_attention_backward if seen else _backward
     dq, dk, dv = backward(dout, out, lse, *flat, ctx.backend)
@@ -267,7 +267,7 @@ def _dphi(seen: bool) -> Callable[..., Tensor]:
 
 
 class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
-    """Says so when a gradient is differentiated again."""
+    """Raise when a gradient is differentiated again."""
 
     @staticmethod
     def forward(ctx, run, *args):
@@ -282,7 +282,7 @@ class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
 
 
 def _differentiable(name: str, function: Any, plain: Callable) -> None:
-    """Register what an op does at the Autograd key: it records ``function``, or is plain where only that serves."""
+    """Register an op at the Autograd key: it records ``function``, or calls ``plain`` if only plain operators work."""
     op = getattr(torch.ops.spatial_pe, name).default
 
     def at_autograd(keyset, *args):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How torch.vmap batches the op and its backward: lanes become samples of one call.
+"""torch.vmap rules of the op and its backward: lanes become samples of one call.
 
 A rule takes (info, in_dims, *arguments of the op) and returns (results, dimension of the lanes in each). Packed lanes
-run one after the other: their sequences may differ, and each lane is checked by itself.
+run one after the other: their sequences may differ, and each lane is checked separately.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# places among the arguments that the two ops share; the backward has dout, out and lse before them
+# positions of the arguments that the two ops share; the backward has dout, out and lse before them
 COS, SIN, CU_SEQLENS, COUNT = 3, 4, 7, 11
 
 Results = tuple[tuple[Tensor, ...], tuple[int, ...]]
@@ -51,17 +51,17 @@ def _lanes_first(x: Any, dim: int | None, lanes: int) -> Any:
 
 
 def _folded(x: Any) -> Any:
-    """(lanes, B, ...) -> (lanes * B, ...)."""
+    """Fold (lanes, B, ...) into (lanes * B, ...)."""
     return _readable(x.flatten(0, 1)) if isinstance(x, Tensor) else x
 
 
 def _folded_table(table: Tensor | None, dim: int | None, by_lane: Any, samples: int) -> Tensor | None:
-    """(B|1, N, H|1, R/2), or with lanes -> (lanes * B | 1, N, H|1, R/2): one table that all share stays one."""
+    """Fold (B|1, N, H|1, R/2), or with lanes, into (lanes * B | 1, N, H|1, R/2): a shared table stays one table."""
     if table is None or (dim is None and table.shape[0] == 1):
         return table
     return by_lane.expand(-1, samples, -1, -1, -1).flatten(0, 1)
 
 
 def _readable(x: Tensor) -> Tensor:
-    """The kernels need a last dimension of stride 1."""
+    """Return x with a last dimension of stride 1, as the kernels need it."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotate, then the fastest attention that is there: flash-attn (flash.py), or torch's scaled_dot_product_attention,
-which serves every device and dtype. Differentiable by autograd."""
+"""Rotate, then call the fastest available attention: flash-attn (flash.py), or torch's scaled_dot_product_attention,
+which supports every device and dtype. Differentiable by autograd."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cannot_serve(call: AttentionCall) -> str | None:
 
 
 def attention(call: AttentionCall) -> Tensor:
-    """Returns out (B, N, H, D). Unlike the fused backends it keeps q̂ and k̂ in memory."""
+    """Return out (B, N, H, D). Unlike the fused backends it materialises q̂ and k̂."""
     row, _ = flash.choose(call)
     if row is not None and (served := flash.attention(call, row)) is not None:
         return served
@@ -49,7 +49,7 @@ def attention(call: AttentionCall) -> Tensor:
         check_seqlens(call.seqlens.tolist(), q.shape[1])
     mask, valid = masks_of(call)
     if call.seqlens is not None:
-        # what lies behind a sample's end may be anything, NaN included: it must not meet a zero weight
+        # padding tokens may hold anything, NaN included, which must not be multiplied by a zero weight
         q, k, v = (torch.where(valid[:, :, None, None], x, 0) for x in (q, k, v))  # type: ignore[index]
     if call.rotary is not None:
         q, k = apply_rotary_qk(q, k, call.rotary)
@@ -66,32 +66,32 @@ def attention(call: AttentionCall) -> Tensor:
     return out if valid is None else torch.where(valid[:, :, None, None], out, outside(call))
 
 
-# In which order torch's attention asks its kernels, by major compute capability, where that is not torch's own, flash
-# first. Published: cuDNN is 1.7 to 2.3 times faster on an H100 (transformers#48163), 2.9 times on a B200
-# (sglang#33655); 0.82 times as fast on an A100, 0.88 on an RTX PRO 6000, equal on an L40S: those keep torch's.
+# Order in which torch's attention tries its kernels, by major compute capability, where it is not torch's default
+# (flash first). Published: cuDNN is 1.7 to 2.3 times faster on an H100 (transformers#48163), 2.9 times on a B200
+# (sglang#33655); 0.82 times as fast on an A100, 0.88 on an RTX PRO 6000, equal on an L40S: those keep torch's order.
 _CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 ORDERS = {9: _CUDNN_FIRST, 10: _CUDNN_FIRST}
-# Up to this version cuDNN is not safe where the length is no multiple of 128 (pytorch#169849). From the next one on
-# torch itself, 2.10 and newer, asks it first.
+# Up to this version cuDNN is not safe for lengths that are no multiple of 128 (pytorch#169849). From the next one on
+# torch itself, 2.10 and newer, tries it first.
 CUDNN_NEEDS_128 = 91500
 _FLASH_FIRST = (
     *(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     *(SDPBackend.CUDNN_ATTENTION, SDPBackend.OVERRIDEABLE),
 )
-_DEPRIORITIZED = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"  # the user's word to torch
+_DEPRIORITIZED = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"  # set by the user
 _TORCH_DECIDED = False
 
 
 def _order(q: Tensor, k: Tensor, v: Tensor) -> list[int] | None:
-    """Return the order to ask for in front of a dense (B, N, H, D) call, or None where the present one stays.
+    """Return the order to set for a dense (B, N, H, D) call, or None to keep the present one.
 
     Dense calls only: cuDNN builds a plan for each new shape, and packed sequences have many. Only the order is set, in
-    1 us. sdpa_kernel takes 70, and sets what is switched on, too, also of another thread that is in one meanwhile.
+    1 us. sdpa_kernel takes 70, and also sets which kernels are enabled, in other threads too.
     """
     global _TORCH_DECIDED
     if q.device.type != flash.DEVICE or is_traced(q):
         return None
-    if not _TORCH_DECIDED:  # it does when it is first asked, and would overrule an order that was set before
+    if not _TORCH_DECIDED:  # on its first query torch overrules an order that was set before
         if _DEPRIORITIZED or needs_dispatcher((q, k, v)):
             return None
         x, y, z = (x.transpose(1, 2) for x in (q, k, v))
@@ -116,8 +116,8 @@ def _numbers(order: tuple[SDPBackend, ...]) -> list[int]:
 
 
 def masks_of(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
-    """Which keys a query attends to, (B|1, 1, N, N) bool, and which tokens are part of a sequence, (B|1, N) bool; None
-    where it is all of them. Made of the lengths without reading them.
+    """Return the mask of the keys of each query, (B|1, 1, N, N) bool, and of the tokens that belong to a sequence,
+    (B|1, N) bool; None where all do. Computed from the lengths without reading them.
 
     A sample without tokens attends to its first one, so that its softmax stays finite; the result is dropped.
     """
@@ -125,7 +125,7 @@ def masks_of(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
     if call.seqlens is not None:
         token = torch.arange(tokens, device=call.q.device)
         valid = token < call.seqlens[:, None]
-        # as many rows as queries: a view to torch, and ONNX Runtime's Attention broadcasts none
+        # as many rows as queries: a view to torch, and ONNX Runtime's Attention does not broadcast
         return (valid | (token == 0))[:, None, None, :].expand(-1, -1, tokens, -1), valid
     if call.cu_seqlens is not None:
         token = torch.arange(tokens, device=call.q.device)
@@ -136,8 +136,8 @@ def masks_of(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
 
 
 def outside(call: AttentionCall) -> Tensor:
-    """What stands for tokens of no sequence: 0 for padding, NaN where the lengths do not fit the tokens. The second can
-    be met here only if nobody could look at the lengths before."""
+    """Return the output of tokens of no sequence: 0 for padding, NaN if the lengths do not match the tokens. The latter
+    is possible here only if the lengths could not be read before."""
     zero, nan = torch.zeros((), device=call.q.device), torch.full((), torch.nan, device=call.q.device)
     if call.seqlens is None:
         return nan.to(call.q.dtype)
@@ -146,16 +146,16 @@ def outside(call: AttentionCall) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """(B, N, H, D) -> (B, N, H, D)"""
+    """Compute attention by torch's SDPA, (B, N, H, D) -> (B, N, H, D)."""
     group = unrecorded(_heads, q) // unrecorded(_heads, k)
-    if group > 1 and in_torchscript_export():  # which has no enable_gqa
+    if group > 1 and in_torchscript_export():  # has no enable_gqa
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
         group = 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if derivatives_beyond_reverse() is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
     else:
-        bias = None  # this operator would add True as 1
+        bias = None  # ONNX's operator would add True as 1
         if mask is not None:
             bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
         attention = torch.ops.aten._scaled_dot_product_attention_math
@@ -168,7 +168,7 @@ def _heads(x: Tensor) -> int:
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """(T, H, D) -> (T, H, D): one SDPA call for each distinct length, not for each sequence."""
+    """Compute packed attention, (T, H, D) -> (T, H, D): one SDPA call per distinct length, not per sequence."""
     assert call.cu_seqlens is not None
     bounds = call.cu_seqlens.tolist()
     check_cu_seqlens(bounds, q.shape[0], call.max_seqlen)
@@ -178,7 +178,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             starts.setdefault(stop - start, []).append(start)
     if not starts:
         return q + k.sum() + v.sum()  # no tokens, so no elements; but differentiable
-    if len(starts) == 1:  # all windows alike: (T, H, D) -> (windows, length, H, D) is a view
+    if len(starts) == 1:  # equal windows: (T, H, D) -> (windows, length, H, D) is a view
         (length,) = starts
         q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))
         return _sdpa(q, k, v, call.scale).flatten(0, 1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch ops as plain torch operators, for whoever takes no others: ONNX, ExecuTorch, a process without spatial_pe.
+"""The torch ops as plain torch operators, for ONNX, ExecuTorch and processes without spatial_pe.
 
-They compute what the composed path computes. Lengths are never read but become masks, so that a traced graph serves
-other lengths too; the masks, and the scores of the backward, are N x N, which is what the fused kernels avoid.
+They compute what the composed path computes. Lengths are not read but become masks, so that a traced graph is valid
+for other lengths too; the masks, and the scores of the backward, are N x N, which is what the fused kernels avoid.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from . import composed
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     """Return the decompositions of spatial_pe's torch ops into plain torch operators, by op.
 
-    For ``exported_program.run_decompositions(table)``, ``make_fx(f, table)``, and whatever else takes such a table;
-    ``torch.onnx.export`` finds them by itself.
+    For ``exported_program.run_decompositions(table)``, ``make_fx(f, table)``, and other functions that take such a
+    table; ``torch.onnx.export`` finds them by itself.
     """
     ops = torch.ops.spatial_pe
     return {
@@ -35,11 +35,11 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
 
 
 def register() -> None:
-    """Add them to the table in which torch.onnx.export looks for ops that it cannot translate."""
+    """Add the decompositions to the table in which torch.onnx.export looks for ops that it cannot translate."""
     for op, plain in decompositions().items():
         torch._decomp.decomposition_table[op] = plain
-        # Fake tensors of symbolic sizes would run the decomposition to learn a shape, unless the op is listed here as
-        # one with a rule of its own: the one of torch.library.register_fake.
+        # Fake tensors of symbolic sizes would run the decomposition to compute a shape, unless the op is listed here as
+        # one with its own fake kernel: that of torch.library.register_fake.
         torch._decomp.meta_table[op] = op
 
 
@@ -59,8 +59,8 @@ def rope_attention(
     seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, N, H, D) and lse (B, H, N) float32. The scores are computed once more for lse: who does not use it
-    has them removed with the other dead code."""
+    """Return out (B, N, H, D) and lse (B, H, N) float32. The scores are computed a second time for lse; this is
+    eliminated as dead code if lse is unused."""
     call = _call(q, k, v, cos, sin, pairing, scale, cu_seqlens, seqlens)
     scores, valid = _scores(*_rotated(call), call)
     lse = torch.logsumexp(scores, dim=-1)
@@ -130,7 +130,7 @@ def _call(q, k, v, cos, sin, pairing, scale, cu_seqlens, seqlens) -> AttentionCa
 
 
 def _rotated(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """q̂ (B, N, H, D) and k̂, its heads repeated to H, rounded as the kernels round them; 0 where there is padding."""
+    """Return q̂ (B, N, H, D) and k̂, its heads repeated to H, rounded as the kernels round them; 0 in padding."""
     q, k = call.q, call.k
     if call.seqlens is not None:
         _, valid = composed.masks_of(call)
@@ -141,7 +141,7 @@ def _rotated(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _scores(q_hat: Tensor, k_hat: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """(B, H, N, N), -inf where a query does not attend to a key; and which tokens are part of a sequence."""
+    """Return the scores (B, H, N, N), -inf where a query does not attend to a key; and the mask of valid tokens."""
     scores = torch.einsum("bnhd,bmhd->bhnm", q_hat, k_hat) * call.scale
     mask, valid = composed.masks_of(call)
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf), valid

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flash-attn, where it is installed, and torch's varlen_attn: attention for the composed path, behind the rotation.
+"""Composed path by an installed flash-attn, or torch's varlen_attn: attention after the rotation.
 
-PROVIDERS says what can be called, and its limits; ROWS where it is called in place of torch's SDPA
-(scaled_dot_product_attention), which computes all else. Nothing is imported before a call on a GPU could use it.
+PROVIDERS lists the packages and their limits; ROWS says when one is called instead of torch's SDPA
+(scaled_dot_product_attention), which computes the rest. Nothing is imported before a call on a GPU could use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .rotate import apply_rotary_qk
 
 @dataclass(frozen=True)
 class Provider:
-    """Functions of another package, by name: (B, N, H, D) -> the same, and (T, H, D) with bounds -> the same."""
+    """Functions of another package, by name: (B, N, H, D) -> the same, and (T, H, D) with cu_seqlens -> the same."""
 
     name: str
     install: str
@@ -40,7 +40,7 @@ class Provider:
     dense: str | None
     packed: str
     most_dim: int
-    # arguments: bounds of queries and of keys, the longest of each, the scale
+    # arguments: cu_seqlens and max_seqlen of queries and of keys, the scale
     bounds: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k")
     longest: tuple[str, str] = ("max_seqlen_q", "max_seqlen_k")
     scale: str = "softmax_scale"
@@ -61,28 +61,29 @@ PROVIDERS = (FA2, FA3, FA4, VARLEN)
 
 @dataclass(frozen=True)
 class Row:
-    """A provider in place of SDPA, for sequences of `longest` tokens and more, on GPUs of these major capabilities."""
+    """A provider instead of SDPA, for sequences of `longest` tokens and more, on GPUs of these major capabilities."""
 
     packed: bool
     majors: tuple[int, ...]
     provider: Provider
     why: str
     longest: int = 1
-    beats_triton: int | None = None  # from so many tokens on, where the Triton kernels could serve; None: nowhere
+    beats_triton: int | None = None  # from so many tokens on, where the Triton kernels are available; None: never
 
 
-# Asked in this order. Nothing here was measured by us: it is what others published, where a source is named, or a
-# model.
+# In order of preference. None of it was measured by us: the numbers are published, where a source is named, or
+# modelled.
 #
-# Packed: SDPA knows no bounds. It is called once for each distinct length, after a wait for the device to read them; so
-# whatever takes bounds comes first, the newest kernels first. On Blackwell FA4 takes 0.85 of the time of cuDNN's packed
-# kernel (pytorch#191576), which torch does not call. FA2's kernels, which varlen_attn has too, run from sm_80 on.
-# Dense: on Hopper cuDNN, in SDPA, and FA3 win by turns up to 1,025 tokens, by 19 % at most; for longer ones FA3 does,
-# by 2 % at 2,304 (sglang#30089, #30090) and 16 % at 4,096 (its paper; on an H20 cuDNN does by 5 %:
+# Packed: SDPA has no cu_seqlens. It is called once for each distinct length, after a wait for the device to read them;
+# so providers that take cu_seqlens come first, the newest kernels first. On Blackwell FA4 takes 0.85 of the time of
+# cuDNN's packed kernel (pytorch#191576), which torch does not call. FA2's kernels, which varlen_attn has too, run from
+# sm_80 on.
+# Dense: on Hopper either cuDNN (in SDPA) or FA3 is the fastest up to 1,025 tokens, by 19 % at most; beyond it is FA3,
+# by 2 % at 2,304 (sglang#30089, #30090) and 16 % at 4,096 (its paper; on an H20 cuDNN is faster by 5 %:
 # flash-attention#1310). On Blackwell cuDNN is 1.2 to 2 times faster than FA4 (sglang#33655, cuDNN 9.19). Elsewhere SDPA
-# calls FA2's kernels itself. Head_dim and dtype change none of this; what a provider cannot do is in PROVIDERS.
+# calls FA2's kernels itself. Head_dim and dtype make no difference; limits of a provider are in PROVIDERS.
 LONG = 2048
-_NO_WAIT = "has packed bounds: no call per length, and no wait for the device"
+_NO_WAIT = "takes cu_seqlens: no call per length, and no wait for the device"
 ROWS = (
     Row(True, (9,), FA3, _NO_WAIT, beats_triton=LONG),
     Row(True, (10, 11), FA4, _NO_WAIT, beats_triton=1),
@@ -91,20 +92,20 @@ ROWS = (
     Row(True, (8, 9, 10, 11, 12), VARLEN, _NO_WAIT),
     Row(False, (9,), FA3, "2 to 16 % faster than cuDNN from 2,048 tokens on (published)", LONG, LONG),
 )
-# The only type of device; tests put the CPU here, and functions that run there.
+# The only device type; tests set it to the CPU, with functions that run there.
 DEVICE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16)
-# Sequences are the second dimension of FA2's launches.
+# Sequences are the second dimension of the grid of FA2's launches.
 MOST_SEQUENCES = 65535
 
 
 def choose(call: AttentionCall) -> tuple[Row | None, str]:
-    """Return the row that serves this call and why; or None, and why SDPA does."""
+    """Return the row for this call and why; or None, and why SDPA is called."""
     q, packed = call.q, call.cu_seqlens is not None
     if q.device.type != DEVICE:
-        return None, "flash-attn computes on a GPU"
-    if is_traced(q):  # sizes may be symbols
-        return None, _WATCHED
+        return None, "flash-attn runs on GPUs only"
+    if is_traced(q):  # sizes may be symbolic
+        return None, _DISPATCHED
     if call.seqlens is not None:
         return None, "padded samples need a mask"
     plain = q.shape[2] == call.k.shape[2] and call.scale == 1.0 / math.sqrt(q.shape[-1])
@@ -120,10 +121,10 @@ def choose(call: AttentionCall) -> tuple[Row | None, str]:
         if call.cu_seqlens.shape[0] > MOST_SEQUENCES + 1:
             return None, f"{call.cu_seqlens.shape[0] - 1} sequences: at most {MOST_SEQUENCES}"
         tensors = (*tensors, call.cu_seqlens)
-    return (None, _WATCHED) if needs_dispatcher(tensors) else found
+    return (None, _DISPATCHED) if needs_dispatcher(tensors) else found
 
 
-_WATCHED = "traced, transformed or watched calls are made of torch's operators"
+_DISPATCHED = "traced or transformed calls use torch's operators"
 
 
 @functools.lru_cache(256)
@@ -150,12 +151,12 @@ def _choose(
 
 
 def major(device: torch.device) -> int:
-    """Return the major compute capability; 0 of what is none of NVIDIA's: ROCm, a fake tensor's GPU."""
+    """Return the major compute capability; 0 for anything but NVIDIA: ROCm, a fake tensor's GPU."""
     return capability(device.index)[0] if torch.version.cuda is not None and torch.cuda.is_available() else 0
 
 
 def unusable(provider: Provider, plain: bool = True) -> str | None:
-    """Return why a provider cannot be called, or None. plain: as many heads of keys as of queries, the usual scale."""
+    """Return why a provider cannot be called, or None. plain: as many key heads as query heads, the default scale."""
     functions = _functions(provider)
     if isinstance(functions, str):
         return functions
@@ -168,24 +169,24 @@ def unusable(provider: Provider, plain: bool = True) -> str | None:
 class Functions:
     dense: Callable | None
     packed: Callable
-    options: tuple[str, ...]  # those of enable_gqa and deterministic that the functions take
+    options: tuple[str, ...]  # which of enable_gqa and deterministic the functions take
     plain_only: bool
 
 
-# What failed when it was called: a kernel left out of a build, say. SDPA serves from then on.
+# Providers that raised when they were called, e.g. a kernel left out of a build. SDPA is called from then on.
 _FAILED: dict[str, str] = {}
 
 
 @functools.cache
 def _functions(provider: Provider) -> Functions | str:
-    """Import them, and see that they take what they are given. A broken package is one that is not there."""
+    """Import the functions and check their signatures. A broken package counts as missing."""
     if provider.name in _FAILED:
         return _FAILED[provider.name]
     try:
         module = importlib.import_module(provider.module)
         packed = getattr(module, provider.packed)
         dense = getattr(module, provider.dense) if provider.dense is not None else None
-    except (ImportError, AttributeError):  # flash-attn 4 alone leaves a flash_attn that is empty
+    except (ImportError, AttributeError):  # flash-attn 4 alone leaves an empty flash_attn
         return f"{provider.name} is not installed"
     except Exception as error:  # built for another torch, CUDA or machine
         return f"{provider.name} does not load ({type(error).__name__}: {error})"
@@ -199,13 +200,13 @@ def _functions(provider: Provider) -> Functions | str:
 
 
 def forget() -> None:
-    """Look for the packages again."""
+    """Clear the cache, so that packages are looked for again."""
     _functions.cache_clear()
     _choose.cache_clear()
 
 
 def attention(call: AttentionCall, row: Row) -> Tensor | None:
-    """Returns out (B, N, H, D), contiguous; or None if the provider raises: it is not asked again, SDPA serves."""
+    """Return out (B, N, H, D), contiguous; or None if the provider raises: from then on SDPA is called."""
     provider, functions = row.provider, _functions(row.provider)
     assert not isinstance(functions, str)
     q, k, v, rotary = call.q, call.k, call.v, call.rotary
@@ -232,7 +233,7 @@ def attention(call: AttentionCall, row: Row) -> Tensor | None:
         out = (functions.packed if row.packed else functions.dense)(q, k, v, **arguments)  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a kernel left out of the build, a compiler that is missing: it may be anything
+    except Exception as error:  # a kernel left out of the build, a missing compiler: any error is possible
         _FAILED[provider.name] = f"{provider.name} failed ({type(error).__name__}: {first_line(error)})"
         warnings.warn(f"spatial_pe: {_FAILED[provider.name]}; torch's own attention is used instead", stacklevel=2)
         forget()
@@ -243,7 +244,7 @@ def attention(call: AttentionCall, row: Row) -> Tensor | None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Kernels load 16 bytes at a time; not all of them check."""
+    """Return x at an address that is a multiple of 16 bytes: kernels load 16 bytes at a time; not all check."""
     good = x.stride(-1) == 1 and aligned(x) and x.data_ptr() % 16 == 0
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
@@ -252,17 +253,17 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _safe_bounds(call: AttentionCall) -> tuple[Tensor, int, Tensor]:
-    """(bounds, longest, one) for kernels that check nothing: whatever cu_seqlens hold, nobody waits for the device, no
-    kernel leaves the tensors, and each token is in a sequence of at most `longest`. Where cu_seqlens do not fit,
-    sequences of equal lengths stand in, and `one`, a factor for what is computed from, is NaN: so are then the results
-    and gradients of all tokens.
+    """Return (cu_seqlens, max_seqlen, one) that are safe for kernels that check nothing, whatever cu_seqlens hold: no
+    wait for the device, no access out of bounds, each token in a sequence of at most `longest`. If cu_seqlens do not
+    match the tokens, they are replaced by sequences of equal lengths, and `one`, a factor for the inputs, is NaN, and
+    so are the results and gradients of all tokens.
 
-    Nine launches of a few microseconds, so kept for the layers that share a tensor.
+    Nine launches of a few microseconds, so cached for the layers that share a tensor.
     """
     bounds, tokens = call.cu_seqlens, call.q.shape[1]
     assert bounds is not None
     longest = call.max_seqlen if call.max_seqlen is not None else longest_sequence(bounds)
-    # in a CUDA graph the lengths of later replays are not known: any fit
+    # in a CUDA graph the lengths of later replays are not known: choose bounds that hold for all
     longest = tokens if longest is None else int(longest)
     even = -(-tokens // max(bounds.shape[0] - 1, 1))
     longest = min(max(longest, even), tokens)
@@ -278,7 +279,7 @@ def _safe_bounds(call: AttentionCall) -> tuple[Tensor, int, Tensor]:
     return safe, longest, one
 
 
-# cu_seqlens -> what they were computed from, (bounds, one)
+# cu_seqlens -> (cached inputs, (cu_seqlens, one))
 _KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -294,14 +295,14 @@ def _computed_bounds(bounds: Tensor, tokens: int, longest: int, even: int) -> tu
 
 
 def _refuse_second_derivatives(out: Tensor, inputs: tuple[Tensor, ...]) -> None:
-    """flash-attn's backward records nothing: a gradient of its gradients would lack terms, without a word."""
+    """Raise on a second derivative: flash-attn's backward is not recorded, so it would lack terms."""
     if out.grad_fn is None:
         return
     kept = list(inputs)
 
     def after_backward(dinputs: tuple[Tensor | None, ...], douts: tuple[Tensor | None, ...]) -> Any:
         if not torch.is_grad_enabled():
-            return kept.clear()  # this may outlive what autograd has saved, and must not hold on to it
+            return kept.clear()  # this may outlive what autograd has saved, and must not keep it alive
         if not kept:
             raise RuntimeError(_ONCE)
         left = (*kept, *(x for x in douts if x is not None))
@@ -317,7 +318,7 @@ _ONCE = (
 
 
 class _Once(torch.autograd.Function):
-    """x, as a function of all it depends on, which has no derivative."""
+    """Identity on x, recorded as a function of all that x depends on, without a derivative."""
 
     @staticmethod
     def forward(ctx, x, *others):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op as ONNX's RotaryEmbedding and Attention, which opset 23 brought."""
+"""Translation of the op to ONNX's RotaryEmbedding and Attention (opset 23)."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def _rope_attention(
     seqlens: Any = None,
     backend: str = "auto",
 ):
-    """(B, N, H, D) -> out (B, N, H, D), lse (B, H, N), which goes with the dead code unless somebody uses it."""
+    """Compute out (B, N, H, D) and lse (B, H, N); lse is eliminated as dead code if unused."""
     from onnxscript import opset23 as op
 
-    heads, kv_heads, dim = q.shape[2], k.shape[2], q.shape[3]  # before any operator: results have none yet
+    heads, kv_heads, dim = q.shape[2], k.shape[2], q.shape[3]  # before any operator: results have no shape yet
     mask = valid = None
     if cu_seqlens is not None:
         mask, valid = _packed(op, q, cu_seqlens)
     elif seqlens is not None:
         mask, valid = _padded(op, q, seqlens)
-        # what lies behind a sample's end may be anything, NaN included: it must not meet a zero weight
+        # padding tokens may hold anything, NaN included, which must not be multiplied by a zero weight
         q, k, v = (op.Where(valid, x, _like(op, 0.0, x)) for x in (q, k, v))
     q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
     if cos is not None:
@@ -59,7 +59,7 @@ def _rope_attention(
 
 
 def _rotated(op: Any, x: Any, heads: int, dim: int, cos: Any, sin: Any, pairing: str) -> Any:
-    """(B, H, N, D); with pairs across the halves of the axes the channels come in another order, for q and k alike."""
+    """Rotate to (B, H, N, D); with axis_half pairs the channels are reordered, for q and k alike."""
     rotary_dim = 2 * cos.shape[3]
     if pairing == "axis_half":
         channels = torch.arange(rotary_dim)
@@ -90,7 +90,7 @@ def _rotated(op: Any, x: Any, heads: int, dim: int, cos: Any, sin: Any, pairing:
 
 
 def _padded(op: Any, q: Any, seqlens: Any) -> tuple[Any, Any]:
-    """Which keys a query attends to, (B, 1, N, N), and which tokens exist, (B, N, 1, 1)."""
+    """Return the masks of the keys of each query, (B, 1, N, N), and of the valid tokens, (B, N, 1, 1)."""
     token = _tokens(op, q)
     valid = op.Less(op.Unsqueeze(token, _ints(op, 0)), op.Unsqueeze(op.Cast(seqlens, to=7), _ints(op, 1)))
     keys = op.Or(valid, op.Equal(token, op.Constant(value_int=0)))
@@ -100,7 +100,7 @@ def _padded(op: Any, q: Any, seqlens: Any) -> tuple[Any, Any]:
 
 
 def _packed(op: Any, q: Any, cu_seqlens: Any) -> tuple[Any, Any]:
-    """Which keys a query attends to, (1, 1, T, T), and which tokens are part of a sequence, (1, T, 1, 1)."""
+    """Return the masks of the keys of each query, (1, 1, T, T), and of the tokens in a sequence, (1, T, 1, 1)."""
     token, bounds = _tokens(op, q), op.Cast(cu_seqlens, to=7)
     begun = op.Cast(op.GreaterOrEqual(op.Unsqueeze(token, _ints(op, 1)), bounds), to=7)
     sequence = op.ReduceSum(begun, _ints(op, 1), keepdims=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""apply_rotary: the rotation alone, for attention that is not ours."""
+"""apply_rotary: a standalone rotation, for use with other attention implementations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
     Args:
         x: (B, N, H, D) or packed (T, H, D), any float dtype; R <= D.
         rotary: tables with N (or T) tokens.
-        inplace: overwrite x, and return it. Only where no gradient is recorded.
+        inplace: overwrite x, and return it. Only if no gradient is recorded.
 
     Returns:
-        Same shape and dtype. The arithmetic is float32 (float64 for float64 x), rounded once. One kernel on a GPU that
-        Triton serves.
+        Same shape and dtype. The arithmetic is float32 (float64 for float64 x), rounded once. One kernel on a GPU with
+        Triton.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
@@ -38,13 +38,13 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
 
 
 def apply_rotary_qk(q: Tensor, k: Tensor, rotary: Rotary, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """apply_rotary of q and k, by one kernel on a GPU that Triton serves: the rotation in front of another attention.
+    """Rotate q and k as apply_rotary does, by one kernel on a GPU with Triton, for use before another attention.
 
     Args:
         q, k: (B, N, H, D) and (B, N, Hkv, D), or packed (T, H, D) and (T, Hkv, D), of one dtype; views of a
-            projection are read where they are.
+            projection are read in place.
         rotary: tables with N (or T) tokens; with tables per head, Hkv must be H.
-        inplace: overwrite q and k, and return them. Only where no gradient is recorded.
+        inplace: overwrite q and k, and return them. Only if no gradient is recorded.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
@@ -76,12 +76,12 @@ def _apply(xs: list[Tensor], rotary: Rotary, inplace: bool) -> Sequence[Tensor]:
         raise ValueError("inplace=True overwrites what the gradient needs: use inplace=False, or torch.no_grad()")
     plain = needs_plain_ops(tensors) or in_transform()  # plain operators have rules for every transform
     if plain or not all(_kernel_serves(x) for x in xs):
-        turned = [rotated(x, rotary) for x in xs]
-        return [x.copy_(new) for x, new in zip(xs, turned, strict=True)] if inplace else turned
+        rotated_xs = [rotated(x, rotary) for x in xs]
+        return [x.copy_(new) for x, new in zip(xs, rotated_xs, strict=True)] if inplace else rotated_xs
     seen = needs_dispatcher(tensors)
     if inplace:
-        turn_in_place = torch.ops.spatial_pe.rotate_ if seen else _rotate_inplace
-        turn_in_place(xs, rotary.cos, rotary.sin, rotary.pairing)
+        rotate_in_place = torch.ops.spatial_pe.rotate_ if seen else _rotate_inplace
+        rotate_in_place(xs, rotary.cos, rotary.sin, rotary.pairing)
         return xs
     if seen:
         return torch.ops.spatial_pe.rotate(xs, rotary.cos, rotary.sin, rotary.pairing, False)
@@ -132,10 +132,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grads) -> tuple:
     cos, sin, *xs = ctx.saved_tensors
     grads = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
-    # with gradients recorded (create_graph=True) this must be an op with a gradient of its own
+    # with gradients recorded (create_graph=True), call the op, which has its own gradient
     seen = torch.is_grad_enabled() or needs_dispatcher((*grads, cos))
-    turn = torch.ops.spatial_pe.rotate if seen else _rotate
-    dxs = turn(grads, cos, sin, ctx.pairing, not ctx.inverse)
+    rotate = torch.ops.spatial_pe.rotate if seen else _rotate
+    dxs = rotate(grads, cos, sin, ctx.pairing, not ctx.inverse)
     dcos = dsin = None
     if ctx.wanted:
         dphi = sum(angle_gradient(x, dx, cos, ctx.pairing) for x, dx in zip(xs, dxs, strict=True))
@@ -149,13 +149,13 @@ torch.library.register_autograd("spatial_pe::rotate", _backward, setup_context=_
 
 
 class _Eager(torch.autograd.Function):
-    """The op for calls that nobody watches."""
+    """Autograd function for plain eager calls; avoids the overhead of torch.library."""
 
     @staticmethod
     def forward(ctx, cos, sin, pairing, *xs):
-        turned = tuple(_rotate(xs, cos, sin, pairing, False))
-        _setup_context(ctx, (xs, cos, sin, pairing, False), turned)
-        return turned
+        rotated_xs = tuple(_rotate(xs, cos, sin, pairing, False))
+        _setup_context(ctx, (xs, cos, sin, pairing, False), rotated_xs)
+        return rotated_xs
 
     @staticmethod
     def backward(ctx, *grads):

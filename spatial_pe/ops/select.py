@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who serves a call, and why."""
+"""Selection of a backend for a call, with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..backends.triton import backend as triton
 from ..backends.triton.tiles import family_of
 from . import composed, flash
 
-# In the order in which "auto" asks them. The reference serves only when it is named: it builds N x N scores.
+# In the order in which "auto" tries them. The reference is used only when named: it builds N x N scores.
 BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "cuda": cuda,
@@ -26,10 +26,10 @@ AUTO = ("cpu", "cuda", "triton", "composed")
 
 
 def select(call: AttentionCall, backend: str, plain: str | None = None) -> str:
-    """The name of the backend that serves this call. plain: why only plain torch operators may, or None.
+    """Return the name of the backend for this call. plain: why only plain torch operators may be used, or None.
 
     Raises:
-        ValueError: a forced backend is unknown or cannot serve the call; says why.
+        ValueError: a forced backend is unknown or cannot compute the call; says why.
     """
     if backend == "auto":
         return "composed" if plain else next(name for name in AUTO if refusal(name, call) is None)
@@ -56,12 +56,12 @@ def check_backend(backend: str) -> None:
 
 
 def refusal(name: str, call: AttentionCall) -> str | None:
-    """Why "auto" does not take this backend for this call, or None if it may."""
+    """Return why "auto" skips this backend for this call, or None."""
     return BACKENDS[name].unavailable() or BACKENDS[name].cannot_serve(call) or _slower(name, call)
 
 
 def _slower(name: str, call: AttentionCall) -> str | None:
-    """Where a backend could serve, but what the user had is faster or not measured against: auto stays away."""
+    """Return why "auto" skips a backend that could compute the call: another is faster, or it was not measured yet."""
     if name == "triton":
         return _triton_slower(call)
     if name == "cuda":
@@ -76,7 +76,7 @@ def _slower(name: str, call: AttentionCall) -> str | None:
 
 
 def _triton_slower(call: AttentionCall) -> str | None:
-    """What `spatial-pe tune` measured; else published or modelled."""
+    """Return why Triton is slower: as measured by `spatial-pe tune`, else published or modelled."""
     tokens, dim = call.q.shape[1], call.q.shape[-1]
     if call.q.device.type == "cpu":
         return "Triton's interpreter is for tests"
@@ -85,7 +85,7 @@ def _triton_slower(call: AttentionCall) -> str | None:
         return "cuda was measured to be faster"
     packed = call.cu_seqlens is not None
     row, _ = flash.choose(call)
-    if faster is not None:  # what waits for the lengths is no choice, whatever it took when all were alike
+    if faster is not None:  # a backend that waits for the lengths is skipped, whatever it took on equal ones
         return f"{faster} was measured to be faster" if faster != "triton" and not (packed and row is None) else None
     if row is not None and row.beats_triton is not None and _longest(call) >= row.beats_triton:
         return f"{row.provider.name} behind a rotation is likely faster (published, not measured here)"
@@ -95,8 +95,8 @@ def _triton_slower(call: AttentionCall) -> str | None:
         return "float32 products leave the tensor cores idle: torch's own attention is likely faster (modelled)"
     if family_of(call.q.device) == "blackwell":
         # B200, head_dim 64: cuDNN 979 TFLOP/s at 1,024 tokens (flash-attention#2605); plain Triton, head_dim 128: 267
-        # to 567 at 1,024 to 4,096 (tritonbench#1014). Not so sm_120: there is no tcgen05 that cuDNN could use, FA2's
-        # kernels are what it competes with, as on Ampere.
+        # to 567 at 1,024 to 4,096 (tritonbench#1014). sm_120 differs: it has no tcgen05 that cuDNN could use, so Triton
+        # competes with FA2's kernels, as on Ampere.
         return "cuDNN's attention is 2 to 3.5 times as fast as Triton's on this GPU (published, not measured here)"
     if dim > 80 and tokens > 1024:
         return f"head_dim {dim} and {tokens} tokens: torch's own attention is likely faster (modelled)"
@@ -104,15 +104,15 @@ def _triton_slower(call: AttentionCall) -> str | None:
 
 
 def _longest(call: AttentionCall) -> int:
-    """Tokens of the longest sequence; 1 for packed ones of which nobody has said it."""
+    """Return the length of the longest sequence; 1 for packed ones without max_seqlen."""
     if call.cu_seqlens is None:
         return call.q.shape[1]
     return 1 if call.max_seqlen is None else int(call.max_seqlen)
 
 
 def _cuda_slower(call: AttentionCall) -> str | None:
-    """Only what `spatial-pe tune` measured, on this GPU, and compared with the results of another backend: nothing else
-    has shown yet that these kernels are right and fast there."""
+    """Return why cuda is skipped: only `spatial-pe tune` on this GPU, which also compares its results with another
+    backend, shows that these kernels are right and fast there."""
     if call.q.device.type == "cpu":
         return "the emulator is for tests"
     if (faster := triton.faster(call)) is None:
@@ -122,7 +122,7 @@ def _cuda_slower(call: AttentionCall) -> str | None:
 
 @dataclass(frozen=True)
 class BackendTable:
-    """Backends in the order in which they are asked: (name, None if available else the reason)."""
+    """Backends in the order in which they are tried: (name, None if available else the reason)."""
 
     rows: tuple[tuple[str, str | None], ...]
 
@@ -135,5 +135,5 @@ class BackendTable:
 
 
 def backends() -> BackendTable:
-    """Which backends this machine has, and why one is missing."""
+    """Return the backends of this machine, with the reason for each missing one."""
     return BackendTable(tuple((name, module.unavailable()) for name, module in BACKENDS.items()))

@@ -143,7 +143,7 @@ class TestRotary:
                 cu_seqlens=int32(0, 12), backend=backend)  # fmt: skip
 
     def test_too_many_channels(self, backend):
-        message = r"^rotary turns 18 channels, q has head_dim 16: R must be <= D"
+        message = r"^rotary rotates 18 channels, q has head_dim 16: R must be <= D"
         refuses(ValueError, message, *qkv(), table(pairs=9), backend=backend)
 
     def test_heads_and_batch(self, backend):
@@ -196,7 +196,7 @@ class TestSequences:
             refuses(error, message, *qkv(), table(), seqlens=lengths, backend=backend)
 
     def test_both(self, backend):
-        message = r"^give cu_seqlens \(packed sequences\) or seqlens \(padded batch\), not both"
+        message = r"^pass cu_seqlens \(packed sequences\) or seqlens \(padded batch\), not both"
         refuses(ValueError, message, *qkv(10, 4, 16), cu_seqlens=int32(0, 10), seqlens=int32(10), backend=backend)
 
 
@@ -216,7 +216,7 @@ class TestBackend:
         refuses(ValueError, message, *qkv(dtype=torch.float64), backend="cpu")
 
     def test_cpu_device(self):
-        message = r'^backend="cpu" cannot serve this call: q is on meta: this backend computes on the CPU$'
+        message = r'^backend="cpu" cannot serve this call: q is on meta: this backend runs on the CPU$'
         refuses(ValueError, message, *qkv(device="meta"), backend="cpu")
 
     def test_cpu_missing(self, monkeypatch):

@@ -219,7 +219,7 @@ def test_nan_and_inf_propagate(poison, dtype, kernel):
     ),
     [Kernel("composed"), *FUSED],
 )
-def test_turning_all_tokens_alike_changes_nothing(case, kernel):
+def test_rotating_all_tokens_alike_changes_nothing(case, kernel):
     """So dφ sums to 0 over the tokens of a sequence, per (sample, head, pair)."""
     inputs, _, truth = prepared(case)
     with kernel.selected() as backend:
@@ -243,7 +243,7 @@ def test_only_differences_of_angles_matter(case, kernel):
     # 16 bits may hide that anything was computed anew
     assert case.dtype != torch.float32 or not torch.equal(here["out"], there["out"])
     check_bound(there, truth, inputs)
-    # but turning the queries alone matters: the table is not ignored
+    # but rotating the queries alone matters: the table is not ignored
     other = replace(inputs, q=apply_rotary(inputs.q, Rotary.from_angles(shift.expand(case.tokens, -1))).detach())
     with kernel.selected() as backend:
         assert (other.call(backend) - here["out"]).norm() > 0.1 * here["out"].norm()
@@ -260,13 +260,13 @@ def test_no_rotary_is_plain_attention(dtype):
     truth = exact(inputs)
     for kernel in KERNELS:
         with kernel.selected() as backend:
-            turned = rope_attention(inputs.q, inputs.k, inputs.v, identity, scale=0.3, backend=backend)
-            check_bound(run(inputs, backend) | {"out": turned}, truth, inputs)
+            rotated = rope_attention(inputs.q, inputs.k, inputs.v, identity, scale=0.3, backend=backend)
+            check_bound(run(inputs, backend) | {"out": rotated}, truth, inputs)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_prefix_tokens_are_not_turned(kernel):
-    """A table with cos = 1, sin = 0 in its first row equals one without that row, and a token turned by nothing."""
+def test_prefix_tokens_are_not_rotated(kernel):
+    """A table with cos = 1, sin = 0 in its first row equals one without that row, and a token rotated by 0."""
     inputs = make(Case(tokens=65, prefix=1))
     rotary = inputs.rotary()
     parts = [torch.cat([x[:, :1], apply_rotary(x[:, 1:], rotary.slice(0, 1, 65))], 1) for x in (inputs.q, inputs.k)]
@@ -283,7 +283,7 @@ def test_each_channel_meets_its_partner(pairing, kernel):
     first, second = pair_channels(dim, pairing)
     partner = {a: (b, p) for p, (a, b) in enumerate(zip(first, second, strict=True))}
     partner |= {b: (a, p) for p, (a, b) in enumerate(zip(first, second, strict=True))}
-    # token i has channel i; keys are not turned, but for a pass through the same table
+    # token i has channel i; keys are not rotated, but for a pass through the same table
     x = torch.eye(dim)[None, :, None]
     with kernel.selected() as backend:
         out = rope_attention(x, x, x, Rotary.from_angles(angles, pairing), scale=1.0, backend=backend)[0, :, 0]
