@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per backend; ``select`` says which of them serves a call."""
+"""Backends, one file each; ``ops.select`` chooses one for a call."""

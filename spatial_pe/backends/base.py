@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of the op, as every backend receives it, and what a backend must offer."""
+"""Arguments of a call, as every backend receives them, and the interface of a backend."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class AttentionCall:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that may want a gradient."""
+        """The tensors that may require a gradient."""
         rotary = self.rotary
         return (self.q, self.k, self.v) if rotary is None else (self.q, self.k, self.v, rotary.cos, rotary.sin)
 
     def sequences(self) -> Iterator[tuple[int, int, int]]:
-        """(sample, start, stop) of each sequence. Reads the lengths, so on a GPU it waits for them."""
+        """Yield (sample, start, stop) of each sequence. Reads the lengths, so on a GPU it waits for them."""
         batch, tokens = self.q.shape[:2]
         if self.cu_seqlens is not None:
             bounds = self.cu_seqlens.tolist()
@@ -73,7 +73,7 @@ class AttentionCall:
 
 
 class Backend(Protocol):
-    """What the module of a backend offers. ``ops.select`` asks the first two before each call."""
+    """Functions of a backend's module. ``ops.select`` calls the first two before each call."""
 
     def unavailable(self) -> str | None:
         """Return why this machine does not have the backend, or None if it does."""
@@ -97,8 +97,8 @@ class Backend(Protocol):
 
 
 def float32_tables(rotary: Rotary, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Return cos and sin in float32, contiguous in the last dimension and alike in the others, whose strides `multiple`
-    divides if it divides R/2."""
+    """Return cos and sin in float32, contiguous in the last dimension, with equal strides in the others, which are
+    multiples of `multiple` if R/2 is."""
     cos, sin = rotary.cos, rotary.sin
     if cos.dtype != torch.float32:
         cos, sin = cos.float(), sin.float()
@@ -114,12 +114,12 @@ def table_strides(cos: Tensor) -> tuple[int, int, int]:
 
 
 def allocator(call: AttentionCall) -> Callable[..., Tensor]:
-    """Allocate results like q. The kernels write the tokens of the sequences; with padding there are others, which must
-    be 0."""
+    """Return a function that allocates results like q: with padding zeros, as the kernels write only the tokens of the
+    sequences."""
     return call.q.new_empty if call.seqlens is None else call.q.new_zeros
 
 
 def view(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides (batch, token, head) in elements; the last stride is 1."""
+    """Return the address and strides (batch, token, head) in elements; the last stride is 1."""
     batch, token, head = x.stride()[:3]
     return x.data_ptr(), batch, token, head

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of a call, once: what is wrong raises here, before any kernel runs."""
+"""Argument validation of a call, before any kernel runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .._utils.dispatcher import in_transform
 from ..rotary import Rotary, check_rotary_fits
 
-INTEGERS = (int, torch.SymInt)  # as a tuple: dynamo of torch 2.9 knows no union of types
+INTEGERS = (int, torch.SymInt)  # as a tuple: dynamo of torch 2.9 supports no union of types
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -25,7 +25,7 @@ def check_call(
     max_seqlen: int | None,
     seqlens: Tensor | None,
 ) -> None:
-    """Shapes, dtypes, devices and strides of ``rope_attention``. Looks at no values, so it traces."""
+    """Check shapes, dtypes, devices and strides of ``rope_attention``. Reads no values, so it can be traced."""
     _check_tensors(q, k, v)
     packed = cu_seqlens is not None
     _check_shapes(q, k, v, packed)
@@ -36,7 +36,7 @@ def check_call(
 
 
 def check_fits(call: Any) -> None:
-    """The same for a ``Call`` that came through the torch op, from a traced graph say."""
+    """Run the same checks on a call that came through the torch op, e.g. from a traced graph."""
     packed = call.cu_seqlens is not None
     q, k, v = (x[0] if packed and x.ndim == 4 else x for x in (call.q, call.k, call.v))
     if call.rotary is not None:
@@ -45,12 +45,12 @@ def check_fits(call: Any) -> None:
 
 
 def check_gradients(call: Any, out: Tensor, lse: Tensor, dout: Tensor) -> None:
-    """What the backward gets beside the call."""
+    """Check the additional arguments of the backward."""
     q = call.q
     for name, x in (("dout", dout), ("out", out)):
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{name} must be as q, {tuple(q.shape)} {q.dtype} on {q.device}, got {tuple(x.shape)} {x.dtype} on "
+                f"{name} must be like q, {tuple(q.shape)} {q.dtype} on {q.device}, got {tuple(x.shape)} {x.dtype} on "
                 f"{x.device}"
             )
     rows = (q.shape[0], q.shape[2], q.shape[1])
@@ -59,7 +59,7 @@ def check_gradients(call: Any, out: Tensor, lse: Tensor, dout: Tensor) -> None:
 
 
 def check_angle_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor) -> None:
-    """What the op angle_gradient gets."""
+    """Check the arguments of the op angle_gradient."""
     if dq.shape != q.shape or dk.shape != k.shape:
         raise ValueError(f"dq and dk must have the shapes of q and k, {tuple(q.shape)} and {tuple(k.shape)}")
     rotary = Rotary._unchecked(cos, cos, "half")
@@ -86,7 +86,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != device:
             raise ValueError(f"q, k and v must be on one device, got q on {device}, {name} on {x.device}")
         if x.ndim and x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() and not in_transform():
-            # inside torch.vmap strides are those of all lanes: its rule copies what the kernels cannot read
+            # inside torch.vmap strides are those of all lanes: its rule copies tensors that the kernels cannot read
             raise ValueError(
                 f"{name} must be contiguous in its last dimension (stride 1), got strides {x.stride()}: "
                 f"pass (batch, tokens, heads, head_dim), or call {name}.contiguous()"
@@ -95,7 +95,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_lengths(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, seqlens: Tensor | None) -> None:
     if cu_seqlens is not None and seqlens is not None:
-        raise ValueError("give cu_seqlens (packed sequences) or seqlens (padded batch), not both")
+        raise ValueError("pass cu_seqlens (packed sequences) or seqlens (padded batch), not both")
     if cu_seqlens is not None:
         _check_index(cu_seqlens, "cu_seqlens", q)
         if cu_seqlens.shape[0] < 2:
@@ -148,7 +148,7 @@ def _check_index(index: Tensor, name: str, q: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: list[int], total: int, max_seqlen: int | None = None) -> None:
-    """The values of cu_seqlens, where reading them costs no device synchronisation."""
+    """Check the values of cu_seqlens, where reading them costs no device synchronisation."""
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {cu_seqlens[0]}")
     if cu_seqlens[-1] != total:
@@ -163,7 +163,7 @@ def check_cu_seqlens(cu_seqlens: list[int], total: int, max_seqlen: int | None =
 
 
 def check_seqlens(seqlens: list[int], tokens: int) -> None:
-    """The values of seqlens."""
+    """Check the values of seqlens."""
     for i, length in enumerate(seqlens):
         if not 0 <= length <= tokens:
             raise ValueError(f"seqlens must lie between 0 and the {tokens} tokens of q, got {length} for sample {i}")

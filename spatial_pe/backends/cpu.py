@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels (csrc/cpu): fused forward and backward on the CPU, chosen at run time for its instruction set."""
+"""C++ kernels (csrc/cpu): fused forward and backward, selected at run time for the CPU's instruction set."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _load() -> ModuleType | str:
     try:
         return importlib.import_module("spatial_pe._C")
     except ImportError as error:
-        failure = Path(__file__).parents[1] / "_build_failure.txt"  # left by setup.py
+        failure = Path(__file__).parents[1] / "_build_failure.txt"  # written by setup.py
         why = failure.read_text(encoding="utf-8").strip() if failure.exists() else str(error)
         return f"the compiled extension is missing ({why}): reinstall with a C++17 compiler on the PATH"
 
 
-# Loaded here and not on first use: torch.compile traces through the functions below, but not through an import.
+# Loaded here and not on first use: torch.compile traces the functions below, but cannot trace an import.
 EXTENSION: ModuleType | str = _load()
-# What the CPU can do and how the extension was compiled; empty without it.
+# CPU features and build options of the extension; empty without it.
 FEATURES: dict = {} if isinstance(EXTENSION, str) else EXTENSION.cpu_features()
 
 
@@ -38,7 +38,7 @@ def unavailable() -> str | None:
 def cannot_serve(call: AttentionCall) -> str | None:
     dim = call.q.shape[-1]
     if call.q.device.type != "cpu":
-        return f"q is on {call.q.device}: this backend computes on the CPU"
+        return f"q is on {call.q.device}: this backend runs on the CPU"
     if call.q.dtype not in DTYPES:
         return f"no {call.q.dtype} kernel: float32, bfloat16 and float16 only"
     if dim % 8 or not 16 <= dim <= 256:
@@ -47,7 +47,7 @@ def cannot_serve(call: AttentionCall) -> str | None:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
+    """Return out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q = call.q
     empty = allocator(call)
     out = empty(q.shape)
@@ -57,7 +57,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv, contiguous."""
+    """Return dq, dk, dv, contiguous."""
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     empty = allocator(call)
@@ -77,7 +77,7 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
     return dq, dk, dv
 
 
-# Only for tables that want a gradient: one pass over q and k, which torch does.
+# Only for tables that require a gradient: one pass over q and k, by torch.
 angle_gradient = reference.angle_gradient
 
 
@@ -88,9 +88,9 @@ def _module() -> ModuleType:
 
 
 def _problem(call: AttentionCall) -> dict:
-    """The sizes, the sequences and the rotary tables, as plain numbers and addresses.
+    """Return the sizes, the sequences and the rotary tables, as plain numbers and addresses.
 
-    The returned dict also holds the tensors behind its addresses, so that they live as long as it does.
+    The dict also holds the tensors behind its addresses, which keeps them alive.
     """
     batch, tokens, heads, dim = call.q.shape
     starts = [(b, start, stop - start) for b, start, stop in call.sequences()]

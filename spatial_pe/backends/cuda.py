@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels (csrc/cuda): mma.sync for windows, for images whose keys and values fit into shared memory, and for
-head dimensions between powers of two. They need an nvcc where the package is built; without, Triton serves."""
+"""CUDA kernels (csrc/cuda), with mma.sync: for windows, images whose keys and values fit into shared memory, and head
+dimensions between powers of two. They need nvcc when the package is built; without it Triton is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_BETWEEN = 2**31 - 1
 
 def _load() -> ModuleType | str:
     if importlib.util.find_spec("spatial_pe._cuda") is None:
-        failure = Path(__file__).parents[1] / "_cuda_build_failure.txt"  # left by setup.py
+        failure = Path(__file__).parents[1] / "_cuda_build_failure.txt"  # written by setup.py
         why = f" ({failure.read_text(encoding='utf-8').strip()})" if failure.exists() else ""
         return f"the CUDA kernels are not built{why}: reinstall with nvcc on the PATH"
     try:
@@ -37,9 +37,9 @@ def _load() -> ModuleType | str:
         return f"the CUDA kernels do not load ({error}): reinstall spatial_pe"
 
 
-# Loaded here and not on first use: torch.compile traces through the functions below, but not through an import.
+# Loaded here and not on first use: torch.compile traces the functions below, but cannot trace an import.
 EXTENSION: ModuleType | str = _load()
-# Tests put a module in place of EXTENSION that runs the kernels on the host.
+# Tests replace EXTENSION by a module that runs the kernels on the host.
 EMULATED = False
 
 
@@ -58,7 +58,7 @@ def unavailable() -> str | None:
 @assume_constant
 @functools.cache
 def _runtime_error() -> str | None:
-    """Their CUDA runtime is linked in: it may need a newer driver than torch's."""
+    """Return the error of the statically linked CUDA runtime: it may need a newer driver than torch's."""
     _, error = _module().devices()
     return f"the CUDA runtime of the kernels finds no device ({error}): update the driver" if error else None
 
@@ -66,7 +66,7 @@ def _runtime_error() -> str | None:
 def cannot_serve(call: AttentionCall) -> str | None:
     q, k, v = call.q, call.k, call.v
     if q.device.type != ("cpu" if EMULATED else "cuda"):
-        return f"q is on {q.device}: this backend computes on a CUDA device"
+        return f"q is on {q.device}: this backend runs on a CUDA device"
     if not EMULATED and triton.capability(q.device.index) < (8, 0):
         return f"{torch.cuda.get_device_name(q.device)} is older than sm_80 (Ampere)"
     if q.dtype not in DTYPES:
@@ -85,29 +85,29 @@ def cannot_serve(call: AttentionCall) -> str | None:
 
 
 def aligned(x: Tensor) -> bool:
-    """By its strides. Where it begins is not known while a call is traced: see _begun."""
+    """Return whether all rows start at a multiple of 16 bytes, by the strides only; for the address see _begun."""
     batch, token, head, _ = x.stride()
     if batch % ALIGNED == 0 and token % ALIGNED == 0 and head % ALIGNED == 0:
         return True
-    # a dimension of one element has any stride
+    # a dimension of one element may have any stride
     return all(
         stride % ALIGNED == 0 or size == 1 for stride, size in zip((batch, token, head), x.shape[:3], strict=True)
     )
 
 
 def _too_far(x: Tensor) -> bool:
-    """Strides of tokens and heads are 32 bits in the kernels."""
+    """Return whether a stride of tokens or heads exceeds the 32 bits that the kernels use."""
     return x.stride(1) > MOST_BETWEEN or x.stride(2) > MOST_BETWEEN
 
 
 def vector_of(rotary_dim: int, pairing: str) -> int | None:
-    """Pairs that a thread turns at a time: what divides every run of pairs, and its place in a row."""
+    """Return how many pairs a thread rotates at a time: a divisor of every run of pairs and of its offset in a row."""
     run = rotary_dim // 4 if pairing == "axis_half" else rotary_dim // 2
     return next((size for size in (4, 2) if run % size == 0), None)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
+    """Return out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q, k, v = (_begun(x) for x in (call.q, call.k, call.v))
     empty = allocator(call)
     out = empty(q.shape, dtype=q.dtype, device=q.device)
@@ -119,7 +119,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv, contiguous."""
+    """Return dq, dk, dv, contiguous."""
     if dout.stride(-1) != 1 or not aligned(dout):
         dout = dout.contiguous()
     q, k, v, out, dout = (_begun(x) for x in (call.q, call.k, call.v, out, dout))
@@ -127,11 +127,11 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
     dq, dk, dv = (empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     arguments, keep = _arguments(call)
     place = _place(q)
-    delta = turned_q = turned_k = None
+    delta = rotated_q = rotated_k = None
     if _module().scratch_wanted(arguments, place["device"]):
         delta = torch.empty_like(lse)
         if call.rotary is not None:
-            turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+            rotated_q, rotated_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     _module().backward(
         arguments,
         q=view(q),
@@ -144,8 +144,8 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
         dk=view(dk),
         dv=view(dv),
         delta=0 if delta is None else delta.data_ptr(),
-        q_turned=(0, 0, 0, 0) if turned_q is None else view(turned_q),
-        k_turned=(0, 0, 0, 0) if turned_k is None else view(turned_k),
+        q_rotated=(0, 0, 0, 0) if rotated_q is None else view(rotated_q),
+        k_rotated=(0, 0, 0, 0) if rotated_k is None else view(rotated_k),
         **place,
     )
     del keep
@@ -155,13 +155,13 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
 def angle_gradient(
     q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
 ) -> Tensor:
-    """One pass over q and k: Triton's where it is there."""
+    """Return dφ by one pass over q and k: Triton's if available."""
     backend = triton if q.device.type == "cuda" and triton.unavailable() is None else reference
     return backend.angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
 
 
 def _begun(x: Tensor) -> Tensor:
-    """The tensor, or a copy of one that does not begin at a multiple of 16 bytes: a slice of a flat buffer, say."""
+    """Return x, or a copy if its address is no multiple of 16 bytes, e.g. in a slice of a flat buffer."""
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -178,8 +178,8 @@ def _place(x: Tensor) -> dict[str, int]:
 
 
 def _arguments(call: AttentionCall) -> tuple[dict, tuple[Tensor, ...]]:
-    """Sizes, sequences and rotary tables, as plain numbers and addresses; and the tensors behind those, which must live
-    until the launch. What the allocator then hands out again is used after it, on the same stream."""
+    """Return sizes, sequences and rotary tables, as plain numbers and addresses; and the tensors behind these, which
+    must live until the launch. Memory that the allocator reuses afterwards is written on the same stream, so later."""
     _, tokens, heads, dim = call.q.shape
     bounds = call.bounds
     arguments = {
@@ -198,7 +198,7 @@ def _arguments(call: AttentionCall) -> tuple[dict, tuple[Tensor, ...]]:
     keep: tuple[Tensor, ...] = () if bounds is None else (bounds,)
     rotary = call.rotary
     if rotary is not None and rotary.rotary_dim > 0:
-        # rows at multiples of 16 bytes; where 4 does not divide R/2, vectors are of 2 pairs, 8 bytes
+        # rows at multiples of 16 bytes; if 4 does not divide R/2, vectors have 2 pairs, 8 bytes
         cos, sin = float32_tables(rotary, 4)
         if cos.data_ptr() % 16 or sin.data_ptr() % 16:  # both, or their strides might differ
             cos, sin = (x.clone(memory_format=torch.contiguous_format) for x in (cos, sin))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether kernels are right on the device at hand: every row against float64, and the same bits twice.
+"""Check of kernels on the device at hand: every row against float64, and two runs bit for bit.
 
-A row is what one head of one token gets, D numbers. The norm of a whole tensor hides a wrong row: one of 196 is 7 % of
-it, one of 4096 is 1.6 %.
+A row is the D numbers of one head of one token. The norm of a whole tensor hides a wrong row: one of 196 is 7 % of it,
+one of 4096 is 1.6 %.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import Tensor
 from . import reference
 from .base import AttentionCall
 
-# Of a row's norm. The worst row of 100,000 of torch's own attention is off by 0.011 in bfloat16, 0.0012 in float16.
+# Limits relative to a row's norm. The worst of 100,000 rows of torch's attention is off by 0.011 in bfloat16, 0.0012 in
+# float16.
 LIMITS = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
 RESULTS = ("out", "dq", "dk", "dv")
-# Of float64 scores, 0.5 GB: the reference holds up to six such matrices at a time.
+# Elements of float64 scores at a time, 0.5 GB: the reference holds up to six such matrices.
 MOST_SCORES = 1 << 26
 
 
 def exact(call: AttentionCall, dout: Tensor) -> dict[str, Tensor]:
-    """RESULTS in float64, and lse (B, H, N) float32: on the device of the call, a few heads at a time."""
+    """Return RESULTS in float64, and lse (B, H, N) float32: on the device of the call, a few heads at a time."""
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
     longest = call.q.shape[1] if call.max_seqlen is None else call.max_seqlen
     step = max(1, MOST_SCORES // max(1, longest * longest))
@@ -41,7 +42,7 @@ def exact(call: AttentionCall, dout: Tensor) -> dict[str, Tensor]:
 
 
 def worst_row(x: Tensor, expected: Tensor) -> float:
-    """The largest ‖x - expected‖ / ‖expected‖ of a row; NaN stays NaN, and a row that must be 0 and is not is inf."""
+    """Return the largest ‖x - expected‖ / ‖expected‖ of a row; NaN stays NaN, and nonzero instead of 0 is inf."""
     if x.numel() == 0:
         return 0.0
     error, norm = (x.double() - expected).norm(dim=-1), expected.norm(dim=-1)
@@ -55,7 +56,7 @@ def wrong(
 
     Args:
         run: returns results by name, each of them among the expected ones.
-        twice: call it again, and compare bits.
+        twice: run again, and compare bits.
     """
     first = {name: x.clone() for name, x in run().items()}
     errors = {name: worst_row(x, expected[name]) for name, x in first.items()}

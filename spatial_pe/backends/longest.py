@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The longest of packed sequences on a GPU: one wait for the device per tensor of bounds, and not one per layer.
+"""Longest packed sequence on a GPU, read once per cu_seqlens tensor, not once per layer, as it waits for the device.
 
-transformers says no maximum unless flash attention is configured. Without one all tokens might be one sequence, and
+transformers gives no maximum unless flash attention is configured. Without one all tokens might be one sequence, and
 Qwen2.5-VL's windows of 64 tokens would be computed by the kernels for long sequences, half of whose rows are empty.
 """
 
@@ -36,8 +36,8 @@ _ENTRIES = _Entries()
 def longest_sequence(cu_seqlens: Tensor, asker: Hashable = None) -> int | None:
     """Return the largest difference of neighbours, or None where it cannot be read: in a trace, in a CUDA graph.
 
-    asker: who asks, an attention module say. Tensors of inference mode count no versions, so whoever asks about one a
-    second time is in another forward, and it is read again; without an asker it is read each time.
+    asker: identity of the caller, e.g. an attention module. Tensors of inference mode have no version counter, so if
+    the same caller asks about one again, it is in another forward, and it is read again; without an asker always.
     """
     if is_traced(cu_seqlens) or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
@@ -52,5 +52,5 @@ def longest_sequence(cu_seqlens: Tensor, asker: Hashable = None) -> int | None:
 
 
 def _read(cu_seqlens: Tensor) -> int:
-    """Waits for the device."""
+    """Return the longest sequence; waits for the device."""
     return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0

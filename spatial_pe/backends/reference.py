@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference: what the kernels compute, in plain PyTorch, forward and backward. The oracle of all tests.
+"""Reference: the function that the kernels compute, in plain PyTorch, forward and backward. The oracle of all tests.
 
-Float64 inputs are computed in float64. For lower precision everything is float32 inside, and nothing is rounded
-before the result: the reference has no rounding of its own to imitate.
+Float64 inputs are computed in float64. For lower precision everything is float32 inside, and only the result is
+rounded: the reference does not imitate the rounding of a kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def cannot_serve(call: AttentionCall) -> str | None:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns out (B, N, H, D) in q's dtype and lse (B, H, N), the log of each row's sum of exponentials."""
+    """Return out (B, N, H, D) in q's dtype and lse (B, H, N), the log of each row's sum of exponentials."""
     out = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
     batch, tokens, heads, _ = call.q.shape
     lse = call.q.new_zeros((batch, heads, tokens), dtype=torch.float32)
@@ -38,10 +38,10 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv in the shapes and dtype of q, k, v.
+    """Return dq, dk, dv in the shapes and dtype of q, k, v.
 
-    P = softmax(S), dP = dO Vᵀ, dS = P (dP - rowsum(dO O)): the gradients of q̂ and k̂ follow, and those of q and k are
-    turned back, since the transpose of a rotation is its inverse.
+    P = softmax(S), dP = dO Vᵀ, dS = P (dP - rowsum(dO O)): from these follow the gradients of q̂ and k̂, and by the
+    inverse rotation, which is its transpose, those of q and k.
     """
     wide = _wide(call.q)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.q, call.k, call.v))
@@ -53,7 +53,7 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
         dp = _einsum("nhd,mhd->hnm", g, v)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * call.scale
         dq[b, start:stop] = _einsum("hnm,mhd->nhd", ds, k)
-        # (n, H, D) -> (n, Hkv, group, D): query heads that share a key head add up
+        # (n, H, D) -> (n, Hkv, group, D): query heads that share a key head are summed
         dk[b, start:stop] = _einsum("hnm,nhd->mhd", ds, q).unflatten(1, (-1, group)).sum(2)
         dv[b, start:stop] = _einsum("hnm,nhd->mhd", p, g).unflatten(1, (-1, group)).sum(2)
     if call.rotary is not None:
@@ -65,8 +65,8 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
 def angle_gradient(
     q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
 ) -> Tensor:
-    """dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k."""
-    if seqlens is not None:  # what is behind a sample's end may be NaN, and 0 * NaN is not 0
+    """Return dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k."""
+    if seqlens is not None:  # padding tokens may be NaN, and 0 * NaN is not 0
         exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
         q, k = torch.where(exists, q, 0), torch.where(exists, k, 0)
     return rotary.angle_gradient(q, dq, cos, pairing) + rotary.angle_gradient(k, dk, cos, pairing)
@@ -77,7 +77,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):  # which would multiply in bfloat16
+    with torch.autocast(a.device.type, enabled=False):  # autocast would multiply in bfloat16
         return torch.einsum(equation, a, b)
 
 
@@ -86,7 +86,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _rotated(call: AttentionCall, b: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q̂, k̂, v of one sequence, each (n, H, D) in the wide dtype; key heads are repeated to H."""
+    """Return q̂, k̂, v of one sequence, each (n, H, D) in the wide dtype; key heads are repeated to H."""
     wide = _wide(call.q)
     q, k, v = (x[b, start:stop].to(wide) for x in (call.q, call.k, call.v))
     if call.rotary is not None:

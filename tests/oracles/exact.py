@@ -58,7 +58,7 @@ def exact(inputs: Inputs) -> Exact:
             table_sample = b if leaves["angles"].shape[0] > 1 else 0
             angles = leaves["angles"][table_sample, rows]  # (n, H|1, R/2)
         # (n, H, D) -> (H, n, D)
-        qr, kr = (_turned(x[b, rows], angles, case.pairing).transpose(0, 1) for x in (q, k))
+        qr, kr = (_rotated(x[b, rows], angles, case.pairing).transpose(0, 1) for x in (q, k))
         vr, gr = v[b, rows].transpose(0, 1), g[b, rows].transpose(0, 1)
         kr, vr = (x.repeat_interleave(group, dim=0) for x in (kr, vr))
         scores = inputs.scale * qr @ kr.transpose(1, 2)
@@ -73,11 +73,11 @@ def exact(inputs: Inputs) -> Exact:
                 shared = x.unflatten(1, (-1, group)).sum(2) if name in ("k", "v") else x
                 at[name][b, rows] += shared
             if angles is not None:
-                turned = [
+                dphi = [
                     _angle_noise(x.transpose(0, 1), parts[name].transpose(0, 1), case).sum_to_size(angles.shape)
                     for x, name in ((qr, "q"), (kr, "k"))
                 ]
-                at["angles"][table_sample, rows] += turned[0] + turned[1]
+                at["angles"][table_sample, rows] += dphi[0] + dphi[1]
     if packed:
         out = out[0]
     # tokens that do not exist hold NaN, and are not part of out
@@ -85,7 +85,7 @@ def exact(inputs: Inputs) -> Exact:
     return Exact({"out": out.detach(), **dict(zip(leaves, grads, strict=True))}, noise, lse)
 
 
-def _turned(x: Tensor, angles: Tensor | None, pairing: str) -> Tensor:
+def _rotated(x: Tensor, angles: Tensor | None, pairing: str) -> Tensor:
     """x (n, H, D), angles (n, H|1, R/2)."""
     if angles is None:
         return x
@@ -97,7 +97,7 @@ def _turned(x: Tensor, angles: Tensor | None, pairing: str) -> Tensor:
 
 
 def _noise(q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, scale: float) -> dict[str, Tensor]:
-    """Variances of the results of one sequence, each (H, n, D); q and k are turned, and so are their gradients.
+    """Variances of the results of one sequence, each (H, n, D); q and k are rotated, and so are their gradients.
 
     Every line is the square of the line of the backward pass, plus the relative error of what it makes.
     """
@@ -130,6 +130,6 @@ def _partial_sums(terms: int) -> float:
 
 
 def _angle_noise(x: Tensor, dx_noise: Tensor, case: Case) -> Tensor:
-    """Of dφ = x1 dx2 - x2 dx1, the same in turned channels; (n, H, R/2)."""
+    """Return the variance of dφ = x1 dx2 - x2 dx1, for rotated channels; (n, H, R/2)."""
     first, second = pair_channels(2 * case.pairs, case.pairing)
     return x[..., first].square() * dx_noise[..., second] + x[..., second].square() * dx_noise[..., first]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton backend: which calls it can serve, and how. Imports nothing of Triton until it is known to be there."""
+"""The Triton backend. Imports Triton only after finding that it is installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tiles import INTERPRETED, bucket, capability, few_programs
 
 
 def _installed_version() -> str | None:
-    """Return what `import triton` would say of itself, or None. The import takes 0.3 s, of those who have no GPU too; the
+    """Return the version that `import triton` would report, or None. The import takes 0.3 s, also without a GPU; the
     distribution has another name in each build of torch (pytorch-triton, triton-rocm, triton-windows)."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
@@ -44,13 +44,13 @@ def _numbers(version: str | None) -> tuple[int, int] | None:
 
 # constexpr_function in its top level
 OLDEST = (3, 5)
-# The first versions whose tl.dot gives the same right result each time on datacenter Blackwell, whose products go
-# through tensor memory: before, waits for it are missing (triton#9871: sm_100, 4 warps, wrong by orders of magnitude in
-# 3.6; #10590: sm_103 still in 3.7, no longer in its main branch). sm_120, consumer Blackwell, has no tensor memory: it
-# multiplies by mma.sync, as sm_80 does, and no such case is known.
+# The first versions whose tl.dot is right and deterministic on datacenter Blackwell, whose products go through tensor
+# memory: earlier ones lack waits for it (triton#9871: sm_100, 4 warps, wrong by orders of magnitude in 3.6; #10590:
+# sm_103 still in 3.7, fixed in its main branch). sm_120, consumer Blackwell, has no tensor memory: it uses mma.sync, as
+# sm_80 does, and no such case is known.
 SOUND_PRODUCTS = {(10, 0): (3, 7), (10, 1): (3, 7), (10, 3): (3, 8), (11, 0): (3, 7)}
 VERSION = _installed_version()
-# Found once: unavailable() is asked in every call, and while one is traced.
+# Computed once: unavailable() is called for every call, also while one is traced.
 UNUSABLE = _unusable(VERSION)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Offsets within a tile, of at most 128 tokens, are 32 bits; those of tiles are 64.
@@ -60,7 +60,7 @@ MOST_BETWEEN_TOKENS = 2**31 // 128
 def unavailable() -> str | None:
     if UNUSABLE is not None:
         return UNUSABLE
-    # asked for every call: is_available looks at the driver each time
+    # called for every call: is_available asks the driver each time
     if INTERPRETED or torch.cuda.is_initialized() or torch.cuda.is_available():
         return None
     return "no GPU that torch can use"
@@ -72,7 +72,7 @@ def cannot_serve(call: AttentionCall) -> str | None:
 
 @assume_constant
 def _unsound_products(device: torch.device) -> str | None:
-    """Return why attention is wrong on this GPU as this version compiles it, or None. Rotations have no products."""
+    """Return why attention is wrong on this GPU with this version of Triton, or None. Rotations use no products."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     major, minor = capability(device.index)
@@ -89,7 +89,7 @@ def _cannot_compute(call: AttentionCall) -> str | None:
     device = call.q.device
     dim = call.q.shape[-1]
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"q is on {device}: this backend computes on a GPU"
+        return f"q is on {device}: this backend runs on a GPU"
     if device.type == "cuda" and torch.version.hip is None and capability(device.index) < (8, 0):
         major, minor = capability(device.index)
         return f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}: needs sm_80 (Ampere) or newer"
@@ -106,9 +106,9 @@ def _cannot_compute(call: AttentionCall) -> str | None:
 
 
 def faster(call: AttentionCall) -> str | None:
-    """ "triton", "cuda" or "composed", as `spatial-pe tune` measured it for such calls on this GPU; None if it did not.
+    """Return "triton", "cuda" or "composed", as `spatial-pe tune` measured it for such calls on this GPU, or None.
 
-    It measures large batches, which say nothing of one image: that leaves SMs without a program.
+    It measures large batches, which are not representative of a single image that leaves SMs without a program.
     """
     q = call.q
     if q.device.type != "cuda" or not tuning_store.any_rows(q.device) or few_programs(call):
@@ -118,7 +118,7 @@ def faster(call: AttentionCall) -> str | None:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
+    """Return out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     from . import launch_cache, plan
 
     if call.q.device.type == "cpu":
@@ -129,7 +129,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv, contiguous."""
+    """Return dq, dk, dv, contiguous."""
     from . import launch_cache, plan
 
     if dout.stride(-1) != 1:
@@ -144,7 +144,7 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
 
 
 def _signature(call: AttentionCall) -> tuple[tuple, tuple[Tensor, ...]]:
-    """What decides the launches of a call, and its tensors in an order that _with knows."""
+    """Return all that determines the launches of a call, and its tensors in the order that _with takes."""
     q, k, v, rotary = call.q, call.k, call.v, call.rotary
     inputs = [q, k, v]
     tables = None
@@ -160,7 +160,7 @@ def _signature(call: AttentionCall) -> tuple[tuple, tuple[Tensor, ...]]:
 
 
 def _with(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> AttentionCall:
-    """The call with other tensors, as _signature lists them."""
+    """Return the call with other tensors, in the order of _signature."""
     left = list(others)
     rotary = call.rotary
     if rotary is not None:
@@ -173,7 +173,7 @@ def _with(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, *others: Tensor)
 def angle_gradient(
     q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
 ) -> Tensor:
-    """dφ in the shape of the tables, (B|1, N, H|1, R/2) float32, from the final gradients of q and k."""
+    """Return dφ in the shape of the tables, (B|1, N, H|1, R/2) float32, from the final gradients of q and k."""
     from . import launch_cache, plan
 
     inputs = (q, k, dq, dk) if seqlens is None else (q, k, dq, dk, seqlens)
@@ -187,12 +187,12 @@ def angle_gradient(
 
 
 def cannot_rotate(x: Tensor) -> str | None:
-    """As cannot_serve, for the rotation alone."""
+    """Return why x cannot be rotated, like cannot_serve, or None."""
     return unavailable() or _cannot_compute(AttentionCall(x, x, x, None, 1.0, None, None, None))
 
 
 def rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> tuple[Tensor, ...]:
-    """R(x) of x, or of q and k, (B, N, H|Hkv, D): contiguous, unless in place. inverse: turned back."""
+    """Return R(x) of x, or of q and k, (B, N, H|Hkv, D): contiguous, unless in place. inverse: by the inverse rotation."""
     from . import launch_cache, plan
 
     cos, sin = float32_tables(rotary)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that ran once, kept for the next call that differs in nothing but addresses.
+"""Cache of compiled launches, keyed by everything but addresses.
 
 Planning a forward and finding its compiled kernel from 40 arguments costs 36 us of Python, more than the GPU needs for a
-small image. Kept launches cost 13: `python -m tools.host_overhead`.
+small image. Cached launches cost 13: `python -m tools.host_overhead`.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from triton.runtime.driver import driver
 from .launch import Launch
 from .plan import Plan, on
 
-# Signatures that are kept; a model has a handful, training on images of any size has many.
+# Cached signatures; a model has a handful, training on images of any size has many.
 MOST = 512
 _KEPT: dict[Hashable, Replay] = {}
 
 
 def run(signature: Hashable, inputs: tuple[Tensor, ...], plan: Callable[..., Plan]) -> tuple[Tensor, ...]:
-    """The results of plan(*inputs), launched.
+    """Return the results of plan(*inputs), launched.
 
     Args:
-        signature: of all that decides the plan but the addresses: shapes, strides, dtypes, numbers.
+        signature: all that determines the plan except the addresses: shapes, strides, dtypes, numbers.
         inputs: all tensors that the plan reads.
     """
     device = inputs[0].device
     addresses = 0
     for x in inputs:
         addresses |= x.data_ptr()
-    aligned = addresses % 16 == 0  # kernels are compiled for it
+    aligned = addresses % 16 == 0  # kernels are compiled for this alignment
     kept = _KEPT.get((device, signature)) if aligned else None
     if kept is not None:
         return kept.run(inputs)
-    # aliases: q, k and v may be one object, and each must be found again among the arguments
+    # aliases: q, k and v may be one object, and each must be told apart among the arguments
     aliases = tuple(x.view(x.shape) for x in inputs)
     made = plan(*aliases)
     with on(device):
         compiled = [launch.run() for launch in made.launches]
-    if aligned and None not in compiled:  # in the interpreter, or nothing to do
+    if aligned and None not in compiled:  # else the interpreter, or nothing to launch
         if len(_KEPT) >= MOST:
             _KEPT.clear()
         _KEPT[device, signature] = Replay(made, compiled, aliases)
@@ -51,7 +51,7 @@ def run(signature: Hashable, inputs: tuple[Tensor, ...], plan: Callable[..., Pla
 
 
 def forget() -> None:
-    """After other tiles were chosen."""
+    """Clear the cache, after other tiles were chosen."""
     _KEPT.clear()
 
 

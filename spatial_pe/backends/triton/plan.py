@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a call to the launches that serve it. Launches are data, so that tests can compile exactly those that users run."""
+"""Map a call to its launches. Launches are data, so that tests can compile exactly those that users run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .launch import Launch
 
 @dataclass(frozen=True)
 class Plan:
-    """Launches in their order, the tensors that hold the results after them, and those only needed on the way."""
+    """Launches in order, the tensors that hold the results, and scratch tensors."""
 
     launches: tuple[Launch, ...]
     results: tuple[Tensor, ...]
@@ -41,7 +41,7 @@ class Plan:
 
 
 def on(device: torch.device):
-    """Triton launches on the current device, whatever the tensors say. Entering a context costs 2 us, so only if needed."""
+    """Make the device current: Triton launches there. Entering a context costs 2 us, so only if needed."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -49,7 +49,7 @@ def on(device: torch.device):
 
 @dataclass(frozen=True)
 class Shared:
-    """What all kernels of a call share."""
+    """Arguments that all kernels of a call share."""
 
     call: AttentionCall
     bounds: Tensor  # cu_seqlens, seqlens, or any tensor where there are none
@@ -90,7 +90,7 @@ class Shared:
         return self.call.k.shape[2]
 
     def constants(self, *tensors: Tensor) -> dict[str, Any]:
-        """What is compiled in, for kernels that read these tensors."""
+        """Return the compile-time constants of kernels that read these tensors."""
         dim = self.call.q.shape[-1]
         return head_constants(dim, self.call.rotary) | {
             "CUT": channel_cut(dim),
@@ -100,8 +100,10 @@ class Shared:
         }
 
     @property
-    def settle(self) -> dict[str, bool]:
-        return {"SETTLE": self.choice.family == "ampere" and self.call.rotary is not None and not tiles.INTERPRETED}
+    def materialize(self) -> dict[str, bool]:
+        return {
+            "MATERIALIZE": self.choice.family == "ampere" and self.call.rotary is not None and not tiles.INTERPRETED
+        }
 
     def grid(self, block: int, heads: int) -> tuple[int, int]:
         return programs(self.form, self.sequences, self.tokens, block), heads
@@ -117,7 +119,7 @@ def head_constants(dim: int, rotary: Rotary | None) -> dict[str, Any]:
 
 
 def alignment(*tensors: Tensor) -> int:
-    """What divides all strides: the elements of a load of 16 bytes, or 1."""
+    """Return a divisor of all strides: the number of elements in 16 bytes, or 1."""
     wide = 16 // tensors[0].itemsize
     return wide if all(stride % wide == 0 for x in tensors for stride in x.stride()[:-1]) else 1
 
@@ -130,7 +132,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Plan:
-    """choice: other tiles than those of the device, or those of another one."""
+    """Plan the forward. choice: overrides the tiles of the device."""
     shared = Shared.of(call, choice)
     q, k, v = call.q, call.k, call.v
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -144,7 +146,7 @@ def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Pla
             (q, k, v, out, lse, *shared.tables, shared.bounds, *sizes)
             + (*strides(q), *strides(k), *strides(v), *shared.table_strides),
             shared.constants(q, k, v)
-            | shared.settle
+            | shared.materialize
             | {"BLOCK": window.block, "PER_PROGRAM": per_program, "STAGES": window.stages},
             window.warps,
         )
@@ -154,21 +156,21 @@ def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Pla
     launches: tuple[Launch, ...] = ()
     scratch: tuple[Tensor, ...] = ()
     keys, key_strides = k, strides(k)
-    before = call.rotary is not None and tile.turn == "before"
+    before = call.rotary is not None and tile.rotate_k == "before"
     family = shared.choice.family
     # in the loop, 8 bytes of spills with "axis_half" at D = 72
     scattered = call.rotary is not None and call.rotary.pairing == "axis_half"
     join = tiles.joins(family, q.dtype) and (before or not scattered)
     if before:
-        turn, keys, key_strides = turned(k, shared)
-        launches, scratch = (turn,), (keys,)
+        launch, keys, key_strides = pre_rotation(k, shared)
+        launches, scratch = (launch,), (keys,)
     forward = Launch(
         forward_kernel,
         shared.grid(tile.bm, shared.heads),
         (q, keys, v, out, lse, *shared.tables, shared.bounds, *sizes)
         + (*strides(q), *key_strides, *strides(v), *shared.table_strides),
         shared.constants(q, keys, v)
-        | shared.settle
+        | shared.materialize
         | {"ROTATE_K": not before, "JOIN": join, "RUNNING": q.dtype == torch.float16}
         | {"ONES": tiles.ones(family, q.dtype)}
         | {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
@@ -178,8 +180,8 @@ def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Pla
     return Plan((*launches, forward), (out, lse), scratch)
 
 
-def turned(x: Tensor, shared: Shared) -> tuple[Launch, Tensor, tuple[int, int, int]]:
-    """R(x) as operands, (H, B N, padded D), the launch that makes it, and its strides (0, token, head)."""
+def pre_rotation(x: Tensor, shared: Shared) -> tuple[Launch, Tensor, tuple[int, int, int]]:
+    """Return a launch that writes R(x) as operands, the result (H, B N, padded D), and its strides (0, token, head)."""
     tokens, heads, dim = x.shape[1:]
     config = tiles.OPERANDS
     blocks = x.shape[0] * triton.cdiv(tokens, config.block)
@@ -205,7 +207,7 @@ def turned(x: Tensor, shared: Shared) -> tuple[Launch, Tensor, tuple[int, int, i
 def plan_backward(
     call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, choice: tiles.Choice | None = None
 ) -> Plan:
-    """dout (B, N, H, D) with a last dimension of stride 1."""
+    """Plan the backward; dout (B, N, H, D) with a last dimension of stride 1."""
     shared = Shared.of(call, choice)
     q, k, v = call.q, call.k, call.v
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -217,20 +219,20 @@ def plan_backward(
             (q, k, v, out, dout, lse, dq, dk, dv, *shared.tables, shared.bounds)
             + (shared.sequences, shared.tokens, shared.heads, shared.kv_heads, group, call.scale)
             + (*strides(q), *strides(k), *strides(v), *strides(dout), *shared.table_strides),
-            shared.constants(q, k, v, dout) | shared.settle | {"BLOCK": window.block},
+            shared.constants(q, k, v, dout) | shared.materialize | {"BLOCK": window.block},
             window.warps,
         )
         return Plan((backward,), (dq, dk, dv))
 
-    turn, turned_k, _ = turned(k, shared)
-    turned_q = turned_k.new_empty((shared.heads, shared.rows, turned_k.shape[-1]))
+    rotate_k, rotated_k, _ = pre_rotation(k, shared)
+    rotated_q = rotated_k.new_empty((shared.heads, shared.rows, rotated_k.shape[-1]))
     delta = torch.empty_like(lse)
     constants = shared.constants(q, v, dout)
     tile = shared.choice.query
     by_query = Launch(
         query_kernel,
         shared.grid(tile.bm, shared.heads),
-        (q, turned_k, v, out, dout, lse, dq, turned_q, delta, *shared.tables, shared.bounds)
+        (q, rotated_k, v, out, dout, lse, dq, rotated_q, delta, *shared.tables, shared.bounds)
         + (shared.sequences, shared.tokens, shared.rows, shared.heads, group, call.scale)
         + (*strides(q), *strides(v), *strides(dout), *shared.table_strides),
         constants | {"SPLIT": tile.split, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
@@ -241,11 +243,11 @@ def plan_backward(
     by_key = Launch(
         key_kernel,
         shared.grid(tile.bn, shared.kv_heads),
-        (turned_q, turned_k, v, dout, lse, delta, dk, dv, *shared.tables, shared.bounds)
+        (rotated_q, rotated_k, v, dout, lse, delta, dk, dv, *shared.tables, shared.bounds)
         + (shared.sequences, shared.tokens, shared.rows, shared.heads, shared.kv_heads, group, call.scale)
         + (*strides(v), *strides(dout), *shared.table_strides),
         constants
-        # with a loop over heads around it, or starts of sequences that 16 does not divide (Triton 3.6), a loop more spills
+        # in a loop over heads, or with sequence starts that 16 does not divide (Triton 3.6), a second inner loop spills more
         | {
             "SPLIT": tile.split and group == 1 and shared.form != PACKED,
             "BM": tile.bm,
@@ -255,21 +257,21 @@ def plan_backward(
         tile.warps,
         tile.maxnreg,
     )
-    return Plan((turn, by_query, by_key), (dq, dk, dv), (turned_k, turned_q, delta))
+    return Plan((rotate_k, by_query, by_key), (dq, dk, dv), (rotated_k, rotated_q, delta))
 
 
 # ------------------------------------------------------------------------------------- the rotation and its angles
 
 
 def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> Plan:
-    """R(x) of x, or of q and k, (B, N, H|Hkv, D), in one launch; contiguous, or in place, with no results."""
+    """Plan R(x) of x, or of q and k, (B, N, H|Hkv, D), in one launch; contiguous, or in place, with no results."""
     tables = float32_tables(rotary)
     outs = tuple(xs) if inplace else tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs)
     q, k = xs[0], xs[-1]
     batch, tokens, heads, dim = q.shape
     kv_heads = k.shape[2] if len(xs) == 2 else 0
     config = tiles.ROTATION
-    # in place, channels that pass through need no visit
+    # in place, channels that pass through are not visited
     pairs = (rotary.rotary_dim if inplace else dim) // 2
     launch = Launch(
         rotate_kernel,
@@ -297,9 +299,9 @@ def plan_rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, i
 def plan_angles(
     q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, table: torch.Size, pairing: str, seqlens: Tensor | None
 ) -> Plan:
-    """dφ of every (sample, token, table head, pair): summed over the heads that share an angle; (B, N, H|1, R/2) float32.
+    """Plan dφ of every (sample, token, table head, pair): summed over heads that share an angle; (B, N, H|1, R/2) float32.
 
-    table: the shared of cos, (B|1, N, H|1, R/2).
+    table: Shared of cos, (B|1, N, H|1, R/2).
     """
     batch, tokens, heads, dim = q.shape
     table_heads, pairs = table[2:]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes: rows of data, by kernel, kind of GPU and head_dim. What `spatial-pe tune` has measured comes before them.
+"""Tile sizes as data: by kernel, GPU family and head_dim. Results of `spatial-pe tune` override them.
 
-All rows here are modelled, none is measured yet: no GPU was at hand. What each must satisfy (no spills, shared memory
-within the chip, tensor cores used) is checked by compiling it for its GPU offline: tests/backends/triton/test_budget.py, and
-docs/triton_budget.md holds the table. Among those that do, rows are chosen by instructions per score in the main loop and
-by the programs that fit an SM together: one loads and exponentiates while another multiplies, so two are wanted.
+All rows are modelled, not measured yet: no GPU was at hand. Their constraints (no spills, shared memory within the chip,
+tensor cores used) are checked by compiling for each GPU offline: tests/triton/test_budget.py; docs/triton_budget.md has
+the table. Among tiles that meet them, rows are chosen by instructions per score in the main loop and by programs per SM:
+two are needed, so that one loads and exponentiates while the other multiplies.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def family_of(device: torch.device) -> Family:
-    """The kind of GPU; "hopper" for Triton's interpreter, so that tests run what most users run.
+    """Return the GPU family; "hopper" for Triton's interpreter, so that tests run what most users run.
 
-    "ampere" is every GPU that multiplies by mma.sync: sm_80 to sm_89, and sm_120, consumer Blackwell. Their rows keep to
-    the 99 KB of shared memory that the smaller ones have.
+    "ampere" is every GPU that multiplies by mma.sync: sm_80 to sm_89, and sm_120, consumer Blackwell. Its rows use at most
+    the 99 KB of shared memory of the smaller ones.
     """
     if device.type != "cuda":
         return "hopper"
@@ -41,7 +41,7 @@ def family_of(device: torch.device) -> Family:
 
 @assume_constant
 def capability(index: int) -> tuple[int, int]:
-    if index not in _CAPABILITIES:  # torch's own answer takes 2 us, in every call
+    if index not in _CAPABILITIES:  # torch's function takes 2 us, in every call
         _CAPABILITIES[index] = torch.cuda.get_device_capability(index)
     return _CAPABILITIES[index]
 
@@ -51,21 +51,21 @@ _CAPABILITIES: dict[int, tuple[int, int]] = {}
 
 @dataclass(frozen=True)
 class Tile:
-    """BM queries by BN keys; warps of 32 lanes; how many loads ahead."""
+    """BM queries by BN keys; warps of 32 lanes; stages of the load pipeline."""
 
     bm: int
     bn: int
     warps: int
     stages: int
-    turn: Literal["loop", "before"] = "before"  # forward: k is turned in the loop, or before by operands.py
-    split: bool = False  # backward: a loop of its own for whole tiles, which takes registers
-    # most registers a thread, for NVIDIA's assembler: 128 lets two programs of 8 warps share an SM; None: as many as it likes
+    rotate_k: Literal["loop", "before"] = "before"  # forward: k is rotated in the loop, or before by pre_rotate.py
+    split: bool = False  # backward: a separate loop for whole tiles, which takes registers
+    # maximum of registers per thread: 128 lets two programs of 8 warps share an SM; None: the compiler decides
     maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sequences of at most `block` tokens. Forward: heads per program, one after another; how many loads ahead."""
+    """Window kernel for sequences of at most `block` tokens. Forward: heads per program, in sequence; pipeline stages."""
 
     block: int
     warps: int
@@ -75,7 +75,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Tokens and heads that a program of rotate.py or operands.py rotates."""
+    """Tokens and heads that a program of rotate.py or pre_rotate.py rotates."""
 
     block: int
     per_program: int
@@ -84,32 +84,32 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The tiles that serve a call. A window, where there is one, serves instead of the tiles."""
+    """Tiles of a call. A window, if not None, is used instead of the tiles."""
 
     family: Family
     forward: Tile
-    query: Tile  # of the backward, for dq
-    key: Tile  # of the backward, for dk and dv: two accumulators of BN x D
+    query: Tile  # backward, for dq
+    key: Tile  # backward, for dk and dv: two accumulators of BN x D
     window_forward: Window | None
     window_backward: Window | None
 
 
-# Of an H100 or H200; an A100 has 108, a B200 148.
+# SMs of an H100 or H200; an A100 has 108, a B200 148.
 SMS = 132
 ROTATION = Rotation(block=32, per_program=4, warps=4)
 OPERANDS = ROTATION
-# Tokens that a program of angles.py visits.
+# Tokens per program of angle_gradient.py.
 ANGLES_BLOCK = 32
 
-# k is turned in the loop for sequences up to this many tokens, and by a kernel of its own above. In the loop, every block
+# k is rotated in the loop for sequences up to this many tokens, and by a separate kernel above. In the loop, every block
 # of BM queries reads the angles once more, 256 bytes of a token at D = 64 against 256 of its k and v, from L2 at about 25
 # bytes a clock and SM; the extra kernel reads and writes k, 256 bytes, in main memory at about 18, and reads the angles
 # once: equal at N = 2.4 BM (model).
-TURN_IN_LOOP_UP_TO = 256
+ROTATE_IN_LOOP_UP_TO = 256
 
 # ------------------------------------------------------------------------------------------------- rows: (head_dim <=, tile)
 
-# float32: the ordinary units multiply, in small tiles
+# float32: no tensor cores, small tiles
 _FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
 _FLOAT32_QUERY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
 _FLOAT32_KEY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
@@ -128,7 +128,7 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
         (64, Tile(128, 64, 8, 2, "loop")),
         (128, Tile(128, 32, 8, 2, "loop")),
     ),
-    # 104 and 112, three cuts, have no registers for the rotation: 24 to 136 bytes of spills in the loop
+    # 104 and 112, three blocks, have no registers for the rotation: 24 to 136 bytes of spills in the loop
     "hopper": ((96, Tile(128, 64, 8, 3, "loop")), (112, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3, "loop"))),
     "blackwell": (
         (64, Tile(128, 64, 8, 3, "loop")),
@@ -137,7 +137,7 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
     ),
     "cdna": ((128, Tile(64, 64, 8, 1, "loop")),),
 }
-# Where tiles of 128 queries would leave SMs without a program: one image, say.
+# For calls where tiles of 128 queries would leave SMs without a program, e.g. one image.
 _FEW: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((80, Tile(64, 64, 4, 2)),),
     "hopper": ((96, Tile(64, 64, 4, 3)),),
@@ -165,7 +165,7 @@ _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     ),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
 }
-# head_dim <= and the longest sequence decide; what is missing spills, and is served by the tiles.
+# First match by head_dim and length. Missing entries would spill registers; those shapes use the tiled kernels.
 # Four warps: 1,058 instructions each for a window of 64 tokens at D = 80, half of what its memory traffic takes on an H200.
 _WINDOW_FORWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
     "ampere": ((96, Window(64, 8, 4, 2)), (64, Window(128, 8, 2, 1))),
@@ -182,27 +182,29 @@ _WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
 
 
 def joins(family: Family, dtype: torch.dtype) -> bool:
-    """Whether the forward has one operand of q and k for each cut, not two. With wgmma and tcgen05 every operand costs a wait
-    for the tensor cores. With mma.sync and mfma there is nothing to wait for, and joined ones cost addresses (215
-    instructions a tile become 288: sm_80, D = 64, Triton 3.6); on the ordinary units they cost registers."""
+    """Return whether the forward has one operand of q and k per head_dim block, not two. With wgmma and tcgen05 every
+    operand costs a wait for the tensor cores. mma.sync and mfma need no waits, and joined operands cost addresses (215
+    instructions a tile become 288: sm_80, D = 64, Triton 3.6); without tensor cores they cost registers."""
     return family in ("hopper", "blackwell") and dtype != torch.float32
 
 
 def ones(family: Family, dtype: torch.dtype) -> int:
-    """Columns of 1 of the product that sums the forward's rounded weights: the smallest that the tensor cores multiply by;
-    0, no product, where weights are not rounded or never above 1."""
+    """Return the number of columns of 1 in the product that sums the forward's rounded weights: the smallest size of the
+    tensor cores; 0, no product, where weights are not rounded or never above 1."""
     return 0 if dtype != torch.bfloat16 else 16 if family == "cdna" else 8
 
 
 def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int, few: bool = False) -> Choice:
-    """longest: tokens of the longest sequence, as far as it is known; few: see few_programs."""
+    """Return the shipped tiles. longest: tokens of the longest sequence, as far as known; few: see few_programs."""
     if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
-        forward = replace(_tile(_FLOAT32_FORWARD, dim), turn="loop" if longest <= TURN_IN_LOOP_UP_TO else "before")
+        forward = replace(
+            _tile(_FLOAT32_FORWARD, dim), rotate_k="loop" if longest <= ROTATE_IN_LOOP_UP_TO else "before"
+        )
         return Choice(family, forward, _tile(_FLOAT32_QUERY, dim), _tile(_FLOAT32_KEY, dim), None, None)
-    in_loop = longest <= TURN_IN_LOOP_UP_TO
+    in_loop = longest <= ROTATE_IN_LOOP_UP_TO
     forward = _tile((_LOOP if in_loop else _BEFORE)[family], dim)
     if few and any(dim <= width for width, _ in _FEW[family]):
-        forward = replace(_tile(_FEW[family], dim), turn=forward.turn)
+        forward = replace(_tile(_FEW[family], dim), rotate_k=forward.rotate_k)
     return Choice(
         family,
         forward,
@@ -228,14 +230,14 @@ def _window(rows: tuple[tuple[int, Window], ...], dim: int, longest: int) -> Win
 
 
 def few_programs(call: AttentionCall) -> bool:
-    """Whether blocks of 128 queries are fewer than the SMs of a large GPU."""
+    """Return whether blocks of 128 queries are fewer than the SMs of a large GPU."""
     batch, tokens, heads, _ = call.q.shape
     blocks = batch * -(-tokens // 128) if call.cu_seqlens is None else tokens // 128 + call.cu_seqlens.shape[0] - 1
     return blocks * heads < SMS
 
 
 def heads_per_program(config: Window | Rotation, blocks: int, heads: int) -> int:
-    """Fewer where that many heads one after another would leave SMs with less than two programs. blocks: of tokens."""
+    """Return heads per program, fewer if SMs would get less than two programs. blocks: of tokens."""
     count = config.per_program
     while count > 1 and blocks * -(-heads // count) < 2 * SMS:
         count //= 2
@@ -247,7 +249,7 @@ def choice_of(call: AttentionCall) -> Choice:
     return _choice(q.device, q.dtype, q.shape[-1], bucket(call.longest), few_programs(call))
 
 
-# Lengths within a bucket share their tiles.
+# Lengths in the same bucket share their tiles.
 BUCKETS = (16, 32, 64, 128, 256, 640, 1280, 2560)
 
 
@@ -257,12 +259,12 @@ def bucket(tokens: int) -> int:
 
 @functools.lru_cache(1024)
 def _choice(device: torch.device, dtype: torch.dtype, dim: int, longest: int, few: bool) -> Choice:
-    """What was tuned, on many programs, tells nothing of few."""
+    """Return the tiles of a regime. Tuning used large grids; its result is ignored for small ones."""
     choice = prebuilt(family_of(device), dtype, dim, longest, few)
     return choice if few or device.type != "cuda" else tuning_store.load(device).over(choice, dtype, dim, longest)
 
 
 def forget() -> None:
-    """Read what was tuned again."""
+    """Clear the cache, so that tuned tiles are read again."""
     _choice.cache_clear()
     tuning_store.load.cache_clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `spatial-pe tune` measured on this GPU with these versions: one JSON file for each, in the user's cache folder."""
+"""Results of `spatial-pe tune` on this GPU with these versions: one JSON file for each, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ..._utils.dispatcher import assume_constant
 if TYPE_CHECKING:
     from .tiles import Choice
 
-# Counts up when a row changes its meaning.
-FORMAT = 2
-# Fields of configs.Choice that are measured, in the order in which the tuner does: the backward needs a forward.
+# Increased when a row changes its meaning.
+FORMAT = 3
+# Measured fields of tiles.Choice, in the order of tuning: the backward needs a forward.
 UNITS = ("forward", "window_forward", "query", "key", "window_backward")
 
 
 def path(device: torch.device) -> Path:
-    """Tiles that are best on one GPU, or with one compiler, are not on another."""
+    """Return the file for this GPU and compiler: the best tiles differ between them."""
     from ... import __version__
     from .backend import VERSION
 
@@ -38,19 +38,19 @@ def path(device: torch.device) -> Path:
 
 
 def regime(dtype: torch.dtype, dim: int, longest: int) -> str:
-    """longest: a bucket of configs.py."""
+    """Return the key of a row. longest: a bucket of tiles.py."""
     return f"{str(dtype).removeprefix('torch.')} D={dim} N<={longest}"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Rows by regime: the tiles of each unit (None: a window does not serve it; none of a unit without Triton), what took
-    how many milliseconds, and which backend was fastest, "triton", "cuda" or "composed", for "inference" and "training"."""
+    """Rows by regime: the tiles of each unit (None: no window; no units without Triton), milliseconds, and the fastest
+    backend, "triton", "cuda" or "composed", for "inference" and "training"."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def over(self, choice: Choice, dtype: torch.dtype, dim: int, longest: int) -> Choice:
-        """The choice, with what was measured for its regime instead."""
+        """Return the choice, overridden by what was measured for its regime."""
         from .tiles import Tile, Window
 
         row = self.rows.get(regime(dtype, dim, longest), {})
@@ -66,7 +66,7 @@ class Tuned:
         return row.get("faster", {}).get("training" if training else "inference")
 
 
-# Asked while a call is traced, too; torch.compile takes their answers as they are.
+# Called while a call is traced, too; torch.compile treats their results as constants.
 
 
 @assume_constant
@@ -81,7 +81,7 @@ def faster(device: torch.device, dtype: torch.dtype, dim: int, longest: int, tra
 
 @functools.cache
 def load(device: torch.device) -> Tuned:
-    """An unreadable file is left out with a warning: the tiles that come with the package serve."""
+    """Read the rows of a device. An unreadable file is ignored with a warning: the shipped tiles are used."""
     file = path(device)
     try:
         return _checked(json.loads(file.read_text(encoding="utf-8")))
@@ -106,7 +106,7 @@ def _checked(content: dict[str, Any]) -> Tuned:
 
 
 def save(rows: dict[str, dict[str, Any]], file: Path) -> None:
-    """Over the rows that are there; whole or not at all, also with several processes at once."""
+    """Merge the rows into the file, atomically, also with several processes at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     before = {}
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a broken file is replaced

@@ -206,8 +206,8 @@ def test_nan_and_inf_propagate(poison, dtype, monkeypatch):
     torch.testing.assert_close(got[~bad], expected[~bad], rtol=8 * eps, atol=8 * eps)
 
 
-def test_long_sequences_turn_k_before():
-    """Above tiles.TURN_IN_LOOP_UP_TO the plan has a launch more, and the result stays."""
+def test_long_sequences_pre_rotate_k():
+    """Above tiles.ROTATE_IN_LOOP_UP_TO the plan has a launch more, and the result stays."""
     from spatial_pe.backends.base import AttentionCall
     from spatial_pe.backends.triton.plan import plan_forward
 
@@ -363,14 +363,14 @@ def test_every_call_has_tiles(family):
             for tokens in (1, 16, 17, 64, 65, 128, 129, 256, 257, 5000):
                 few = tiles.prebuilt(family, dtype, dim, tiles.bucket(tokens), few=True)
                 choice = tiles.prebuilt(family, dtype, dim, tiles.bucket(tokens))
-                assert few.forward.bm <= choice.forward.bm and few.forward.turn == choice.forward.turn
+                assert few.forward.bm <= choice.forward.bm and few.forward.rotate_k == choice.forward.rotate_k
                 if (family, dim) == ("hopper", 64) and dtype == torch.bfloat16:
                     assert (few.forward.bm, choice.forward.bm) == (64, 128)
                 for window in (choice.window_forward, choice.window_backward):
                     assert window is None or tokens <= window.block <= 128
                 three_cuts = family == "hopper" and 96 < dim <= 112 and dtype != torch.float32
-                in_loop = tokens <= tiles.TURN_IN_LOOP_UP_TO and not three_cuts
-                assert choice.forward.turn == ("loop" if in_loop else "before")
+                in_loop = tokens <= tiles.ROTATE_IN_LOOP_UP_TO and not three_cuts
+                assert choice.forward.rotate_k == ("loop" if in_loop else "before")
 
 
 @pytest.mark.parametrize(

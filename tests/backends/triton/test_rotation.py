@@ -47,11 +47,11 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", [*CASES, GROUPED], ids=str)
 def test_rotation(case, dtype):
     q, k, rotary = drawn(case, dtype)
-    turned = triton.rotation([q, k], rotary)
-    for got, x in zip(turned, (q, k), strict=True):
+    results = triton.rotation([q, k], rotary)
+    for got, x in zip(results, (q, k), strict=True):
         assert got.is_contiguous()
         close(got, rotated(x, rotary))
-    back = triton.rotation(turned, rotary, inverse=True)
+    back = triton.rotation(results, rotary, inverse=True)
     torch.testing.assert_close(back[0], q, rtol=1e-2, atol=1e-2 if dtype == torch.float16 else 1e-5)
     close(triton.rotation([k], rotary, inverse=True)[0], rotated(k, rotary.inverse()))
 

@@ -23,8 +23,8 @@ pytestmark = [
 # Of windows and tiles alike; the tiles need no max_seqlen.
 BLOCK = 16
 # the way through the softmax: relative to the first tile, or float16's running maximum
-KERNELS = {"windows": torch.float32, "k turned before": torch.float32, "k turned in the loop": torch.float16}
-FEW = ("windows", "k turned before")
+KERNELS = {"windows": torch.float32, "k rotated before": torch.float32, "k rotated in the loop": torch.float16}
+FEW = ("windows", "k rotated before")
 NEVER = 512.0  # in all new memory; no result has it
 AROUND = 4096  # elements of it on both sides of a tensor
 
@@ -65,8 +65,8 @@ def choice_of(kernels: str):
     from spatial_pe.backends.triton.tiles import Choice, Tile, Window
 
     window = Window(BLOCK, 4, per_program=2) if kernels == "windows" else None
-    forward = Tile(BLOCK, BLOCK, 4, 1, "before" if kernels == "k turned before" else "loop")
-    backward = Tile(BLOCK, BLOCK, 4, 1, split=kernels == "k turned before")
+    forward = Tile(BLOCK, BLOCK, 4, 1, "before" if kernels == "k rotated before" else "loop")
+    backward = Tile(BLOCK, BLOCK, 4, 1, split=kernels == "k rotated before")
     return Choice("hopper", forward, backward, backward, window, window)
 
 

@@ -295,10 +295,10 @@ def corrupted(call):  # one row of 20: 11 % of the norm of all
     out[-1, -1, -1] *= 0.5
     return out, lse
 
-turn = iter(range(100))
+calls = iter(range(100))
 cuda.forward = corrupted
 found |= {"wrong": tuned_row(), "after wrong": served_by()}
-cuda.forward = lambda call: [x * (1 + 5e-4 * next(turn)) for x in reference.forward(call)]
+cuda.forward = lambda call: [x * (1 + 5e-4 * next(calls)) for x in reference.forward(call)]
 found |= {"unsteady": tuned_row()}
 print(json.dumps(found))
 """

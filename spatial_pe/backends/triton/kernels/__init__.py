@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels: one per file, made of ``blocks`` and ``sequences``."""
+"""The kernels: one per file, built from ``blocks`` and ``sequences``."""

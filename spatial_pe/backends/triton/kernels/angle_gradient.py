@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient of the angles: dφ = x₁·dx₂ - x₂·dx₁ of q plus that of k, from un-rotated x and its final gradient, since a
-rotation commutes with a quarter turn. Only for tables that want a gradient."""
+rotation commutes with a rotation by 90°. Only for tables that require a gradient."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def angles_kernel(
     ALIGN: tl.constexpr, PADDED: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """q, dq (B, N, H, D), k, dk (B, N, Hkv, D); out (B, N, H|1, R/2) contiguous: of one head, or the sum over all heads in
-    their order, so that results are the same every time."""
+    order, so that results are deterministic."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     dq_batch, dq_token, dq_head = aligned(dq_batch, dq_token, dq_head, ALIGN)
     dk_batch, dk_token, dk_head = aligned(dk_batch, dk_token, dk_head, ALIGN)
     sample, token, row, written = block_of_tokens(tl.program_id(0), tokens, BLOCK)
-    exists = written
-    if PADDED:  # what lies behind a sample's end may be NaN; where the length is none, all gradients are
+    valid = written
+    if PADDED:  # padding may be NaN; where the length is none, all gradients are
         length = tl.load(lengths + sample)
-        exists = written & (token + row < tl.where(length < 0, tokens, length))
+        valid = written & (token + row < tl.where(length < 0, tokens, length))
     q += sample * q_batch + token * q_token
     k += sample * k_batch + token * k_token
     dq += sample * dq_batch + token * dq_token
@@ -41,12 +41,12 @@ def angles_kernel(
         for index in tl.range(begin, begin + 1 if PER_HEAD else heads):
             head = tl.cast(index, tl.int64)
             total += _of_a_head(
-                q + head * q_head, dq + head * dq_head, row, q_token, dq_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i]
+                q + head * q_head, dq + head * dq_head, row, q_token, dq_token, valid, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i]
             )  # fmt: skip
         for index in tl.range(begin, begin + 1 if PER_HEAD else kv_heads):
             head = tl.cast(index, tl.int64)
             total += _of_a_head(
-                k + head * k_head, dk + head * dk_head, row, k_token, dk_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i]
+                k + head * k_head, dk + head * dk_head, row, k_token, dk_token, valid, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i]
             )  # fmt: skip
         pair = begin_of(PAIRS, i) + tl.arange(0, PAIRS[i])
         at = row[:, None] * (table_heads * (R // 2)) + pair[None, :]
@@ -55,9 +55,9 @@ def angles_kernel(
 
 @triton.jit
 def _of_a_head(
-    x, dx, row, x_token, dx_token, exists, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr,
+    x, dx, row, x_token, dx_token, valid, D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr,
     BEGIN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    x1, x2 = load_pairs(x, row, x_token, exists, D, R, PAIRING, BEGIN, COUNT, R // 2)
-    g1, g2 = load_pairs(dx, row, dx_token, exists, D, R, PAIRING, BEGIN, COUNT, R // 2)
+    x1, x2 = load_pairs(x, row, x_token, valid, D, R, PAIRING, BEGIN, COUNT, R // 2)
+    g1, g2 = load_pairs(dx, row, dx_token, valid, D, R, PAIRING, BEGIN, COUNT, R // 2)
     return x1.to(tl.float32) * g2.to(tl.float32) - x2.to(tl.float32) * g1.to(tl.float32)

@@ -3,9 +3,9 @@
 
 P = softmax(S), dP = dO Vᵀ, dS = P (dP - delta), delta = rowsum(dO O): dq̂ = dS k̂ scale, dk̂ = dSᵀ q̂ scale, dV = Pᵀ dO.
 
-``query_kernel`` has BM queries of a head and runs over the keys, which operands.py has turned before. It turns its own
-queries, keeps them and delta for the next kernel, and turns dq̂ back in float32 before it is rounded.
-``key_kernel`` has BN keys of a key head and runs over the queries of every head that shares it.
+``query_kernel`` has BM queries of a head and loops over the keys, which pre_rotate.py has rotated. It rotates its own
+queries, stores them and delta for the next kernel, and applies the inverse rotation to dq̂ in float32 before rounding.
+``key_kernel`` has BN keys of a key head and loops over the queries of every head that shares it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .blocks import (
     dot_over_channels,
     dot_to_channels,
     kept,
+    load_blocks,
     load_operands,
-    load_pieces,
-    load_turned,
+    load_rotated,
     operand_cut,
     scaled,
+    store_blocks,
+    store_inverse_rotated,
     store_operands,
-    store_pieces,
-    store_turned_back,
     total_of,
     zeros,
 )
@@ -35,7 +35,7 @@ from .sequences import locate, poison
 
 @triton.jit
 def query_kernel(
-    q, turned_k, v, out, dout, lse, dq, turned_q, delta, cos, sin, bounds,
+    q, rotated_k, v, out, dout, lse, dq, rotated_q, delta, cos, sin, bounds,
     sequences, tokens, rows_in_all, heads, group, scale,
     q_batch, q_token, q_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     table_batch, table_token, table_head,
@@ -43,8 +43,8 @@ def query_kernel(
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     FORM: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out and dq (B, N, H, D) contiguous, dout with strides g; turned_q (H, B N, padded D), turned_k likewise by key head,
-    operands side by side; lse and delta (B, H, N)."""
+    """out and dq (B, N, H, D) contiguous, dout with strides g; rotated_q (H, B N, padded D), rotated_k likewise by key
+    head, operands side by side; lse and delta (B, H, N)."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
@@ -55,48 +55,48 @@ def query_kernel(
     if FORM != "dense":
         poison(dq, sample * tokens, nan, end, heads, head, D)
     if FORM == "packed":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
-        if first >= length:  # a program that is left over
+        if first >= length:  # a program without tokens
             return
     token = start + first
     row = tl.arange(0, BM)
-    exists = first + row < length
+    valid = first + row < length
     width: tl.constexpr = total_of(operand_cut(PAIRS))
 
     cos += sample * table_batch + token * table_token + head * table_head
     sin += sample * table_batch + token * table_token + head * table_head
     stride = heads * D
     q += sample * q_batch + token * q_token + head * q_head
-    queries = load_turned(q, row, q_token, cos, sin, table_token, exists, D, R, PAIRING, PAIRS)
-    turned_q += (head * rows_in_all + sample * tokens + token) * width
-    store_operands(turned_q, row, exists, queries, PAIRS)
-    grads = load_pieces(dout + sample * g_batch + token * g_token + head * g_head, row, g_token, exists, D, CUT)
+    queries = load_rotated(q, row, q_token, cos, sin, table_token, valid, D, R, PAIRING, PAIRS)
+    rotated_q += (head * rows_in_all + sample * tokens + token) * width
+    store_operands(rotated_q, row, valid, queries, PAIRS)
+    grads = load_blocks(dout + sample * g_batch + token * g_token + head * g_head, row, g_token, valid, D, CUT)
     at_block = (sample * tokens + token) * stride + head * D
-    outs = load_pieces(out + at_block, row, stride, exists, D, CUT)
+    outs = load_blocks(out + at_block, row, stride, valid, D, CUT)
     row_delta = tl.full((BM,), 0.0, tl.float32)
     for i in tl.static_range(count_of(CUT)):
         row_delta += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)
     at_row = (sample * heads + head) * tokens + token + row
-    tl.store(delta + at_row, row_delta, mask=exists)
-    log2_total = tl.load(lse + at_row, mask=exists, other=float("inf")) * 1.4426950408889634
+    tl.store(delta + at_row, row_delta, mask=valid)
+    log2_total = tl.load(lse + at_row, mask=valid, other=float("inf")) * 1.4426950408889634
 
-    turned_k += ((head // group) * rows_in_all + sample * tokens + start) * width
+    rotated_k += ((head // group) * rows_in_all + sample * tokens + start) * width
     v += sample * v_batch + start * v_token + (head // group) * v_head
     c = scale * 1.4426950408889634
     acc = zeros(BM, operand_cut(PAIRS))
     keys = tl.where(first < length, length, 0)
-    # SPLIT, a loop of its own for whole tiles, saves a sixth of its instructions, and takes registers
+    # SPLIT, a separate loop for whole tiles, saves a sixth of its instructions, and takes registers
     whole = keys // BN * BN if SPLIT else 0
     for at in tl.range(0, whole, BN, num_stages=STAGES):
         acc = _add_keys(
-            acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token, False, D, PAIRS, CUT, BM, BN
+            acc, queries, grads, rotated_k, v, at, keys, c, log2_total, row_delta, v_token, False, D, PAIRS, CUT, BM, BN
         )
     for at in tl.range(whole, keys, BN, num_stages=1 if SPLIT else STAGES):
         acc = _add_keys(
-            acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token, True, D, PAIRS, CUT, BM, BN
+            acc, queries, grads, rotated_k, v, at, keys, c, log2_total, row_delta, v_token, True, D, PAIRS, CUT, BM, BN
         )
 
-    written = first + row < rows if FORM == "padded" else exists
-    store_turned_back(
+    written = first + row < rows if FORM == "padded" else valid
+    store_inverse_rotated(
         dq + at_block, row, stride, cos, sin, table_token, written, scaled(acc, scale),
         D, R, PAIRING, PAIRS,
     )  # fmt: skip
@@ -104,31 +104,31 @@ def query_kernel(
 
 @triton.jit
 def _add_keys(
-    acc, queries, grads, turned_k, v, at, keys, c, log2_total, row_delta, v_token,
+    acc, queries, grads, rotated_k, v, at, keys, c, log2_total, row_delta, v_token,
     TAIL: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BN)
-    exists = at + row < keys if TAIL else None
+    valid = at + row < keys if TAIL else None
     first = tl.cast(at, tl.int64)
-    turned = load_operands(turned_k + first * total_of(operand_cut(PAIRS)), row, exists, PAIRS)
-    values = load_pieces(v + first * v_token, row, v_token, exists, D, CUT)
-    weights = tl.exp2(dot_over_channels(queries, turned, BM, BN) * c - log2_total[:, None])
+    rotated = load_operands(rotated_k + first * total_of(operand_cut(PAIRS)), row, valid, PAIRS)
+    values = load_blocks(v + first * v_token, row, v_token, valid, D, CUT)
+    weights = tl.exp2(dot_over_channels(queries, rotated, BM, BN) * c - log2_total[:, None])
     if TAIL:  # a key past the end is 0 and adds 0, unless its weight, exp(0 - lse), is infinite
-        weights = tl.where(exists[None, :], weights, 0.0)
+        weights = tl.where(valid[None, :], weights, 0.0)
     dscores = weights * (dot_over_channels(grads, values, BM, BN) - row_delta[:, None])
-    return dot_to_channels(dscores.to(v.dtype.element_ty), turned, acc)
+    return dot_to_channels(dscores.to(v.dtype.element_ty), rotated, acc)
 
 
 @triton.jit
 def key_kernel(
-    turned_q, turned_k, v, dout, lse, delta, dk, dv, cos, sin, bounds,
+    rotated_q, rotated_k, v, dout, lse, delta, dk, dv, cos, sin, bounds,
     sequences, tokens, rows_in_all, heads, kv_heads, group, scale,
     v_batch, v_token, v_head, g_batch, g_token, g_head, table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     FORM: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, N, Hkv, D) contiguous; the rest as query_kernel has left it."""
+    """dk and dv (B, N, Hkv, D) contiguous; the rest as query_kernel wrote it."""
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
@@ -140,13 +140,13 @@ def key_kernel(
         poison(dv, sample * tokens, nan, end, kv_heads, kv_head, D)
     token = start + first
     row = tl.arange(0, BN)
-    exists = first + row < length
+    valid = first + row < length
     width: tl.constexpr = total_of(operand_cut(PAIRS))
 
-    turned_k += (kv_head * rows_in_all + sample * tokens + token) * width
-    keys = load_operands(turned_k, row, exists, PAIRS)
+    rotated_k += (kv_head * rows_in_all + sample * tokens + token) * width
+    keys = load_operands(rotated_k, row, valid, PAIRS)
     v += sample * v_batch + token * v_token + kv_head * v_head
-    values = load_pieces(v, row, v_token, exists, D, CUT)
+    values = load_blocks(v, row, v_token, valid, D, CUT)
     c = scale * 1.4426950408889634
     dkeys = zeros(BN, operand_cut(PAIRS))
     dvalues = zeros(BN, CUT)
@@ -154,7 +154,7 @@ def key_kernel(
     # as in query_kernel; saves 11 % here
     whole = length_here // BM * BM if SPLIT else 0
     for head in tl.range(kv_head * group, kv_head * group + group, num_stages=1):
-        head_q = turned_q + (head * rows_in_all + sample * tokens + start) * width
+        head_q = rotated_q + (head * rows_in_all + sample * tokens + start) * width
         head_g = dout + sample * g_batch + start * g_token + head * g_head
         head_rows = (sample * heads + head) * tokens + start
         for at in tl.range(0, whole, BM, num_stages=STAGES):
@@ -168,20 +168,20 @@ def key_kernel(
                 True, D, PAIRS, CUT, BM, BN,
             )  # fmt: skip
 
-    written = exists
+    written = valid
     if FORM == "padded":
-        dkeys = kept(dkeys, exists)
-        dvalues = kept(dvalues, exists)
+        dkeys = kept(dkeys, valid)
+        dvalues = kept(dvalues, valid)
         written = first + row < rows
     stride = kv_heads * D
     at_block = (sample * tokens + token) * stride + kv_head * D
     cos += sample * table_batch + token * table_token + kv_head * table_head
     sin += sample * table_batch + token * table_token + kv_head * table_head
-    store_turned_back(
+    store_inverse_rotated(
         dk + at_block, row, stride, cos, sin, table_token, written, scaled(dkeys, scale),
         D, R, PAIRING, PAIRS,
     )  # fmt: skip
-    store_pieces(dv + at_block, row, stride, written, dvalues, D, CUT)
+    store_blocks(dv + at_block, row, stride, written, dvalues, D, CUT)
 
 
 @triton.jit
@@ -190,13 +190,13 @@ def _add_queries(
     TAIL: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BM)
-    exists = at + row < length if TAIL else None
+    valid = at + row < length if TAIL else None
     first = tl.cast(at, tl.int64)
-    queries = load_operands(q + first * total_of(operand_cut(PAIRS)), row, exists, PAIRS)
-    grads = load_pieces(dout + first * g_token, row, g_token, exists, D, CUT)
+    queries = load_operands(q + first * total_of(operand_cut(PAIRS)), row, valid, PAIRS)
+    grads = load_blocks(dout + first * g_token, row, g_token, valid, D, CUT)
     if TAIL:  # past the end: weight exp(-inf) = 0
-        log2_total = tl.load(lse + first + row, mask=exists, other=float("inf")) * 1.4426950408889634
-        row_delta = tl.load(delta + first + row, mask=exists, other=0.0)
+        log2_total = tl.load(lse + first + row, mask=valid, other=float("inf")) * 1.4426950408889634
+        row_delta = tl.load(delta + first + row, mask=valid, other=0.0)
     else:
         log2_total = tl.load(lse + first + row) * 1.4426950408889634
         row_delta = tl.load(delta + first + row)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""R(q) and R(k) alone, in one launch, in place or not: for attention that is not ours, and what we compare ourselves with.
+"""Standalone rotation of q and k in one launch, in place or not: for use with other attention, and as a baseline.
 
-Bound by memory traffic: reads and writes q and k once. A program turns BLOCK tokens of several heads, with the angles in
-registers where heads share them.
+Bound by memory traffic: reads and writes q and k once. A program rotates BLOCK tokens of several heads, with the angles
+in registers where heads share them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import aligned, begin_of, count_of, load_angles, load_pairs, store_pairs, turn
+from .blocks import aligned, begin_of, count_of, load_angles, load_pairs, rotate, store_pairs
 from .sequences import block_of_tokens
 
 
@@ -24,13 +24,13 @@ def rotate_kernel(
     BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     """q (B, N, H, D), k (B, N, Hkv, D), and the results, with any strides. VISITED pairs of each head are read and written:
-    all D/2, or in place only the R/2 that turn. Heads past H are those of k."""
+    all D/2, or in place only the R/2 that are rotated. Heads past H are those of k."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     qo_batch, qo_token, qo_head = aligned(qo_batch, qo_token, qo_head, ALIGN)
     ko_batch, ko_token, ko_head = aligned(ko_batch, ko_token, ko_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
-    sample, token, row, exists = block_of_tokens(tl.program_id(0), tokens, BLOCK)
+    sample, token, row, valid = block_of_tokens(tl.program_id(0), tokens, BLOCK)
     cos += sample * table_batch + token * table_token
     sin += sample * table_batch + token * table_token
     q += sample * q_batch + token * q_token
@@ -40,14 +40,14 @@ def rotate_kernel(
     begin = tl.program_id(1) * PER_PROGRAM
     for i in tl.static_range(count_of(PAIRS)):
         pair = begin_of(PAIRS, i) + tl.arange(0, PAIRS[i])
-        c, s = load_angles(cos, sin, row, table_token, exists, pair, R)
+        c, s = load_angles(cos, sin, row, table_token, valid, pair, R)
         if INVERSE:
             s = -s
         for index in tl.range(begin, tl.minimum(begin + PER_PROGRAM, all_heads)):
             head = tl.cast(index, tl.int64)
-            if PER_HEAD:  # as many of k as of q
+            if PER_HEAD:  # as many heads of k as of q
                 at = tl.where(head < heads, head, head - heads) * table_head
-                c, s = load_angles(cos + at, sin + at, row, table_token, exists, pair, R)
+                c, s = load_angles(cos + at, sin + at, row, table_token, valid, pair, R)
                 if INVERSE:
                     s = -s
             of_q = index < heads
@@ -55,6 +55,6 @@ def rotate_kernel(
             out = tl.where(of_q, q_out + head * qo_head, k_out + (head - heads) * ko_head)
             x_token = tl.where(of_q, q_token, k_token)
             out_token = tl.where(of_q, qo_token, ko_token)
-            x1, x2 = load_pairs(x, row, x_token, exists, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)
-            x1, x2 = turn(x1, x2, c, s, pair, D, R)
-            store_pairs(out, row, out_token, exists, x1, x2, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)
+            x1, x2 = load_pairs(x, row, x_token, valid, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)
+            x1, x2 = rotate(x1, x2, c, s, pair, D, R)
+            store_pairs(out, row, out_token, valid, x1, x2, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i], VISITED)

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens a program works on, for the three forms of sequences, without asking the host for a length.
+"""Map programs to tokens, for the three forms of sequences, without reading a length on the host.
 
-Packed sequences: sequence i gets the programs from cu_seqlens[i] // BLOCK + i on. That many are enough for any lengths,
-the count needs no length (T // BLOCK + sequences), and a program finds its sequence by a binary search. Programs that
-are left over find a block past the end of their sequence and do nothing.
+Packed sequences: sequence i gets the programs from cu_seqlens[i] // BLOCK + i on. This count suffices for any lengths
+and needs none of them (T // BLOCK + sequences), and a program finds its sequence by a binary search. Excess programs find
+a block past the end of their sequence and do nothing.
 
 A program gets ``(sample, start, length, rows, nan, end)``: tokens [start, start + length) of the sample attend to each
 other, rows [start, start + rows) of a result are computed, 0 from ``length`` on (padding), and rows [nan, end) become NaN
-(``poison``): none in a call that is right. The host cannot read the lengths without waiting for the GPU, so here is
-where wrong ones must show. Nothing is read or written outside the tensors, every row is written, and NaN are
-
+(``poison``): none in a valid call. The host cannot read the lengths without waiting for the GPU, so wrong ones must show
+in the results. Nothing is read or written outside the tensors, every row is written, and NaN are
     the rows of a sample                  where seqlens[b] is not in 0..N
     the rows behind cu_seqlens[-1]        where that is less than T
     the rows between two of cu_seqlens    where one is not in 0..T, the first not 0, or a window longer than its tile
-    those that token 0 has a program with where cu_seqlens decrease anywhere; rows that several sequences claim then hold
+    the rows of the program of token 0    where cu_seqlens decrease anywhere; rows that several sequences claim then hold
                                           what one of them wrote
 
-All rows are written because bounds are read as if the first were 0, the last T, and the others clipped to 0..T: a way
-from 0 to T passes each row upwards, whatever else it does, and so do the blocks from one program to the next.
+All rows are written because cu_seqlens are read as if the first were 0, the last T, and the others clipped to 0..T: a
+path from 0 to T passes each row upwards, whatever else it does, and so do the blocks from one program to the next.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ DENSE, PACKED, PADDED = "dense", "packed", "padded"
 
 
 def programs(form: str, sequences: int, tokens: int, block: int) -> int:
-    """Programs for all blocks: dense and padded have `sequences` samples of `tokens`, packed `tokens` in total."""
+    """Return the programs for all blocks: dense and padded have `sequences` samples of `tokens`, packed `tokens` in total."""
     return tokens // block + sequences if form == PACKED else sequences * -(-tokens // block)
 
 
 @triton.jit
 def locate(program, bounds, sequences, tokens, FORM: tl.constexpr, BLOCK: tl.constexpr):
-    """The sequence of a program, and last the first token of its block there."""
+    """Return the sequence of a program, and last the first token of its block there."""
     if FORM == "packed":
         low = 0
         high = sequences
@@ -61,7 +60,7 @@ def locate(program, bounds, sequences, tokens, FORM: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def whole_sequence(index, bounds, sequences, tokens, FORM: tl.constexpr, LONGEST: tl.constexpr):
-    """Sequence `index`, for kernels that have room for LONGEST tokens of it."""
+    """Return sequence `index`, for kernels that hold LONGEST tokens of it."""
     if FORM == "packed":
         start, length, begin, end = _packed(index, bounds, sequences, tokens)
         length = tl.where(length <= LONGEST, length, 0)
@@ -75,8 +74,8 @@ def whole_sequence(index, bounds, sequences, tokens, FORM: tl.constexpr, LONGEST
 
 @triton.jit
 def _packed(index, bounds, sequences, tokens):
-    """(start, length, begin, end) of packed sequence `index`, which has rows [begin, end). The start is what was read, for
-    sequences with a length: at hand, where `begin` would take instructions of the loops."""
+    """Return (start, length, begin, end) of packed sequence `index`, which has rows [begin, end). The start is the unclipped
+    one for sequences with a length: it is at hand, where `begin` would cost instructions in the loops."""
     start = tl.load(bounds + index)
     stop = tl.load(bounds + index + 1)
     begin = tl.where(index == 0, 0, _clipped(start, tokens))
@@ -92,7 +91,7 @@ def _clipped(bound, tokens):
 
 @triton.jit
 def _decrease(bounds, sequences):
-    """Whether packed bounds do so anywhere. Of all programs only that of token 0 asks."""
+    """Return whether cu_seqlens decrease anywhere. Only the program of token 0 checks it."""
     found = tl.full((32,), 0, tl.int32)
     for at in tl.range(0, sequences, 32, num_stages=1):
         index = at + tl.arange(0, 32)
@@ -103,7 +102,7 @@ def _decrease(bounds, sequences):
 
 @triton.jit
 def _of_sample(sample, bounds, tokens, FORM: tl.constexpr):
-    """(length, rows) of a sample of `tokens`."""
+    """Return (length, rows) of a sample of `tokens`."""
     length = tokens
     rows = tokens
     if FORM == "padded":
@@ -116,7 +115,7 @@ def _of_sample(sample, bounds, tokens, FORM: tl.constexpr):
 
 @triton.jit
 def poison(result, sample_row, nan, end, heads, head, D: tl.constexpr):
-    """NaN in rows [nan, end) of a sample, of one head of a contiguous (rows, heads, D). All that takes registers is
+    """Write NaN to rows [nan, end) of a sample, of one head of a contiguous (rows, heads, D). All that takes registers is
     within the branch."""
     if nan < end:
         channel = tl.arange(0, 128)
@@ -126,7 +125,7 @@ def poison(result, sample_row, nan, end, heads, head, D: tl.constexpr):
 
 @triton.jit
 def block_of_tokens(program, tokens, BLOCK: tl.constexpr):
-    """(sample, first token of the block, rows, which of them exist), for kernels to which sequences are nothing."""
+    """Return (sample, first token of the block, rows, valid rows), for kernels that ignore sequence boundaries."""
     blocks = tl.cdiv(tokens, BLOCK)
     sample = tl.cast(program // blocks, tl.int64)
     first = (program % blocks) * BLOCK

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences of at most 128 tokens, such as Qwen2.5-VL's windows of 64: a whole sequence is one tile.
 
-No running maximum, no loop over keys, nothing is turned twice, and the backward is one kernel that needs nothing but its own
+No running maximum, no loop over keys, each q and k is rotated once, and the backward is one kernel that needs only its
 sequence. These sizes are bound by memory traffic: a program takes several heads of a sequence, one after another, so that
-the next head's loads are under way while this one is computed, and the angles, two thirds as many bytes as q, k and v
-together, come from the SM's own cache after the first head. The backward has no registers for that.
+the next head's loads are in flight while this one is computed, and the angles, two thirds as many bytes as q, k and v
+together, come from the L1 cache after the first head. The backward has no registers for that.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .blocks import (
     dot_over_channels,
     dot_to_channels,
     kept,
-    load_pieces,
-    load_turned,
+    load_blocks,
+    load_rotated,
     operand_cut,
     scaled,
-    store_pieces,
-    store_turned_back,
+    store_blocks,
+    store_inverse_rotated,
     zeros,
 )
 from .sequences import poison, whole_sequence
@@ -36,10 +36,10 @@ def window_forward_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
-    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, SETTLE: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, MATERIALIZE: tl.constexpr,
     FORM: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As forward_kernel; a sequence longer than BLOCK becomes NaN."""
+    """Forward like forward_kernel; a sequence longer than BLOCK becomes NaN."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
@@ -54,8 +54,8 @@ def window_forward_kernel(
                 poison(out, sample * tokens, nan, end, heads, index, D)
                 poison(lse, (sample * heads + index) * tokens, nan, end, 1, 0, 1)
     row = tl.arange(0, BLOCK)
-    exists = row < length
-    written = row < rows if FORM == "padded" else exists
+    valid = row < length
+    written = row < rows if FORM == "padded" else valid
     c = scale * 1.4426950408889634
     stride = heads * D
     q += sample * q_batch + start * q_token
@@ -68,26 +68,26 @@ def window_forward_kernel(
         head = tl.cast(index, tl.int64)
         at_cos = cos + head * table_head
         at_sin = sin + head * table_head
-        queries = load_turned(
-            q + head * q_head, row, q_token, at_cos, at_sin, table_token, exists, D, R, PAIRING, PAIRS
+        queries = load_rotated(
+            q + head * q_head, row, q_token, at_cos, at_sin, table_token, valid, D, R, PAIRING, PAIRS
         )  # fmt: skip
-        keys = load_turned(
-            k + (head // group) * k_head, row, k_token, at_cos, at_sin, table_token, exists, D, R, PAIRING, PAIRS, SETTLE
+        keys = load_rotated(
+            k + (head // group) * k_head, row, k_token, at_cos, at_sin, table_token, valid, D, R, PAIRING, PAIRS, MATERIALIZE
         )  # fmt: skip
-        values = load_pieces(v + (head // group) * v_head, row, v_token, exists, D, CUT)
+        values = load_blocks(v + (head // group) * v_head, row, v_token, valid, D, CUT)
 
         scores = dot_over_channels(queries, keys, BLOCK, BLOCK)
-        scores = tl.where(exists[None, :], scores, float("-inf"))
+        scores = tl.where(valid[None, :], scores, float("-inf"))
         top = tl.max(scores, 1)
         weights = tl.exp2(scores * c - (top * c)[:, None])
         total = tl.sum(weights, 1)
         acc = dot_to_channels(weights.to(v.dtype.element_ty), values, zeros(BLOCK, CUT))
 
         acc = scaled(acc, (1.0 / total)[:, None])
-        if FORM == "padded":  # tokens that do not exist are 0
-            acc = kept(acc, exists)
-        store_pieces(out + head * D, row, stride, written, acc, D, CUT)
-        log_total = tl.where(exists, top * scale + tl.log(total), 0.0)
+        if FORM == "padded":  # padding is 0
+            acc = kept(acc, valid)
+        store_blocks(out + head * D, row, stride, written, acc, D, CUT)
+        log_total = tl.where(valid, top * scale + tl.log(total), 0.0)
         tl.store(lse + (sample * heads + head) * tokens + start + row, log_total, mask=written)
 
 
@@ -98,10 +98,10 @@ def window_backward_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
-    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, SETTLE: tl.constexpr,
+    ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, MATERIALIZE: tl.constexpr,
     FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a key head of a sequence, the query heads that share it one after another."""
+    """Compute all gradients of a key head of a sequence, from the query heads that share it one after another."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
@@ -116,8 +116,8 @@ def window_backward_kernel(
         poison(dk, sample * tokens, nan, end, kv_heads, kv_head, D)
         poison(dv, sample * tokens, nan, end, kv_heads, kv_head, D)
     row = tl.arange(0, BLOCK)
-    exists = row < length
-    written = row < rows if FORM == "padded" else exists
+    valid = row < length
+    written = row < rows if FORM == "padded" else valid
     c = scale * 1.4426950408889634
     stride = heads * D
     kv_stride = kv_heads * D
@@ -133,38 +133,38 @@ def window_backward_kernel(
     dv += (sample * tokens + start) * kv_stride
     k_cos = cos + kv_head * table_head
     k_sin = sin + kv_head * table_head
-    keys = load_turned(
-        k + kv_head * k_head, row, k_token, k_cos, k_sin, table_token, exists, D, R, PAIRING, PAIRS, SETTLE
+    keys = load_rotated(
+        k + kv_head * k_head, row, k_token, k_cos, k_sin, table_token, valid, D, R, PAIRING, PAIRS, MATERIALIZE
     )  # fmt: skip
-    values = load_pieces(v + kv_head * v_head, row, v_token, exists, D, CUT)
+    values = load_blocks(v + kv_head * v_head, row, v_token, valid, D, CUT)
     dkeys = zeros(BLOCK, operand_cut(PAIRS))
     dvalues = zeros(BLOCK, CUT)
     for head in tl.range(kv_head * group, kv_head * group + group, num_stages=1):
         at_cos = cos + head * table_head
         at_sin = sin + head * table_head
-        grads = load_pieces(dout + head * g_head, row, g_token, exists, D, CUT)
-        outs = load_pieces(out + head * D, row, stride, exists, D, CUT)
+        grads = load_blocks(dout + head * g_head, row, g_token, valid, D, CUT)
+        outs = load_blocks(out + head * D, row, stride, valid, D, CUT)
         delta = tl.full((BLOCK,), 0.0, tl.float32)
         for i in tl.static_range(count_of(CUT)):
             delta += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)
-        queries = load_turned(
-            q + head * q_head, row, q_token, at_cos, at_sin, table_token, exists, D, R, PAIRING, PAIRS
+        queries = load_rotated(
+            q + head * q_head, row, q_token, at_cos, at_sin, table_token, valid, D, R, PAIRING, PAIRS
         )  # fmt: skip
         at_row = (sample * heads + head) * tokens + start + row
-        log2_total = tl.load(lse + at_row, mask=exists, other=float("inf")) * 1.4426950408889634
+        log2_total = tl.load(lse + at_row, mask=valid, other=float("inf")) * 1.4426950408889634
 
         weights = tl.exp2(dot_over_channels(queries, keys, BLOCK, BLOCK) * c - log2_total[:, None])
-        weights = tl.where(exists[None, :], weights, 0.0)
+        weights = tl.where(valid[None, :], weights, 0.0)
         low_weights = weights.to(v.dtype.element_ty)
         dvalues = dot_to_channels(tl.trans(low_weights), grads, dvalues)
         dscores = weights * (dot_over_channels(grads, values, BLOCK, BLOCK) - delta[:, None])
         low_dscores = dscores.to(v.dtype.element_ty)
         dkeys = dot_to_channels(tl.trans(low_dscores), queries, dkeys)
         dqueries = dot_to_channels(low_dscores, keys, zeros(BLOCK, operand_cut(PAIRS)))
-        store_turned_back(
+        store_inverse_rotated(
             dq + head * D, row, stride, at_cos, at_sin, table_token, written, scaled(dqueries, scale), D, R, PAIRING, PAIRS
         )  # fmt: skip
-    store_turned_back(
+    store_inverse_rotated(
         dk + kv_head * D, row, kv_stride, k_cos, k_sin, table_token, written, scaled(dkeys, scale), D, R, PAIRING, PAIRS
     )  # fmt: skip
-    store_pieces(dv + kv_head * D, row, kv_stride, written, dvalues, D, CUT)
+    store_blocks(dv + kv_head * D, row, kv_stride, written, dvalues, D, CUT)
