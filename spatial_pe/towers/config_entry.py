@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a saved model says about how it was patched: in config.json, and among its weights.
+"""Record of how a model was patched: in config.json, and among its weights.
 
-``patch`` notes its arguments as ``spatial_pe`` in the config of the tower, so they reach config.json. An attention
-module with an added encoding also gets a tensor, ``added_rope_requires_spatial_pe``: transformers alone reports it as
-unexpected when it loads such a directory, and never gives the tower without its rotation in silence.
+``patch`` writes its arguments as ``spatial_pe`` into the config of the tower, so they reach config.json. An attention
+module with an added encoding also gets a tensor, ``added_rope_requires_spatial_pe``: plain transformers reports it as
+unexpected, so a checkpoint is never silently loaded without its RoPE.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARK = "added_rope_requires_spatial_pe"
 
 
 def remember(model: nn.Module, tower: str, options: PatchOptions, backend: str) -> None:
-    """Note what was done to a tower, in its config or that of the nearest module around it that has one (timm's)."""
+    """Write the entry of a tower into its config or that of the nearest parent module that has one (timm's)."""
     while not hasattr(config := getattr(model.get_submodule(tower), "config", None), "to_dict"):
         if not tower:
             return
@@ -35,7 +35,7 @@ def forget(module: nn.Module) -> None:
 
 
 def noted(model: nn.Module) -> list[nn.Module]:
-    """The towers of a loaded model whose config has such a note: of modules that share a config, the outermost."""
+    """Return the towers of a loaded model whose config has an entry: of modules that share a config, the outermost."""
     found: dict[int, nn.Module] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -45,5 +45,5 @@ def noted(model: nn.Module) -> list[nn.Module]:
 
 
 def marking(device: torch.device) -> Tensor:
-    """The tensor, named MARK, of an attention module with an added encoding, whose weights are on this device."""
+    """Return the tensor, named MARK, of an attention module with an added encoding, on the device of its weights."""
     return torch.ones((), device="cpu" if device.type == "meta" else device)

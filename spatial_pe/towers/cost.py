@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one attention module costs, before and after: kernels launched and memory, counted and not timed."""
+"""Cost of one attention module, before and after: kernel launches and memory, counted and not timed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class Cost(NamedTuple):
-    """kernels: operators that compute something (views do not). peak: bytes of the tensors that it makes and that are
-    alive at once, its inputs but the tokens included (a mask, say)."""
+    """kernels: operators that compute something (views do not). peak: bytes of the tensors that it allocates and that
+    are alive at once, including its inputs except the tokens (e.g. a mask)."""
 
     kernels: int
     peak: int
 
 
 def cost_of(call: Callable[..., Any], inputs: dict[str, Any], first: str) -> Cost:
-    """Of one forward without gradients, the second of two (the first one may make what is kept)."""
+    """Return the cost of a second no-grad forward; the first one fills caches."""
     with torch.no_grad():
         call(**inputs)
         with _Counter() as counter:

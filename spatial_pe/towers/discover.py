@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the vision towers of a model and the attention modules in them, by structure."""
+"""Discovery of the vision towers of a model and their attention modules, by structure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .swap import swap_refusal
 
 @dataclass(frozen=True, eq=False)
 class Skipped:
-    """An attention module that is left alone, and why."""
+    """An attention module that is not patched, and why."""
 
     name: str
     module: nn.Module
@@ -28,7 +28,7 @@ class Skipped:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """An attention module of a vision tower that has a known form: patched if it is proven or trusted."""
+    """An attention module of a vision tower that has a known form: patched if it is verified or tested."""
 
     name: str
     module: nn.Module
@@ -43,9 +43,9 @@ class Candidate:
 
     @property
     def rotates(self) -> bool:
-        """Whether its tower hands it a rotation: timm's attention can take one, and need not be given any.
+        """Return whether its tower passes it a rotation: timm's attention can take one, but need not.
 
-        Only a tower that says ``rope = None`` has none: others may keep it under another name.
+        Only a tower that has ``rope = None`` passes none: others may store it under another name.
         """
         if not self.form.rotation:
             return False
@@ -53,12 +53,12 @@ class Candidate:
 
     @property
     def pads(self) -> bool:
-        """Whether its tower may pad: of timm's only those that take patch_valid."""
+        """Return whether its tower may pad: among timm's only those that take patch_valid."""
         return self.form.first != "x" or "patch_valid" in _arguments(type(self.tower))
 
     @property
     def packs_images(self) -> bool:
-        """Pixtral: several images in a batch of one, told apart by a mask that the tower builds."""
+        """Return whether it packs images like Pixtral: a batch of one, separated by a mask that the tower builds."""
         if self.form.name != "batched":
             return False
         takes = _arguments(type(self.tower))
@@ -68,10 +68,10 @@ class Candidate:
 
 
 def discover(model: nn.Module) -> list[Candidate | Skipped]:
-    """All attention modules of a model, those outside of its vision towers included (with that as the reason)."""
+    """Return all attention modules of a model; those outside of its vision towers are skipped, with that reason."""
     modules = dict(model.named_modules())
     attention = {name: module for name, module in modules.items() if _is_attention(module)}
-    for name in list(attention):  # a module that holds another one is only its container
+    for name in list(attention):  # a module that contains another one is only its container
         if any(other != name and _inside(other, name) for other in attention):
             del attention[name]
     towers = _towers(modules, attention)
@@ -96,7 +96,7 @@ def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -
 
 
 def _reason(module: nn.Module, tower: nn.Module, form: ForwardForm | str, layout: Layout | str) -> str | None:
-    """Return why an attention module is left alone, or None."""
+    """Return why an attention module is skipped, or None."""
     if isinstance(module, FusedAttention):
         return "already patched"
     if (reason := LEFT_ALONE.get(type(module).__name__) or swap_refusal(module)) is not None:
@@ -124,7 +124,7 @@ def _form_of(cls: type[nn.Module]) -> ForwardForm | str:
 
 
 def _arguments(cls: type[nn.Module]) -> dict[str, Parameter]:
-    """The named arguments of a forward, self, *args and **kwargs left out."""
+    """Return the named arguments of a forward, without self, *args and **kwargs."""
     variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     parameters = list(signature(cls.forward).parameters.values())[1:]
     return {p.name: p for p in parameters if p.kind not in variable}
@@ -137,7 +137,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _towers(modules: dict[str, nn.Module], attention: dict[str, nn.Module]) -> set[str]:
-    """A tower is the smallest module that holds both a patch embedding and attention."""
+    """Return the towers: the smallest modules that contain both a patch embedding and attention."""
     patches = [name for name, module in modules.items() if _is_patch_embedding(name, module)]
     patches = patches or [name for name, module in modules.items() if is_patch_convolution(module)]
     towers = set()
@@ -153,7 +153,7 @@ def _towers(modules: dict[str, nn.Module], attention: dict[str, nn.Module]) -> s
 def _is_patch_embedding(name: str, module: nn.Module) -> bool:
     last = _last(name)
     kind = type(module).__name__.lower()
-    # timm's NaFlexEmbeds has a linear layer in place of the convolution, named proj
+    # timm's NaFlexEmbeds has a linear layer instead of the convolution, named proj
     return "patch_embed" in last or "patch_conv" in last or "patchembed" in kind or "naflexembeds" in kind
 
 

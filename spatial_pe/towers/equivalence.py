@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof that a patched attention computes what its own forward computes, on a tiny random input.
+"""Proof that a patched attention computes what its original forward computes, on a tiny random input.
 
-The reference is the module's own forward in float64. Errors are relative to it in the Frobenius norm, and it is itself
-good to float32 only: many towers rotate in float32 whatever they run in. Two rules:
+The reference is the original forward in float64. Errors are relative to it in the Frobenius norm, and it is itself
+accurate to float32 only: many towers rotate in float32 in any dtype. Two rules:
 
-    patched, in float64           error <= 4 roundings of float32
-    patched, as the module is     error <= 1.5 x error of its own forward + 4 roundings in its dtype
+        patched, in float64            error <= 4 roundings of float32
+        patched, in the module's dtype error <= 1.5 x error of its original forward + 4 roundings in its dtype
 
-The first sees what low precision hides (a bias that outweighs the attention, say), the second proves the kernel that
-will serve. The reference turned the other way must break the first rule: else the proof could not have failed, and it
-says so. All runs use copies that share the weights but no hooks and no mode: the model, the random state and the
-gradients are not touched.
+The first finds what low precision hides (e.g. a bias that outweighs the attention), the second checks the kernel that
+will run. Negative control: with negated angles the first rule must fail; otherwise it has no power, and the proof is
+reported as inconclusive. All runs use copies that share the weights but no hooks and no mode: the model, the random
+state and the gradients are not touched.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from .forms import ForwardForm
 from .fused_attention import Binding, FusedAttention
 from .layout import Layout, project, scale_of
 
-PREFIX = 3  # tokens that are not rotated
-SMALL = (0, 5, 6, 15)  # bounds of three sequences, one of a single token
+PREFIX = 3  # unrotated tokens
+SMALL = (0, 5, 6, 15)  # cu_seqlens of three sequences, one of a single token
 LARGE = tuple(range(0, 961, 64))  # 960 tokens in windows of 64
 
 
 @dataclass(frozen=True)
 class Proof:
-    """error: of the patched forward; own_error: of the module's own. pairing, returns, masks: what a Binding needs.
+    """error: of the patched forward; own_error: of the original one. pairing, returns, masks: for the Binding.
 
     failure: why this is no proof, or None. ran: False if nothing was found wrong, but nothing could be compared either.
     """
@@ -52,13 +52,13 @@ class Proof:
     pairing: str = "half"
     returns: str = "tuple"
     masks: bool = False
-    example: int = 0  # which of the examples it was
+    example: int = 0  # index of the example
 
 
 def prove(
     module: nn.Module, form: ForwardForm, layout: Layout, backend: str, packs_images: bool, pairings: tuple[str, ...]
 ) -> Proof:
-    """Run all three and apply the rule, for each pairing and each form that the arguments may have, until it holds."""
+    """Compare the forwards, for each pairing and each form that the arguments may have, until the rules hold."""
     weight = floating_weight(module)
     if any(p.is_meta for p in module.parameters()):
         return Proof(failure="its weights are not in memory", ran=False)
@@ -77,15 +77,15 @@ def prove(
 
 
 def floating_weight(module: nn.Module) -> Tensor:
-    """A parameter or buffer that tells in which dtype and where a module computes: quantised weights are integers, or
-    not tensors at all."""
+    """Return a parameter or buffer that shows the dtype and device of a module's computation: quantised weights are
+    integers, or not tensors at all."""
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     return next((t for t in tensors if t.is_floating_point()), torch.empty(0, device=device))
 
 
 def costs(module: nn.Module, binding: Binding, packs_images: bool, example: int) -> tuple[Cost, Cost] | None:
-    """Of its own forward and of the patched one, on 960 tokens: one image, or 15 windows. None if one cannot be run."""
+    """Return the costs of the original and patched forward on 960 tokens (one image, 15 windows); None if one fails."""
     weight = floating_weight(module)
     form, layout = binding.form, binding.layout
     own = _bare(module, None)
@@ -114,9 +114,8 @@ def _compare(
 ) -> Proof:
     cls = swapped_class(FusedAttention, type(reference))
     try:
-        exact, turned = (
-            _first(reference(**_own_inputs(given, torch.float64, form)))
-            for given in (inputs, _turned_back(inputs, form))
+        exact, inverse = (
+            _first(reference(**_own_inputs(given, torch.float64, form))) for given in (inputs, _negated(inputs, form))
         )
         result = own(**_own_inputs(inputs, dtype, form))
     except Exception as failed:
@@ -132,7 +131,7 @@ def _compare(
         shapes = tuple(exact.shape), tuple(_first(ours).shape)
         return Proof(failure=f"its own forward returns {shapes[0]}, the patched one {shapes[1]}")
     allowed = 4 * torch.finfo(torch.float32).eps
-    if form.rotation and not _distance(turned, exact) > allowed:  # true also for NaN, as of weights that are all zero
+    if form.rotation and not _distance(inverse, exact) > allowed:  # true also for NaN, e.g. if all weights are zero
         return Proof(failure="its output does not depend on the rotation", ran=False)
     error = _distance(_first(wide), exact)
     if not error <= allowed:
@@ -148,7 +147,7 @@ def _compare(
 def _takes_padding(
     reference: nn.Module, cls: type[FusedAttention], binding: Binding, inputs: dict[str, Any], exact: Tensor
 ) -> bool:
-    """Whether its own forward takes a mask of padding, at the end of one sample and scattered in the other, as such."""
+    """Return whether the original forward supports a padding mask, at the end of one sample, scattered in another."""
     name = binding.form.mask
     if exact.ndim != 3 or exact.shape[0] != 2 or name not in signature(type(reference).forward).parameters:
         return False
@@ -177,7 +176,7 @@ def _examples(
     device: torch.device,
     starts: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
-    """Arguments of the patched forward, in float64, in the forms that attention modules of a form take."""
+    """Yield arguments of the patched forward, in float64, in the variants that attention modules of a form take."""
     packed = bool(form.bounds) or packs
     bounds = torch.tensor(starts, dtype=torch.int32, device=device)
     tokens = starts[-1]
@@ -189,7 +188,7 @@ def _examples(
     elif not form.rotation:
         forms = [((2, tokens), (tokens,))]
     else:
-        prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # timm says so
+        prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # as timm has it
         forms = [
             ((2, tokens), (tokens - prefix,)),  # DINOv3, timm
             ((2, tokens), (tokens,)),  # MLCD, Llama 4
@@ -208,24 +207,24 @@ def _examples(
         if packed:
             inputs[form.bounds or "cu_seq_lens_q"] = bounds
         for name, parameter in [*signature(type(reference).forward).parameters.items()][1:]:
-            if name == "position_ids":  # Gemma 4 asks for the number of axes
+            if name == "position_ids":  # Gemma 4 reads the number of axes
                 inputs[name] = torch.zeros(2, tokens, 2, dtype=torch.long, device=device)
             elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
                 inputs.setdefault(name, None)
         if form.bounds and form.rotation == "position_embeddings":
-            # most packed towers hand on float32 tables whatever they are in, some their own dtype
+            # most packed towers pass float32 tables in any dtype, some pass their own dtype
             yield {**inputs, form.rotation: tuple(t.float() for t in inputs[form.rotation])}
         yield inputs
-        if form.bounds and not form.rotation:  # HunYuan-VL hands it on without naming it
+        if form.bounds and not form.rotation:  # HunYuan-VL forwards it without naming it
             yield {**inputs, form.mask: None}
 
 
 def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:
-    """A factor for x: logits near zero would make every attention uniform and every rotation look right. Give them a
-    spread of 2, which q kᵀ reaches where x is scaled by the root of what is missing."""
+    """Return a factor for x that gives the logits a spread of 2: with logits near zero every attention is uniform and
+    every rotation looks right. q kᵀ grows with the square of x."""
     try:
         q, k, _ = project(reference, layout, x)
-    except Exception:  # then its own forward fails too, and says how
+    except Exception:  # then the original forward fails too, and reports it
         return 1.0
     spread = float((q * k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)).sum(-1).std()) * scale_of(
         reference, layout
@@ -234,7 +233,7 @@ def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:
 
 
 def _rotation(angles: Tensor, name: str, pairing: str) -> Any:
-    """(..., N, D/2) angles in the example of that argument, see ``adapters/tables.py``."""
+    """Return (..., N, D/2) angles in the format of that argument, see ``rotary_inputs.py``."""
     if name == "freqs_ci":
         return torch.polar(torch.ones_like(angles), angles)
     if name == "rotary_pos_emb":
@@ -244,8 +243,8 @@ def _rotation(angles: Tensor, name: str, pairing: str) -> Any:
     return torch.cat([sin, cos], dim=-1) if name == "rope" else (cos, sin)
 
 
-def _turned_back(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
-    """The same with every angle negated."""
+def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
+    """Return the inputs with every angle negated."""
     value = inputs.get(form.rotation)
     if isinstance(value, tuple):
         value = (value[0], -value[1])
@@ -260,7 +259,7 @@ def _turned_back(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
 
 
 def _cast(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict[str, Any]:
-    """In the module's dtype; a float32 table stays one."""
+    """Cast to the module's dtype; a float32 table stays float32."""
     cast = {**inputs, form.first: inputs[form.first].to(dtype)}
     value = inputs.get(form.rotation)
     if isinstance(value, tuple):
@@ -274,7 +273,7 @@ def _cast(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict
 
 
 def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict[str, Any]:
-    """The same for the module's own forward, which takes packed images as a mask."""
+    """Return the inputs of the original forward, which takes packed images as a mask."""
     cast = _cast(inputs, dtype, form)
     if "cu_seq_lens_q" in cast:
         bounds = cast.pop("cu_seq_lens_q")
@@ -288,7 +287,7 @@ def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -
 
 
 def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy in eval mode that shares the weights (or holds them in dtype), without hooks and wrappers."""
+    """Return a copy in eval mode that shares the weights (or holds them in dtype), without hooks and wrappers."""
     twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__)
     state = twin.__dict__
@@ -304,9 +303,9 @@ def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     state["training"] = False
     config: Any = state.get("config")
     if hasattr(config, "_attn_implementation") and (dtype is not None or config._attn_implementation != "eager"):
-        # the reference must run in float64, and flash attention may not run on this input at all
+        # the reference must run in float64, and flash attention may not support this input at all
         if config._attn_implementation == "eager":
-            state.setdefault("is_causal", False)  # a class that is never run with sdpa may not say that it is not
+            state.setdefault("is_causal", False)  # a class that is never run with sdpa may lack it
         state["config"] = copy.copy(config)
         state["config"]._attn_implementation = "sdpa"
     return twin

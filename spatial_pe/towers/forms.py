@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data: the forms of attention modules, the classes that the tests run, and those that are left alone.
+"""Data: the forms of attention modules, the tested classes, and those that are never patched.
 
 An attention module is recognised by the arguments of its forward and by its projections, never by its name. A class in
 ``TESTED`` is part of this package's tests: it is trusted with ``verify=False``, and a difference found by ``verify``
-raises. Any other class that has a form is patched only if verification proves it right, which also finds its pairing.
-What is trusted is named by module and class: code that comes with a checkpoint has classes of the same names that do
-something else (Ovis2.5's ``Siglip2Attention`` rotates). What is refused is named by class alone: so are its copies.
+raises. Any other class that has a form is patched only if verification succeeds, which also finds its pairing. Trusted
+classes are named by module and class: code that comes with a checkpoint has classes of the same names that do something
+else (Ovis2.5's ``Siglip2Attention`` rotates). Refused classes are named by class alone, which covers copies.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class ForwardForm:
-    """A form of attention module: its forward takes ``first``, all of ``needs``, and no more than ``takes``.
+    """Form of an attention module: its forward takes ``first``, all of ``needs``, and no more than ``takes``.
 
-    rotation: the argument that holds the rotation, if any. bounds: the argument that bounds packed sequences, if any.
-    mask: the argument that may hold a mask of padding.
-    returns: what classes of this form return unless ``TESTED`` or a proof says otherwise.
+    rotation: the argument that holds the rotation, if any. bounds: the cu_seqlens argument, if any.
+    mask: the argument that may hold a padding mask.
+    returns: return type of classes of this form unless ``TESTED`` or a proof says otherwise.
     """
 
     name: str
@@ -101,10 +101,10 @@ FORMS = (
 
 
 class Known(NamedTuple):
-    """What a tested class does that its form leaves open."""
+    """Properties of a tested class that its form leaves open."""
 
     pairing: str = "half"
-    returns: str | None = None  # None: as its form does
+    returns: str | None = None  # None: as its form
     pads: bool = False  # its tower pads, masks the padding, and drops what attention returns for it
 
 
@@ -166,18 +166,18 @@ TESTED: dict[str, Known] = {
 
 
 def tested(cls: type) -> Known | None:
-    """What the tests say of a class, or None where they do not run it."""
+    """Return the properties of a tested class, or None for other classes."""
     return TESTED.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-# Attention that looks right and is not: by class, with the reason that the report gives.
+# Attention that has a known form but is different: by class, with the reason for the report.
 LEFT_ALONE: dict[str, str] = {
     "VJEPA2RopeAttention": "its tables are not a rotation: cos and sin are tiled, but neighbouring channels paired",
     "Phi4MultimodalVisionAttention": "is_causal is True: with no padding its SDPA runs causal, which bidirectional "
     "attention would change",
 }
 
-# Attention over tokens that are not a grid of patches behind a prefix: no RoPE is added to it.
+# Attention over tokens that are not a grid of patches after a prefix: no RoPE is added to it.
 _SHUFFLED = "its tokens are a shuffled part of the patches"
 NO_GRID: dict[str, str] = {
     "ViTMAEAttention": _SHUFFLED,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patched attention module: what ``patch`` leaves on it, its forward, and the way back to the model's own."""
+"""The patched attention module: its state, its forward, and its fallback to the original attention."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from .rotary_inputs import Seen, rotation_of
 
 @dataclass
 class Binding:
-    """What ``patch`` leaves on an attention module: all that its new forward needs to know."""
+    """State that ``patch`` leaves on an attention module, for its new forward."""
 
     layout: Layout
     form: ForwardForm
     pairing: str
     returns: str  # "tuple" or "tensor"
     backend: str
-    masks: bool = False  # its own forward takes a mask of padding as padding
-    pads: bool = False  # and what it returns for padding is dropped
+    masks: bool = False  # its original forward supports a padding mask
+    pads: bool = False  # and its output for padding is dropped
     strict: bool = False  # a call that is not fused raises: a proof must not compare a module with itself
-    grids: Grids | None = None  # with an added RoPE: where its grid comes from
+    grids: Grids | None = None  # with an added RoPE: source of its grid
     prefix: int = 0  # with an added RoPE: tokens before the patches, and after them
     suffix: int = 0
     options: PatchOptions = field(default_factory=PatchOptions)
-    tables: Seen = field(default_factory=Seen)  # with a RoPE of its own
+    tables: Seen = field(default_factory=Seen)  # with RoPE of the tower
 
     @property
     def added(self) -> bool:
@@ -55,7 +55,7 @@ class FusedAttention(Swapped):
     """Attention of a tower by one call of rope_attention for all images, windows and heads of a layer.
 
     Base of ``class Patched<Original>(FusedAttention, <Original>)``, see ``swapped_class``; its state is its Binding.
-    Tokens are (T, C) or (1, T, C) with bounds; (B, N, C); or (B, h, w, C), where SAM 3 has a window or an image.
+    Tokens are (T, C) or (1, T, C) with cu_seqlens; (B, N, C); or (B, h, w, C), where SAM 3 has a window or an image.
     """
 
     arguments: ClassVar[tuple[str, ...]]  # of the original forward
@@ -76,7 +76,7 @@ class FusedAttention(Swapped):
             return node
         call = self.named(args, kwargs)
         if isinstance(mask := call.get("attn_mask"), Tensor) and mask.ndim == 2:
-            call["attn_mask"] = mask[None, None]  # timm hands it to SDPA: (queries, keys), and not (samples, keys)
+            call["attn_mask"] = mask[None, None]  # timm passes it to SDPA: (queries, keys), and not (samples, keys)
         bound = self._spatial_pe
         x = call[bound.form.first]
         bounds = self._bounds(call)
@@ -92,7 +92,7 @@ class FusedAttention(Swapped):
         if reason is None:
             padding, reason = self._padding(call, flat)
         if reason is None and (x.ndim == 2 if bounds is None else x.ndim == 3 and x.shape[0] > 1):
-            reason = "tokens are packed without bounds" if bounds is None else "a batch is packed"
+            reason = "packed tokens come without cu_seqlens" if bounds is None else "a batch is packed"
         if reason is not None:
             return self._unfused(reason, flat, rotary, bounds, call)
         attended = self._attend(flat, rotary, bounds, padding, call)
@@ -105,7 +105,7 @@ class FusedAttention(Swapped):
         bound = self._spatial_pe
         scale, backend = scale_of(self, bound.layout), bound.backend
         q, k, v = project(self, bound.layout, x)  # (B, N, H, D), or (T, H, D)
-        if rotary is not None and not isinstance(rotary, Rotary):  # no rotation of pairs: a function of q and k
+        if rotary is not None and not isinstance(rotary, Rotary):  # not a rotation of pairs but a function of q and k
             q, k, rotary = rotary(q), rotary(k), None
         if bounds is not None:
             batch_of_one = x.ndim == 3  # Pixtral, HunYuan-VL
@@ -129,16 +129,16 @@ class FusedAttention(Swapped):
     # ------------------------------------------------------------------------------------ what a call brings along
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positional arguments by name: their order differs between versions of transformers."""
+        """Return the arguments by name: their order differs between versions of transformers."""
         return {**dict(zip(self.arguments[: len(args)], args, strict=True)), **kwargs}
 
     def _bounds(self, call: dict[str, Any]) -> Tensor | None:
-        """Starts of packed sequences: an argument of packed attention, or recorded for Pixtral by ``PackImages``."""
+        """Return cu_seqlens: an argument of packed attention, or recorded for Pixtral by ``PackImages``."""
         name = self._spatial_pe.form.bounds
         return call.get(name or "cu_seq_lens_q")
 
     def _longest(self, bounds: Tensor, call: dict[str, Any], device: torch.device) -> int | None:
-        """The longest packed sequence, as the call says it, or as the kernels of a GPU need to know it."""
+        """Return the longest packed sequence: as passed in the call, or read if GPU kernels need it."""
         said = call.get("max_seqlen", call.get("max_length_q"))
         if isinstance(said, int):
             return said
@@ -152,7 +152,7 @@ class FusedAttention(Swapped):
         return rotation_of(value, bound.form.rotation, x.shape[-2], bound.layout.head_dim, bound.pairing, bound.tables)
 
     def _padding(self, call: dict[str, Any], x: Tensor) -> tuple[Padding | None, str | None]:
-        """The padding that a mask says, or why the call is not for the fused op."""
+        """Return the padding of a mask, or why the fused op cannot compute the call."""
         name = self._spatial_pe.form.mask
         mask = call.get(name)
         if mask is None:
@@ -160,14 +160,14 @@ class FusedAttention(Swapped):
         if not self._spatial_pe.masks or not isinstance(mask, Tensor) or x.ndim != 3:
             return None, f"{name} is given"
         found = padding_of(mask, x.shape[0], x.shape[1])
-        if isinstance(found, Padding) and not self._spatial_pe.pads:  # we return 0 there, and it does not
+        if isinstance(found, Padding) and not self._spatial_pe.pads:  # the fused op returns 0 there
             found = f"{name} masks padding"
         return (None, found) if isinstance(found, str) else (found, None)
 
     # --------------------------------------------------------------------------------- calls that are not for the op
 
     def refusal(self, call: dict[str, Any]) -> str | None:
-        """Why the fused op must not serve this call, or None."""
+        """Return why the fused op cannot compute this call, or None."""
         for name in ("causal_attention_mask", "head_mask"):
             if call.get(name) is not None:
                 return f"{name} is given"
@@ -176,7 +176,7 @@ class FusedAttention(Swapped):
         if self.training and dropout_of(self, self._spatial_pe.layout) > 0:
             return "attention dropout is active"
         if self.wants_weights(call):
-            return "attention weights are asked for"
+            return "attention weights are requested"
         return None
 
     def wants_weights(self, call: dict[str, Any]) -> bool:
@@ -197,8 +197,8 @@ class FusedAttention(Swapped):
         bound = self._spatial_pe
         if bound.strict:
             raise RuntimeError(f"not fused: {reason}")
-        if bound.added:  # the model's own forward would leave the rotation out
-            self.warn(f"{reason}, so such calls are computed without the fused kernel")
+        if bound.added:  # the original forward would leave the rotation out
+            self.warn(f"{reason}: falling back to attention without the fused kernel")
             q, k, v = project(self, bound.layout, x)
             q, k = (rotary(q), rotary(k)) if not isinstance(rotary, Rotary) else apply_rotary_qk(q, k, rotary)
             scale = scale_of(self, bound.layout)
@@ -210,7 +210,7 @@ class FusedAttention(Swapped):
         return self.fall_back(reason, call)
 
     def _mask(self, bounds: Tensor, x: Tensor) -> Tensor | None:
-        """The additive (1, 1, S, S) mask that Pixtral would have built, for a call that it computes itself."""
+        """Return the additive (1, 1, S, S) mask that Pixtral would have built, for a call of its original attention."""
         if "flash" in (getattr(getattr(self, "config", None), "_attn_implementation", None) or ""):
             return None
         token = torch.arange(x.shape[1], device=bounds.device)
@@ -219,8 +219,8 @@ class FusedAttention(Swapped):
         return mask.masked_fill_(image[:, None] != image[None, :], torch.finfo(mask.dtype).min)[None, None]
 
     def fall_back(self, reason: str, call: dict[str, Any]) -> Any:
-        """This call by the model's own attention."""
-        self.warn(f"{reason}, so the model's own attention computes such calls")
+        """Compute this call by the original attention."""
+        self.warn(f"{reason}: falling back to the original attention")
         return super().forward(**call)
 
     def warn(self, message: str) -> None:

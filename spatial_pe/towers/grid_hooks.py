@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a layer with an added RoPE knows the patch grid of the call that it is part of.
+"""Hooks that pass the patch grid of a forward to its layers with an added RoPE.
 
-The grid belongs to one forward of the tower and is kept where only that forward can read it:
+The grid belongs to one forward of the tower and is stored where only that forward can read it:
 
 - in the thread that runs it, from the tower's entry to its exit (``Forward``, on a stack, so that forwards may nest);
-- with the activations: inputs and outputs of the modules that hold attention, and of those beside it (the norm in front
-  of it), are tagged, in their storage, with the forward that made them. What checkpointing recomputes in backward gets
+- with the activations: inputs and outputs of the modules that contain attention, and of their siblings (the norm before
+  it), are tagged, in their storage, with the forward that made them. What checkpointing recomputes in backward gets
   the saved input of a block, maybe detached, maybe in another thread, after other forwards: the tag is still the right
-  one, and the norm hands it on. Where an input has none (it was cast or moved since), the call raises.
+  one, and the norm forwards it. If an input has none (it was cast or moved since), the call raises.
 
-Hooks are objects of importable classes, so that a patched model can be copied and pickled, and are found again by their
-class when the model is unpatched. What is compiled reads an attribute instead, which torch.compile guards.
+Hooks are objects of importable classes, so that a patched model can be copied and pickled, and are found by their class
+when the model is unpatched. Compiled code reads an attribute instead, which torch.compile guards.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ..rotary import Rotary
 
 
 class Forward:
-    """One forward of a tower: its grid, and the tables that were made of it.
+    """One forward of a tower: its grid, and the tables made from it.
 
-    owner: whose it is. task: the backward in which it runs, -1 outside: a recomputation is another forward of one grid.
+    owner: its Grids. task: the backward in which it runs, -1 outside: a recomputation is another forward of a grid.
     matches: in a torch.jit.trace, whether the grid is the recorded one, as a bool tensor.
     """
 
@@ -41,14 +41,14 @@ class Forward:
         self.owner, self.task, self.grid = owner, task, grid
         self.tables: dict[Any, Any] = {}
         self.matches: Tensor | None = None
-        self.users: set[int] = set()  # modules that asked, where nothing says when a forward ends
+        self.users: set[int] = set()  # modules that have read it, if nothing marks the end of the forward
 
     def again(self, task: int) -> Forward:
         return Forward(self.owner, task, self.grid)
 
 
 class _Stack:
-    """What runs in one thread: calls of the tower, and the modules inside of it, innermost last."""
+    """Calls of one thread: of the tower, and of the modules inside of it, innermost last."""
 
     def __init__(self) -> None:
         self.calls: list[Forward] = []
@@ -57,24 +57,24 @@ class _Stack:
 
 
 class _Here(threading.local):
-    """The stack of the thread that asks."""
+    """Stack of the current thread."""
 
     def __init__(self) -> None:
         self.stack = _Stack()
 
 
 class Grids:
-    """Where the layers of a tower with an added RoPE find the patch grid of the forward that they are part of."""
+    """Provider of the patch grid of the current forward, for the layers of a tower with an added RoPE."""
 
     def __init__(self) -> None:
-        self.compiled: Any = None  # for compiled code: the last grid, which its guards compare
+        self.compiled: Any = None  # for compiled code: the last grid, compared by its guards
         self.read_by_compiled = False
         self.running: dict[int, Forward] = {}  # by thread
         self.kept: tuple[Any, Any] | None = None
         self.local = _Here()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is another tower's: it has seen no forward."""
+        """Return an empty state: a copy belongs to another tower, and has seen no forward."""
         return {**self.__dict__, "compiled": None, "running": {}, "kept": None, "local": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Grids:
 
     def leave(self) -> None:
         calls = self.here.calls
-        if calls:  # none where another hook raised before ours was called
+        if calls:  # empty if another hook raised before ours was called
             calls.pop()
         if calls:
             self.running[threading.get_ident()] = calls[-1]
@@ -101,7 +101,7 @@ class Grids:
             self.running.pop(threading.get_ident(), None)
 
     def record(self, grid: Any, matches: Tensor | None = None) -> None:
-        """The grid of the forward that runs."""
+        """Set the grid of the current forward."""
         if not torch.compiler.is_compiling():
             stack, task = self.here, _task()
             if stack.calls and stack.calls[-1].task == task:
@@ -123,14 +123,14 @@ class Grids:
                 )
 
     def begin(self, module: nn.Module, x: Tensor | None) -> None:
-        """A module that holds attention, or is one, is called with x."""
+        """Enter a module that contains attention, or is one, called with x."""
         forward = self._forward_of(module, x)
         self.here.inside.append(forward)
         if forward is not None:
             self._tag(x, forward)
 
     def hand_on(self, x: Tensor | None, output: Tensor | None) -> None:
-        """A module beside attention made output of x."""
+        """Forward the tag from x to output, of a module beside attention."""
         if (forward := self._tagged(x)) is not None:
             self._tag(output, forward)
 
@@ -151,20 +151,20 @@ class Grids:
         if (carried := self._tagged(x)) is not None:
             return carried if carried.task == task else carried.again(task)
         loose = stack.loose
-        if loose is None or loose.task != task or id(module) in loose.users:  # the second time it is another forward
+        if loose is None or loose.task != task or id(module) in loose.users:  # the second read is another forward
             return None
         loose.users.add(id(module))
         return loose
 
     @staticmethod
     def _current(stack: _Stack) -> Forward | None:
-        """The call of the tower that runs, unless this is a backward that began in it."""
+        """Return the current call of the tower, unless this is a backward that began in it."""
         current = stack.calls[-1] if stack.calls else None
         return current if current is not None and current.task == _task() and current.grid is not None else None
 
     def _tag(self, x: Tensor | None, forward: Forward) -> None:
         if x is None or not (torch.is_grad_enabled() or x.requires_grad) or is_traced(x):
-            return  # no gradient, so nothing is computed again
+            return  # no gradient, so nothing is recomputed
         tags = x.untyped_storage().__dict__.setdefault("_spatial_pe", {})
         tags[id(self), x.storage_offset(), x.shape] = forward
 
@@ -178,12 +178,12 @@ class Grids:
     # ------------------------------------------------------------------------------------------------------ the tables
 
     def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Any:
-        """What to give to the encoding for tokens x (B, N, C)."""
+        """Return the argument of the encoding for tokens x (B, N, C)."""
         raise NotImplementedError
 
     def rotary(self, module: Any, x: Tensor, prefix: int, suffix: int = 0) -> Any:
-        """The tables of one attention module, called with x (B, N, C), or windows of it; those of an encoding without
-        parameters are made once for all layers."""
+        """Return the tables of one attention module, called with x (B, N, C), or windows of it; for an encoding without
+        parameters they are computed once for all layers."""
         rope = module.rope
         if torch.compiler.is_compiling():
             self.read_by_compiled = True
@@ -191,12 +191,12 @@ class Grids:
         forward = self._forward_of(module, x)
         if forward is None:
             raise RuntimeError(
-                "attention with an added RoPE was called outside of a forward of its tower, or is computed again from "
-                "an input that was cast or moved since: nothing tells its patch grid. Call the tower; checkpoint whole "
+                "attention with an added RoPE was called outside of a forward of its tower, or is recomputed from "
+                "an input that was cast or moved since, so its patch grid is unknown. Call the tower; checkpoint whole "
                 "blocks, and keep what they save where it is"
             )
         if next(rope.parameters(), None) is not None or needs_dispatcher((x,)):
-            # what is made while somebody traces belongs to the trace
+            # tensors made in a trace belong to the trace
             tables = rope(unrecorded(self.where, forward.grid, x, prefix, suffix)).to(x.device)
             return _only_there(tables, forward.matches)
         key = (id(rope), x.shape[1], x.device, x.dtype == torch.float64, torch.is_inference_mode_enabled())
@@ -205,7 +205,7 @@ class Grids:
         return forward.tables[key]
 
     def _made(self, rope: nn.Module, where: Any, x: Tensor, key: Any) -> Any:
-        """The tables, those of fixed frequencies also for the next forward on the same grid."""
+        """Return the tables; those of fixed frequencies are cached for the next forward on the same grid."""
         if type(rope) is not AxialRoPE or not isinstance(where, PatchGrid) or rope.frequencies.is_inference():
             return rope(where).to(x.device)
         key = (key, where, id(rope.frequencies), rope.frequencies._version)
@@ -220,7 +220,7 @@ def _task() -> int:
 
 
 def _only_there(tables: Any, matches: Tensor | None) -> Any:
-    """The tables, in a torch.jit.trace NaN for another grid of as many patches: the trace holds no other check."""
+    """Return the tables; in a torch.jit.trace NaN for another grid of as many patches, which the trace cannot check."""
     if matches is None or not isinstance(tables, Rotary):
         return tables
     cos, sin = (torch.where(matches.to(x.device), x, torch.nan) for x in (tables.cos, tables.sin))
@@ -254,25 +254,25 @@ class GridRecorder(Grids):
 
 
 class ShapesRecorder(Grids):
-    """Forward pre-hook on a tower that is told the grid of each padded image, as ``spatial_shapes`` (B, 2) (SigLIP 2).
+    """Forward pre-hook on a tower that gets the grid of each padded image as ``spatial_shapes`` (B, 2) (SigLIP 2).
 
     The encoding gets (row, column) coordinates (B, N, 2); tokens past an image's own get (0, 0).
     """
 
     def __init__(self, position: int) -> None:
         super().__init__()
-        self.position = position  # of spatial_shapes among the positional arguments
+        self.position = position  # position of spatial_shapes among the arguments
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         shapes = kwargs.get("spatial_shapes", args[self.position] if len(args) > self.position else None)
         if shapes is not None:
-            # a copy: the caller may write other sizes into it before backward computes a layer again
+            # a copy: the caller may overwrite it before backward recomputes a layer
             self.record(shapes.clone() if isinstance(shapes, Tensor) else torch.tensor(shapes, device="cpu"))
 
     def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Tensor:
         batch, tokens = x.shape[0], x.shape[1]
         if grid is None or grid.shape[0] != batch:
-            raise ValueError(f"attention got a batch of {batch} images, but no spatial_shapes of so many were given")
+            raise ValueError(f"attention got a batch of {batch} images, but no spatial_shapes for that many were given")
         height, width = grid.to(x.device)[:, :, None].unbind(1)
         token = torch.arange(tokens, device=x.device)
         row, column = token // width.clamp(min=1), token % width.clamp(min=1)
@@ -281,8 +281,8 @@ class ShapesRecorder(Grids):
 
 
 class CoordinatesRecorder(GridRecorder):
-    """Forward hook on the embedding of timm's NaFlexVit: it is given ``patch_coord`` (B, N, 2), the row and column of
-    each patch of a padded batch, or makes patches of images and returns their grid."""
+    """Forward hook on the embedding of timm's NaFlexVit: it gets ``patch_coord`` (B, N, 2), the row and column of each
+    patch of a padded batch, or makes patches of images and returns their grid."""
 
     def __call__(  # type: ignore[override]
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]
@@ -301,7 +301,7 @@ class CoordinatesRecorder(GridRecorder):
         return torch.nn.functional.pad(grid, (0, 0, prefix, suffix)).to(x.device)
 
 
-# kept: a grid keeps the coordinates that it was asked for
+# cached: a grid caches its coordinates
 _patch_grid = lru_cache(16)(PatchGrid)
 
 
@@ -362,7 +362,7 @@ def _first_tensor(values: Any) -> Tensor | None:
 
 
 def grid_source(tower: nn.Module) -> Callable[[list[nn.Module]], Grids]:
-    """What hooks up a recorder of the grids of a tower and its attention modules. Raises where nothing tells them."""
+    """Return a function that registers the grid hook; raise if the tower's patch grid cannot be determined."""
     takes = {m: list(signature(type(m).forward).parameters)[1:] for m in tower.modules()}
     if "spatial_shapes" in takes[tower]:
         shapes = ShapesRecorder(takes[tower].index("spatial_shapes"))
@@ -384,7 +384,7 @@ def _hooked(tower: nn.Module, attention: list[nn.Module], recorder: Any, registe
     tower.register_forward_pre_hook(Enter(recorder))  # before that of spatial_shapes, which records
     register(recorder, **options)
     tower.register_forward_hook(Leave(recorder), always_call=True)
-    # not the attention itself: that it has no hooks tells it, while it is compiled, that nobody wants its weights
+    # not on the attention itself: having no hooks tells it, when compiled, that its weights are not collected
     wanted = set(map(id, attention))
     holders = [m for m in tower.modules() if id(m) not in wanted and any(id(inner) in wanted for inner in m.modules())]
     held = set(map(id, holders)) | wanted
@@ -399,7 +399,7 @@ def _hooked(tower: nn.Module, attention: list[nn.Module], recorder: Any, registe
 
 
 def is_patch_convolution(module: nn.Module) -> bool:
-    """A convolution over disjoint patches."""
+    """Return whether the module is a convolution over disjoint patches."""
     if not isinstance(module, nn.Conv2d | nn.Conv3d):
         return False
     kernel, stride = module.kernel_size, module.stride

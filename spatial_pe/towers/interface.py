@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attn_implementation="spatial_pe"``: plain use of the fused op through transformers' attention interface.
+"""``attn_implementation="spatial_pe"``: the fused op without rotation, by transformers' attention interface.
 
-It sees q and k after the tower has rotated them, so it cannot take the rotation into the kernel: ``patch`` does. It is
-for towers without RoPE, and where a string in a config is all that can be changed.
+It receives q and k after the tower has rotated them, so it cannot fuse the rotation: ``patch`` does. It is for towers
+without RoPE, and where only a string in a config can be changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "spatial_pe"
 
 
 def register_attention_interface() -> str:
-    """Make "spatial_pe" known to transformers, masks included; returns the name.
+    """Register "spatial_pe" with transformers, masks included; return the name.
 
     ``AutoModel.from_pretrained(..., attn_implementation="spatial_pe")`` or ``model.set_attn_implementation(...)`` then
     use it. Bidirectional self-attention is fused, with or without padding, where the output for padding is 0, as with
@@ -31,7 +31,7 @@ def register_attention_interface() -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_forward)
-    # a name without a mask function gets no mask, and padding would be attended to
+    # without a mask function transformers passes no mask, and padding would be attended to
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     return NAME
 
@@ -47,7 +47,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """(B, H, N, D), keys and values (B, Hkv, N, D) -> (B, N, H, D), None. As transformers calls it."""
+    """Compute (B, H, N, D), keys and values (B, Hkv, N, D) -> (B, N, H, D), None. The signature is transformers'."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     same = query.shape[2] == key.shape[2] == value.shape[2] and key.shape == value.shape
     padding: Any = None

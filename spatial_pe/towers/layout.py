@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout: where an attention module keeps its projections, and its sizes, read from the module once."""
+"""Layout: the projections and sizes of an attention module, read from it once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The names that the field uses. Adding a family that has new ones is adding them here.
+# Names of projections. To add a family with new ones, add them here.
 QKV = (("qkv",), ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
-QKV_BIAS = ("q_bias", "k_bias", "v_bias")  # timm's EVA: beside a fused projection that has none
+QKV_BIAS = ("q_bias", "k_bias", "v_bias")  # timm's EVA: beside a fused projection without bias
 OUT = ("proj", "out_proj", "o_proj", "projection_layer")
 NORMS = ("q_norm", "k_norm", "v_norm")
 OUT_NORM = "norm"  # timm: of all heads, before the output projection
@@ -25,7 +25,7 @@ DROPOUT = ("attention_dropout", "attn_drop", "dropout", "dropout_prob")
 
 @dataclass(frozen=True)
 class Layout:
-    """C -> q (H, D), k and v (Hkv, D) -> C."""
+    """Map of C -> q (H, D), k and v (Hkv, D) -> C."""
 
     qkv: tuple[str, ...]  # one fused projection, its output ordered [q | k | v], or three
     bias: tuple[str, ...]  # QKV_BIAS or none
@@ -44,7 +44,7 @@ class Layout:
 
 
 def read_layout(module: nn.Module) -> Layout | str:
-    """The layout of an attention module, or why it has none that this package knows."""
+    """Return the layout of an attention module, or why it is not supported."""
     qkv = next((names for names in QKV if all(_child(module, n) for n in names)), None)
     heads, head_dim = _first(module, HEADS), _first(module, HEAD_DIM)
     if qkv is None or not (isinstance(heads, int) or isinstance(head_dim, int)):
@@ -97,7 +97,7 @@ def read_layout(module: nn.Module) -> Layout | str:
 
 
 def project(module: nn.Module, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., C) -> q (..., H, D), k and v (..., Hkv, D): views of what the projections return."""
+    """Project (..., C) -> q (..., H, D), k and v (..., Hkv, D): views of the projections' results."""
     if len(layout.qkv) == 1:
         fused = _split(_fused(module, layout, x), layout.head_dim)  # (..., H + 2 Hkv, D)
         parts = list(fused.split((layout.heads, layout.kv_heads, layout.kv_heads), dim=-2))  # three slices of it
@@ -116,13 +116,13 @@ def _fused(module: nn.Module, layout: Layout, x: Tensor) -> Tensor:
         return linear(x)
     bias = torch.cat([getattr(module, name) for name in layout.bias])
     if type(linear) is nn.Linear and linear.bias is None:
-        return nn.functional.linear(x, linear.weight, bias)  # as timm: the bias is no pass of its own
-    fused = linear(x)  # wrapped, by PEFT say
+        return nn.functional.linear(x, linear.weight, bias)  # as timm: the bias in the same pass
+    fused = linear(x)  # wrapped, e.g. by PEFT
     return fused + bias.to(fused.dtype)
 
 
 def output(module: nn.Module, layout: Layout, attended: Tensor, x: Tensor) -> Tensor:
-    """(..., H, D) -> (..., C); x are the tokens, which a gate looks at."""
+    """Project (..., H, D) -> (..., C); x are the tokens, the input of a gate."""
     flat = attended.view(*attended.shape[:-2], -1)
     if layout.out_norm is not None:
         flat = getattr(module, layout.out_norm)(flat)
@@ -135,12 +135,12 @@ def output(module: nn.Module, layout: Layout, attended: Tensor, x: Tensor) -> Te
 
 
 def scale_of(module: nn.Module, layout: Layout) -> float:
-    """The factor on the scores, as the module has it now."""
+    """Return the current scale of the scores."""
     return layout.head_dim**-0.5 if layout.scaling is None else float(getattr(module, layout.scaling))
 
 
 def dropout_of(module: nn.Module, layout: Layout) -> float:
-    """The attention dropout that acts in this call."""
+    """Return the attention dropout that is active in this call."""
     if not module.training or layout.dropout is None:
         return 0.0
     value = getattr(module, layout.dropout)
@@ -160,7 +160,7 @@ def _child(module: nn.Module, name: str) -> bool:
 
 
 def _linear(module: nn.Module) -> Any:
-    """The linear layer that a projection is, or that it wraps (Gemma 4's, which clips; PEFT's)."""
+    """Return the linear layer that a projection is, or that it wraps (Gemma 4's, which clips; PEFT's)."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module
     inner = [m for m in module.children() if hasattr(m, "in_features") and hasattr(m, "out_features")]
@@ -177,7 +177,7 @@ def _children(module: nn.Module) -> str:
 
 
 def _unknown_parts(module: nn.Module, known: set) -> list[str]:
-    """Parameters, buffers and submodules that say: this attention computes more than we know of."""
+    """Return parameters, buffers and submodules that are unknown: this attention computes more than it supports."""
     own = (*module._parameters.items(), *module._buffers.items())
     found = [name for name, value in own if value is not None and name not in known]
     inert = (nn.Dropout, nn.Identity)

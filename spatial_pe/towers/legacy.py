@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The position encoding of the public code of arXiv 2601.09954, to reproduce its table and for nothing else.
+"""The position encoding of the public code of arXiv 2601.09954, only to reproduce its table.
 
 Its table gives the first half of a head's channels the angles of the row and the second half those of the column, each
-ladder twice: [row, row, column, column]. Its rotate-half spans the whole head, so channel j turns by a row angle and
-its partner j + D/2 by a column angle. That is no rotation: on a 16 x 16 grid at D = 64 norms change by up to 7 %, and
-the score of two patches depends on where they are, not only on their offset (``verify_rotary`` shows both).
+sequence twice: [row, row, column, column]. It applies rotate-half across the full head, so each pair mixes a row angle
+(channel j) with a column angle (channel j + D/2). That is no rotation: on a 16 x 16 grid at D = 64 norms change by up
+to 7 %, and the score of two patches depends on their positions, not only on their offset (``verify_rotary``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEGACY = ("2601.09954",)
 
 
 class Mismatched2DRoPE(nn.Module):
-    """forward(grid or coordinates) -> a function of q and k, (B, N, H, D) -> (B, N, H, D).
+    """Map a grid or coordinates to a function of q and k, (B, N, H, D) -> (B, N, H, D).
 
     Args:
         head_dim: D, a multiple of 4.
@@ -45,7 +45,7 @@ class Mismatched2DRoPE(nn.Module):
 
 @dataclass(frozen=True)
 class Mismatched:
-    """cos, sin: (B|1, N, 1, D) float32."""
+    """Function of q and k with the tables cos, sin (B|1, N, 1, D) float32."""
 
     cos: Tensor
     sin: Tensor
@@ -53,8 +53,8 @@ class Mismatched:
     def __call__(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         first, second = x.to(wide).chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return (x.to(wide) * self.cos + turned * self.sin).to(x.dtype)
+        rotated = torch.cat([-second, first], dim=-1)
+        return (x.to(wide) * self.cos + rotated * self.sin).to(x.dtype)
 
     def to(self, device: torch.device) -> Mismatched:
         return Mismatched(self.cos.to(device), self.sin.to(device))

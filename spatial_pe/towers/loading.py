@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""from_pretrained: a patched model from a directory that save_pretrained wrote."""
+"""from_pretrained: load a patched model from a directory that save_pretrained wrote."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision"
 
 
 def from_pretrained(cls: Any, path: str | Path, *args: Any, rope: nn.Module | None = None, **kwargs: Any) -> Any:
-    """A patched model that was saved with ``save_pretrained``: patched the same way, the same values bit for bit.
+    """Load a patched model that was saved with ``save_pretrained``: patched the same way, the same values bit for bit.
 
     Args:
         cls: the transformers class to load with, e.g. AutoModelForImageTextToText.
         path: a directory, or the name of a repository.
         args, kwargs: for ``cls.from_pretrained``.
-        rope: an encoding in place of one that config.json can only name (a module that is not spatial_pe's).
+        rope: replaces an encoding that config.json can only name (a module from outside of spatial_pe).
 
     Returns:
         The model, in eval mode as transformers returns it. A position embedding that was left out
@@ -65,7 +65,7 @@ def from_pretrained(cls: Any, path: str | Path, *args: Any, rope: nn.Module | No
 
 
 def _fill(wanted: dict[str, tuple[nn.Module, str]], saved: dict[str, Tensor], path: str) -> None:
-    """Each tensor of an encoding from the saved one of the same name, or, where transformers renames, the nearest."""
+    """Copy each tensor of an encoding from the saved one of the same name, or, if transformers renames, the nearest."""
     taken: set[str] = set()
     for name, (module, key) in wanted.items():
         ends = [other for other in saved if other.endswith(key) and other not in taken]
@@ -97,7 +97,7 @@ def _common_end(a: str, b: str) -> int:
 
 
 def _tensors(path: str, where: dict[str, Any]) -> dict[str, Tensor]:
-    """Those of the checkpoint that belong to added encodings."""
+    """Return the tensors of the checkpoint that belong to added encodings."""
     from transformers.utils import cached_file
 
     def find(name: str) -> str | None:
@@ -131,7 +131,7 @@ def _is_ours(key: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers would report our tensors as unexpected."""
+    """Silence transformers' report of our tensors as unexpected."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -143,7 +143,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _warn_of_others(info: Any, name: str, path: str) -> None:
-    """What transformers would have warned of, but for our tensors."""
+    """Repeat transformers' warnings, without our tensors."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = info.get(kind, ()) if isinstance(info, dict) else getattr(info, kind, ())
         others = sorted(str(key) for key in keys if not _is_ours(str(key)))

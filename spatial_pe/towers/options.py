@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of ``patch`` that decide what a model computes, as they are kept on a module and in config.json."""
+"""Options of ``patch`` that decide what a model computes, as stored on a module and in config.json."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..rotary import Rotary
 from .layout import Layout
 from .legacy import LEGACY, Mismatched2DRoPE
 
-FORMAT = 1  # of what is written to config.json
+FORMAT = 1  # format of the entry in config.json
 
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """The arguments of ``patch`` that decide what a model computes."""
+    """Arguments of ``patch`` that decide what a model computes."""
 
     rope: str | nn.Module | None = None
     start: str = "identity"
@@ -39,10 +39,10 @@ class PatchOptions:
             if self.legacy not in LEGACY:
                 raise ValueError(f"legacy must be one of {LEGACY} or None, got {self.legacy!r}")
             if rope is not None:
-                raise ValueError(f"legacy={self.legacy!r} is an encoding of its own: leave rope out, got rope={rope!r}")
+                raise ValueError(f"legacy={self.legacy!r} is an encoding itself: leave rope out, got rope={rope!r}")
 
     def check_start(self) -> None:
-        """That an encoding given as a module starts where ``start`` says."""
+        """Raise unless an encoding given as a module starts as ``start`` says."""
         rope = self.rope
         if isinstance(rope, nn.Module) and self.start == "identity":
             table = rope(PatchGrid(3, 5))
@@ -69,7 +69,7 @@ class PatchOptions:
         return f"{kind} RoPE added, start={self.start}"
 
     def encoding(self, layout: Layout) -> nn.Module:
-        """A fresh encoding for one attention module; a given module is copied."""
+        """Return a new encoding for one attention module; a given module is copied."""
         identity = self.start == "identity"
         if self.legacy is not None:
             return Mismatched2DRoPE(layout.head_dim)
@@ -99,7 +99,7 @@ class PatchOptions:
 
     @classmethod
     def from_config(cls, saved: dict[str, Any], rope: nn.Module | None = None) -> PatchOptions:
-        """The options that were saved; ``rope`` takes the place of a module that config.json can only name."""
+        """Return the saved options; ``rope`` replaces a module that config.json can only name."""
         if not isinstance(saved, dict):
             raise ValueError(f"spatial_pe in config.json must be a table, got {saved!r}")
         if saved.get("format") != FORMAT:
@@ -118,7 +118,7 @@ class PatchOptions:
 
 
 def check_encoding(encoding: nn.Module, layout: Layout) -> None:
-    """Raise unless what it returns fits the heads of this attention."""
+    """Raise unless its tables match the heads of this attention."""
     with torch.no_grad():
         table = encoding(PatchGrid(1, 1))
     name = type(encoding).__name__
@@ -140,7 +140,7 @@ def check_encoding(encoding: nn.Module, layout: Layout) -> None:
 
 
 def _options(rope: nn.Module) -> dict[str, Any]:
-    """The arguments that make this encoding again, learned values excepted: those are in the state dict."""
+    """Return the arguments that rebuild this encoding, without learned values: those are in the state dict."""
     options = {name: getattr(rope, name) for name in signature(type(rope)).parameters}
     if isinstance(options.get("strength"), nn.Parameter):
         options["strength"] = 0.0
@@ -153,5 +153,5 @@ def _rebuild(kind: dict[str, Any]) -> nn.Module:
         raise ValueError(f"config.json names the encoding {kind['class']}, which is not spatial_pe's: pass rope=")
     options = dict(kind["options"])
     if known[kind["class"]] is MixedRoPE:
-        options["init"] = "identity"  # draws nothing; the values come from the state dict
+        options["init"] = "identity"  # no random numbers; the values come from the state dict
     return known[kind["class"]](**options)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Towers that pack images into one sequence and build an S x S mask of them (Pixtral): the attention gets their bounds.
+"""Towers that pack images into one sequence and build an S x S mask (Pixtral): the attention gets cu_seqlens instead.
 
-A hook passes the bounds of the images to the attention as ``cu_seq_lens_q``, which the layers hand on. The tower asks
-its config which attention it runs, and builds no mask for flash attention. So for the thread that runs this forward,
-and for nobody else, the tower's ``config`` is a copy that says so; the config itself is not written to.
+A hook passes the cu_seqlens of the images to the attention as ``cu_seq_lens_q``, which the layers forward. The tower
+reads from its config which attention it runs, and builds no mask for flash attention. So for the thread that runs this
+forward, and for no other, the tower's ``config`` is a copy with that setting; the config itself is not changed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .classes import Swapped
 
 class _Threads(threading.local):
     def __init__(self) -> None:
-        self.configs: dict[int, list[Any]] = {}  # by tower, of its forwards that run
+        self.configs: dict[int, list[Any]] = {}  # configs of running forwards, by tower
 
 
 _THREADS = _Threads()
 
 
 class PackedTower(Swapped):
-    """Base of the class that such a tower gets: ``config`` is what this thread's forward needs it to be."""
+    """Base of the class that such a tower gets: ``config`` depends on the thread's running forward."""
 
     @classmethod
     def label(cls, original: type[nn.Module]) -> str:
-        return original.__name__  # which save_pretrained writes down as the architecture
+        return original.__name__  # save_pretrained writes it as the architecture
 
     @property
     def config(self) -> Any:
@@ -51,7 +51,7 @@ class PackImages:
         config: Any = module.config
         running = _THREADS.configs.setdefault(id(module), [])
         if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-            running.append(module.__dict__["config"])  # weights over all tokens: the model's own way, with its mask
+            running.append(module.__dict__["config"])  # attention weights are requested: use the original mask
             return args, kwargs
         pixels = args[0] if args else kwargs["pixel_values"]
         sizes = args[1] if len(args) > 1 else kwargs.get("image_sizes")
@@ -65,11 +65,11 @@ class PackImages:
 
 
 class Unpack:
-    """Forward hook on such a tower, called also when the forward raises: its config is its own again."""
+    """Forward hook on such a tower, called also when the forward raises: restores its config."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         running = _THREADS.configs.get(id(module))
-        if running:  # none where another hook raised before PackImages was called
+        if running:  # empty if another hook raised before PackImages was called
             running.pop()
         if not running:
             _THREADS.configs.pop(id(module), None)
@@ -81,7 +81,7 @@ def pack_images(tower: nn.Module) -> None:
 
 
 def _patch_counts(pixels: Tensor, sizes: Any, patch: int) -> list[int]:
-    """Patches of each image; an image is the upper left part of its padded pixels."""
+    """Return the patches of each image; an image is the upper left part of its padded pixels."""
     batch, _, height, width = pixels.shape
     pairs: Iterable = [(height, width)] * batch if sizes is None else sizes
     if isinstance(pairs, Tensor):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks that say no more than which tokens are padding, as lengths: no N x N mask reaches a kernel."""
+"""Padding masks as lengths: no N x N mask reaches a kernel."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .tensor_cache import once_per_forward
 
 @dataclass(frozen=True)
 class Padding:
-    """Which tokens of a (B, N) batch exist: the first ``seqlens[b]`` of each sample; or, scattered, those in ``index``.
+    """Valid tokens of a (B, N) batch: the first ``seqlens[b]`` of each sample; or, scattered, those in ``index``.
 
-    index: into the B * N tokens, in order; cu_seqlens: where each sample's begin among them.
+    index: into the B * N tokens, in order; cu_seqlens: start of each sample among them.
     """
 
     seqlens: Tensor | None = None
@@ -28,10 +28,10 @@ class Padding:
 
 
 def padding_of(mask: Tensor, batch: int, tokens: int) -> Padding | str | None:
-    """None if every token exists; a string if the mask says something else.
+    """Return the padding, None if every token is valid, or a string if the mask is not padding.
 
-    Takes (B|1, N), bool or 1 / 0, and (B|1, 1, 1|N, N), bool (True attends) or added to the scores (0 attends). Looks
-    at the values, so a GPU is waited for, once per forward.
+    Takes (B|1, N), bool or 1 / 0, and (B|1, 1, 1|N, N), bool (True attends) or added to the scores (0 attends). Reads
+    the values, which waits for a GPU, once per forward.
     """
     if is_traced(mask):
         return "attention_mask is given"
@@ -41,7 +41,7 @@ def padding_of(mask: Tensor, batch: int, tokens: int) -> Padding | str | None:
 def attend_padded(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, padding: Padding, scale: float, backend: str
 ) -> Tensor:
-    """rope_attention of (B, N, H, D) tensors; 0 where there is no token."""
+    """Call rope_attention on (B, N, H, D) tensors; the output is 0 in padding."""
     if padding.seqlens is not None:
         return rope_attention(q, k, v, rotary, scale=scale, seqlens=padding.seqlens, backend=backend)
     index = padding.index
@@ -78,7 +78,7 @@ def _read(mask: Tensor, batch: int, tokens: int) -> Padding | str | None:
 
 
 def _valid_tokens(mask: Tensor, tokens: int) -> Tensor | str:
-    """(B|1, N) bool, or why it is not such a mask."""
+    """Return the valid tokens (B|1, N) bool, or why it is not such a mask."""
     if mask.ndim == 2 and mask.shape[1] == tokens:
         return mask.bool()
     if mask.ndim != 4 or mask.shape[-1] != tokens or mask.shape[-2] not in (1, tokens):

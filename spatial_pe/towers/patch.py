@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""patch, unpatch, inspect: attention of a vision tower computed by ``rope_attention``, in place and reversible."""
+"""patch, unpatch, inspect: compute the attention of vision towers by ``rope_attention``, in place and reversibly."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ def patch(
     backend: str = "auto",
     verify: bool = True,
 ) -> PatchReport:
-    """Let ``rope_attention`` compute the attention of a model's vision towers, in place.
+    """Compute the attention of a model's vision towers by ``rope_attention``, in place.
 
     Without ``rope`` nothing that the model computes changes: towers with RoPE keep theirs, with the rotation fused into
     the attention; towers without get plain attention. With ``rope``, towers that have no RoPE get one.
 
     The class of each attention module is replaced by a subclass; parameters, state dict keys, hooks and isinstance
     stay, and the model can be copied, pickled, trained and saved as before (``from_pretrained`` loads what was saved).
-    Attention outside of a vision tower (CLIP's text model) is not touched. A call that the fused op does not serve
-    (attention weights asked for, masks that are not padding, dropout in training) is computed by the module's own
-    forward, with one warning. Padding is served where the tower drops what attention returns for it, which is then 0.
-    Tables that do not rotate the pairs that were proven are noticed in a module's first call, and left to its own
-    forward. Where that call is traced (torch.compile, export) they cannot be looked at, and the output is NaN: call a
-    tower that is not part of the tests once before.
+    Attention outside of a vision tower (CLIP's text model) is not touched. A call that the fused op does not support
+    (attention weights requested, masks that are not padding, dropout in training) falls back to the module's original
+    forward, with one warning. Padding is supported where the tower drops what attention returns for it, which is then
+    0. Tables that do not match the verified pairing are noticed in a module's first call, which then falls back. If
+    that call is traced (torch.compile, export) they cannot be read, and the output is NaN: call a tower that is not
+    part of the tests once before.
 
     Args:
         model: a model that holds a vision tower, or the tower.
         rope: "axial", "mixed", or a module that maps a PatchGrid to a Rotary, of which each layer gets a copy (its own
             parameters; a module without parameters is shared). Registered as ``rope`` on each attention module, so its
             parameters are in ``model.parameters()`` and in the state dict. CLS and register tokens are not rotated.
-        start: "identity": the model computes at first what it did, and learns to rotate: "axial" has a learnable
+        start: "identity": the patched model starts as the same function, and learns to rotate: "axial" has a learnable
             strength that starts at 0, "mixed" frequencies that start at 0; a module given as ``rope`` must be the
             identity. cos is then 1 and sin 0, and the outputs are those of ``patch(model)`` on the same backend: bit
             for bit if it sums the channels in one order with and without RoPE (composed, reference), else to a
             rounding (the cpu kernels order them by pairs, which depends on pairing and dtype).
             "full": "axial" is fixed, without parameters, "mixed" starts from random frequencies.
         keep_absolute: False sets the learned absolute position embedding to zero and freezes it, until ``unpatch``.
-        legacy: "2601.09954" adds, in place of ``rope``, what the public code of that paper computes, which is not a
+        legacy: "2601.09954" adds, instead of ``rope``, what the public code of that paper computes, which is not a
             rotation (see ``towers/legacy.py``), and drops the absolute position embedding as it does. It warns.
         backend: see ``rope_attention``.
-        verify: prove each kind of module right before anything is changed, see ``towers/equivalence.py``. Without it
+        verify: verify each kind of module before anything is changed, see ``towers/equivalence.py``. Without it
             only classes that are part of this package's tests are patched.
 
     Returns:
@@ -91,7 +91,7 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Undo ``patch`` bit for bit: original classes, no hooks, no added encodings, the absolute position embedding back.
 
-    Weights trained in between stay. A model that is not patched is left as it is.
+    Weights trained in between are kept. A model that is not patched is unchanged.
     """
     _check_model(model)
     for module in list(model.modules()):
@@ -102,15 +102,15 @@ def unpatch(model: nn.Module) -> None:
         for name, (value, requires_grad) in module.__dict__.pop("_spatial_pe_absolute", {}).items():
             parameter = module.get_parameter(name)
             with torch.no_grad():
-                if not parameter.is_meta and not parameter.any():  # else a checkpoint was loaded since: that is its own
+                if not parameter.is_meta and not parameter.any():  # else a checkpoint was loaded since
                     parameter.copy_(value)
             parameter.requires_grad_(requires_grad)
 
 
 def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> PatchReport:
-    """Return what ``patch(model)`` would do, proofs included, with nothing changed.
+    """Return the report of ``patch(model)``, verification included, without changing anything.
 
-    The report also counts the kernels that a layer launches and the memory that it needs (the tensors that it makes
+    The report also counts the kernels that a layer launches and the memory that it needs (the tensors that it allocates
     and that are alive at once), before and after, on 960 tokens: one image, or 15 windows of 64 where the tower packs.
     """
     check_backend(backend)
@@ -120,7 +120,7 @@ def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> 
     counted: dict[tuple, tuple | None] = {}
     for i, candidate in enumerate(candidates):
         proof = candidate.proof
-        if proof is None or proof.failure or proof.error is None:  # only what was proven can be run
+        if proof is None or proof.failure or proof.error is None:  # only verified modules can be run
             continue
         kind = (type(candidate.module), candidate.layout, candidate.packs_images)
         if kind not in counted:
@@ -132,7 +132,7 @@ def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> 
 
 
 def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool) -> PatchReport:
-    """``patch``, with options that may come from a config.json."""
+    """Run ``patch`` with options that may come from a config.json."""
     options.check()
     check_backend(backend)
     patching = _Patching(options, backend, verify)
@@ -156,7 +156,7 @@ def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool) -
 
 @dataclass(frozen=True)
 class _Patching:
-    """One call of ``patch`` or ``inspect``: which modules it takes, what each of them gets, and what it reports."""
+    """One call of ``patch`` or ``inspect``: the modules that it patches, their changes, and the report."""
 
     options: PatchOptions
     backend: str
@@ -165,7 +165,7 @@ class _Patching:
     # -------------------------------------------------------------------------------------------------------- examine
 
     def examine(self, model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
-        """Discover, and prove one module of each kind. Raises where a class that must be right is not."""
+        """Discover, and verify one module of each kind. Raise if a tested class computes something else."""
         _check_model(model)
         candidates: list[Candidate] = []
         skipped: list[Skipped] = []
@@ -179,7 +179,7 @@ class _Patching:
         return candidates, skipped
 
     def _judge(self, candidate: Candidate, by_kind: dict[tuple, Proof]) -> Candidate | Skipped:
-        """The candidate with its proof, or why it is skipped after all."""
+        """Return the candidate with its proof, or why it is skipped."""
         module, layout = candidate.module, candidate.layout
         known = tested(type(module))
         if self.options.adds and (reason := _no_added_rope(candidate)) is not None:
@@ -189,7 +189,7 @@ class _Patching:
                 return candidate.skipped("its class is not part of the tests: needs verify=True")
             return replace(candidate, proof=_trusted(candidate, known))
         weight = floating_weight(module)
-        # modules of a tested class differ only in what the layout says; of an unknown class, each one is asked
+        # modules of a tested class differ only in their layout; of an unknown class, each one is verified
         which = None if known else candidate.name
         pairings = _pairings(candidate, known)
         kind = (type(module), layout, candidate.packs_images, pairings, weight.dtype, weight.device.type, which)
@@ -208,7 +208,7 @@ class _Patching:
         return candidate.skipped(f"it has the form of {candidate.form.name} attention, but {proof.failure}")
 
     def check_repeated(self, skipped: list[Skipped]) -> None:
-        """Raise where a module is patched already in another way."""
+        """Raise if a module is already patched in another way."""
         for found in skipped:
             if isinstance(found.module, FusedAttention):
                 bound = found.module._spatial_pe
@@ -244,7 +244,7 @@ class _Patching:
         towers: dict[int, list[Candidate]] = {}
         for candidate in candidates:
             towers.setdefault(id(candidate.tower), []).append(candidate)
-        # all that can raise, out of memory say, comes first
+        # everything that can raise (e.g. out of memory) comes first
         additions = [_Addition(members, self) for members in towers.values()]
         try:
             for addition in additions:
@@ -285,25 +285,25 @@ def _check_model(model: nn.Module) -> None:
 def _no_added_rope(candidate: Candidate) -> str | None:
     """Return why this module gets no RoPE, or None."""
     if candidate.rotates:
-        return "has RoPE of its own"
+        return "has RoPE already"
     if candidate.form.bounds:
-        return "its images are packed, and nothing tells the grid of each"
+        return "its images are packed, and the grid of each is unknown"
     if hasattr(candidate.module, "rope"):
         return "has an attribute rope"
     return NO_GRID.get(type(candidate.module).__name__)
 
 
 def _trusted(candidate: Candidate, known: Known) -> Proof:
-    """What a Binding needs, for a module that is not verified."""
+    """Return the proof of a tested module, without verification."""
     pairing = _pairings(candidate, known)[0]
     return Proof(pairing=pairing, returns=known.returns or candidate.form.returns, masks=known.pads, ran=False)
 
 
 def _pairings(candidate: Candidate, known: Known | None) -> tuple[str, ...]:
-    """Those that the module may use."""
+    """Return the pairings that the module may use."""
     if not candidate.form.rotation:
         return ("half",)
-    says = getattr(candidate.module, "rotate_half", None)  # timm
+    says = getattr(candidate.module, "rotate_half", None)  # timm's
     if isinstance(says, bool):
         return ("half",) if says else ("interleaved",)
     if known is not None:
@@ -319,7 +319,7 @@ def _summary(skipped: list[Skipped]) -> str:
 
 
 def _selected_backend(module: nn.Module, layout: Layout, backend: str) -> str:
-    """The backend for a call of one sample in the module's dtype and on its device, if that is known by now."""
+    """Return the backend for a call of one sample in the module's dtype and on its device, if known."""
     weight = floating_weight(module)
     if weight.is_meta:
         return backend
@@ -336,7 +336,7 @@ def _selected_backend(module: nn.Module, layout: Layout, backend: str) -> str:
 
 
 class _Addition:
-    """All that one tower gets, ready to be put in place."""
+    """Changes to one tower, prepared and not yet applied."""
 
     def __init__(self, members: list[Candidate], patching: _Patching) -> None:
         options = patching.options
@@ -347,7 +347,7 @@ class _Addition:
         self.encodings: list[nn.Module] = []
         for candidate in members:
             device = floating_weight(candidate.module).device
-            # weights that are elsewhere for now (accelerate's offloading) say nothing about where tokens will be
+            # weights that are elsewhere for now (accelerate's offloading) do not show the device of the tokens
             device = torch.device("cpu") if device.type == "meta" else device
             with torch.device("cpu"):  # whatever the default device is: the weights say where it belongs
                 encoding = options.encoding(candidate.layout).to(device).train(candidate.module.training)
@@ -376,7 +376,7 @@ class _Addition:
 
 
 def _other_tokens(tower: nn.Module) -> tuple[int, int]:
-    """How many tokens come before the patches (CLS, distillation, registers) and after them (YOLOS's detections)."""
+    """Return the number of tokens before the patches (CLS, distillation, registers) and after (YOLOS's detections)."""
     before = after = 0
     for name, parameter in tower.named_parameters():
         holder, _, last = name.rpartition(".")

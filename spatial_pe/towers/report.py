@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PatchReport: what was patched, what was skipped and why."""
+"""PatchReport: the patched modules, and the skipped ones with the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .cost import Cost
 
 
 class PatchedRow(NamedTuple):
-    """One attention module. ``error`` is relative to float64, as is ``own_error`` of the module's own forward."""
+    """One attention module. ``error`` is relative to float64, as is ``own_error`` of its original forward."""
 
     name: str
     tower: str
@@ -23,7 +23,7 @@ class PatchedRow(NamedTuple):
     error: float | None
     own_error: float | None
     note: str = ""  # why there is no error
-    own_cost: Cost | None = None  # of its own forward on 960 tokens, and of the patched one: inspect() counts them
+    own_cost: Cost | None = None  # of the original forward on 960 tokens, and of the patched one: counted by inspect()
     cost: Cost | None = None
 
 
@@ -39,7 +39,7 @@ class PatchReport:
 
     Attributes:
         patched: one row for each attention module.
-        skipped: one row for each attention module that was left alone, with the reason.
+        skipped: one row for each attention module that is not patched, with the reason.
     """
 
     patched: list[PatchedRow] = field(default_factory=list)
@@ -47,7 +47,7 @@ class PatchReport:
     _added: list[nn.Parameter] = field(default_factory=list, repr=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the encodings that this call added: an optimizer group."""
+        """Return the parameters of the encodings that this call added, e.g. for an optimizer group."""
         return iter(self._added)
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class PatchReport:
 
 
 def _costs(row: PatchedRow) -> list[str]:
-    """Kernels and peak memory of a layer, before and after."""
+    """Format kernels and peak memory of a layer, before and after."""
     if row.own_cost is None or row.cost is None:
         return ["-", "-"]
     memory = (f"{cost.peak / 2**20:.1f}" for cost in (row.own_cost, row.cost))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotation that a tower hands to its attention, as a Rotary: made once per forward and not once per layer.
+"""Convert the rotation that a tower passes to its attention into a Rotary, once per forward and not once per layer.
 
 Four forms are in use, with one column per channel (each angle twice) or per pair:
 
@@ -8,11 +8,11 @@ Four forms are in use, with one column per channel (each angle twice) or per pai
 - the angles (N, R/2), ``rotary_pos_emb``: Qwen2.5-Omni in transformers 4;
 - ``[sin | cos]`` (N, 2R), (H, N, 2R), (B, 1, N, 2R): timm, per head where the encoding is mixed.
 
-With a column per channel, the two columns of a pair must be alike: of tables ordered for another pairing a Rotary would
-hold half, and no proof notices, since it has tables of its own. Eager calls look at the values: on the CPU in every
-forward, on a GPU, which they wait for, until those of a module were alike once. Traced calls (torch.compile, export,
-jit.trace, vmap) see no values: there a column unlike its partner becomes NaN, and so does the output. A module that was
-called before it was traced, and was given such tables, is traced with its own forward.
+With a column per channel, the two columns of a pair must be equal: of tables ordered for another pairing a Rotary would
+hold half, and the proof does not notice, since it has its own tables. Eager calls read the values: on the CPU in every
+forward; on a GPU, which they wait for, until those of a module were equal once. Traced calls (torch.compile, export,
+jit.trace, vmap) cannot read values: there a column that differs from its partner becomes NaN, and so does the output. A
+module that was called before it was traced, and got such tables, is traced with its original forward.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from .._utils.dispatcher import is_traced
 from ..rotary import Rotary, split_pairs
 from .tensor_cache import once_per_forward
 
-# of types, as a tuple: dynamo of torch 2.9 knows no union of them
+# types as a tuple: dynamo of torch 2.9 supports no union of them
 PAIR = (tuple, list)
 DIFFER = "the two halves of cos and sin differ"
 
 
 @dataclass
 class Seen:
-    """What was last seen of the tables that the tower of one attention module hands over: nothing yet, or which."""
+    """State of the tables that the tower last passed to one attention module: none yet, or which."""
 
     alike: bool = False
     differ: bool = False
 
 
 def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: str, seen: Seen) -> Rotary | str:
-    """A Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
+    """Return a Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
 
-    Making a Rotary checks for NaN and costs 20 us, looking it up 3 us.
+    Making a Rotary checks for NaN and costs 20 us, a cache hit 3 us.
     """
     tables = _tables(value, argument, head_dim)
     if isinstance(tables, str):
@@ -61,7 +61,7 @@ def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: 
     def make() -> Rotary | str | None:
         if repeated and not _alike(cos, sin, pairing, seen):
             return DIFFER
-        # kept, a differentiable one would hold the graph of its own key
+        # if cached, a differentiable one would hold the graph of its own key
         return None if differentiable else _make(cos, sin, repeated, prefix, pairing)
 
     found = once_per_forward(key, others, (prefix, pairing, differentiable), make)
@@ -70,7 +70,7 @@ def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: 
 
 
 def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
-    """cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
+    """Return cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
     if isinstance(value, PAIR) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
         cos, sin = value
         if cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-1] <= head_dim and cos.shape[-1] % 2 == 0:
@@ -91,7 +91,7 @@ def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, b
 
 
 def _make(cos: Tensor, sin: Tensor, repeated: bool, prefix: int, pairing: str, unseen: bool = False) -> Rotary:
-    """unseen: columns of one channel each that nobody could compare."""
+    """Make the Rotary. unseen: columns of one channel each whose values could not be compared."""
     wide = torch.float64 if cos.dtype == torch.float64 else torch.float32
     tables = []
     for x, unrotated in ((cos, 1.0), (sin, 0.0)):
@@ -103,12 +103,12 @@ def _make(cos: Tensor, sin: Tensor, repeated: bool, prefix: int, pairing: str, u
         if prefix:
             rows = torch.cat([rows.new_full((rows.shape[0], prefix, *rows.shape[2:]), unrotated), rows], dim=1)
         tables.append(rows)
-    make = Rotary._unchecked if unseen else Rotary  # jit.trace would meet the NaN, and blame the tower
+    make = Rotary._unchecked if unseen else Rotary  # jit.trace would find the NaN, and blame the tower
     return make(tables[0], tables[1], pairing)  # type: ignore[arg-type]
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """How far equal columns may lie apart where a compiler computes each: an angle of 1000 has an ulp of 6e-5."""
+    """Return how much equal columns may differ where a compiler computes each: an angle of 1000 has an ulp of 6e-5."""
     return max(1e-3, 4 * torch.finfo(dtype).eps)
 
 

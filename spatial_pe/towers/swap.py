@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changing the class of one attention module, and back.
+"""Change the class of one attention module, and restore it.
 
-The swap keeps parameters, state dict keys, hooks and isinstance. What would bypass it is a ``forward`` stored on the
-instance: accelerate keeps the former one as ``_old_forward``, which is bound anew; transformers 4 leaves the module's
-own bound method behind after collecting hidden states, which is dropped; anything else is refused.
+The swap keeps parameters, state dict keys, hooks and isinstance. A ``forward`` stored on the instance would bypass it:
+accelerate keeps the former one as ``_old_forward``, which is bound again; transformers 4 leaves the module's own bound
+method behind after collecting hidden states, which is dropped; anything else is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .packing import PackedTower, PackImages, Unpack, pack_images
 
 
 def swap_refusal(module: nn.Module) -> str | None:
-    """Why a swap would be bypassed, or None."""
+    """Return why a swap would be bypassed, or None."""
     state = module.__dict__
     if "_old_forward" in state:
         return None if _is_own(module, "_old_forward") else "its forward was replaced by a wrapper of something unknown"
@@ -36,14 +36,14 @@ def swap(module: nn.Module, binding: Binding) -> None:
 
 
 def swap_tower(tower: nn.Module) -> None:
-    """Let a tower that packs images hand their bounds to its attention."""
-    if not isinstance(tower, PackedTower):  # as one is that was made by the class of a patched one
+    """Change the class of a tower that packs images, so that it passes cu_seqlens to its attention."""
+    if not isinstance(tower, PackedTower):  # already the case if it was made by the class of a patched one
         _rebind(tower, swapped_class(PackedTower, type(tower)))
     pack_images(tower)
 
 
 def restore(module: Swapped) -> None:
-    """Make module what it was, its added encoding removed."""
+    """Restore the original class, and remove the added encoding."""
     if isinstance(module, FusedAttention):
         if module._spatial_pe.added:
             del module.rope
@@ -56,13 +56,13 @@ def _rebind(module: nn.Module, cls: type[nn.Module]) -> None:
     own = {name: _is_own(module, name) for name in ("forward", "_old_forward")}
     module.__class__ = cls
     if own["forward"]:
-        del module.__dict__["forward"]  # the class's own, which the lookup finds without it
+        del module.__dict__["forward"]  # the lookup then finds the class's own
     if own["_old_forward"]:
         module.__dict__["_old_forward"] = MethodType(_forward(cls), module)
 
 
 def _is_own(module: nn.Module, name: str) -> bool:
-    """Whether an instance attribute is nothing but the forward of the module's class, bound to it."""
+    """Return whether an instance attribute is just the forward of the module's class, bound to it."""
     method = module.__dict__.get(name)
     return isinstance(method, MethodType) and method.__self__ is module and method.__func__ is _forward(type(module))
 
@@ -72,7 +72,7 @@ def _forward(cls: type[nn.Module]) -> FunctionType:
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """By class and not by handle: handles do not survive a copy."""
+    """Remove hooks, by class and not by handle: handles do not survive a copy."""
     for kind in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = getattr(module, kind)
         for key in [key for key, hook in hooks.items() if isinstance(hook, Grids | Hook | PackImages | Unpack)]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is made from a tensor once per forward and not once per layer: all layers get the same cos, the same mask."""
+"""Cache of what is made from a tensor, once per forward and not once per layer: all layers get the same cos or mask."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 class _Entries(threading.local):
     def __init__(self) -> None:
-        self.by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # an entry goes when its tensor does
+        self.by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # an entry is removed with its tensor
 
 
 _ENTRIES = _Entries()
 
 
 def once_per_forward(key: Tensor, others: tuple[Tensor, ...], detail: Hashable, make: Callable[[], Any]) -> Any:
-    """make(), or what it returned in this thread for the very same tensors with the same contents and detail. 3 us.
+    """Return make(), or its cached result in this thread for the same tensors with the same contents and detail. 3 us.
 
-    Contents are told by a tensor's version. Those made in inference mode count none: on the CPU their values are
-    compared; elsewhere, where that would wait for the device, nothing of them is kept. What make() returns must not
-    hold ``key`` or a view of it: it would keep its own entry alive.
+    Contents are identified by a tensor's version. Those made in inference mode have none: on the CPU their values are
+    compared; elsewhere, where that would wait for the device, nothing is cached. The result of make() must not hold
+    ``key`` or a view of it: it would keep its own entry alive.
     """
     tensors = (key, *others)
     entries = _ENTRIES.by_tensor
-    # what is made in inference mode is of no use to autograd
+    # tensors made in inference mode cannot be used by autograd
     state = (detail, torch.is_inference_mode_enabled(), *map(_version, tensors))
     entry = entries.get(key)
     if entry is not None:

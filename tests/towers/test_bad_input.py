@@ -294,7 +294,7 @@ def test_towers_whose_tokens_are_no_grid_get_no_rope(name):
 
 @pytest.mark.parametrize("name", [n for n in ("glm_image", "cosmos3_edge", "radio") if n in HERE])
 def test_packed_towers_without_rope_get_none_either(name):
-    with pytest.raises(ValueError, match="its images are packed, and nothing tells the grid of each"):
+    with pytest.raises(ValueError, match="its images are packed, and the grid of each is unknown"):
         patch(FAMILIES[name].make(), rope="axial")
 
 
@@ -304,7 +304,7 @@ def test_siglip2_without_spatial_shapes_says_so():
     grids = attention_of(model)._spatial_pe.grids
     grids.enter()
     grids.record(torch.tensor([[3, 5], [5, 3]]))
-    with pytest.raises(ValueError, match="a batch of 3 images, but no spatial_shapes of so many"):
+    with pytest.raises(ValueError, match="a batch of 3 images, but no spatial_shapes for that many"):
         attention_of(model)(randn(3, 15, 48))
     grids.leave()
 
@@ -409,7 +409,7 @@ def test_legacy_is_the_papers_public_code_and_warns():
     ("options", "message"),
     [
         ({"legacy": "1234.56789"}, "legacy must be one of"),
-        ({"legacy": "2601.09954", "rope": "axial"}, "is an encoding of its own: leave rope out"),
+        ({"legacy": "2601.09954", "rope": "axial"}, "is an encoding itself: leave rope out"),
     ],
 )
 def test_wrong_legacy(options, message):

@@ -73,6 +73,6 @@ def test_a_tower_whose_mask_is_no_padding_keeps_its_own_attention(name, calls):
         assert "nothing to patch" in str(nothing)
         return
     calls.clear()
-    with pytest.warns(UserWarning, match=r"attention_mask .*own attention computes such calls"):
+    with pytest.warns(UserWarning, match=r"attention_mask .*falling back to the original attention"):
         after = outputs(model, inputs)
     assert not calls and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
