@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: spatial-pe doctor | inspect | demo | tune | bench | spatial. One module per command, imported when
-that command is called: each has ``add_arguments(parser)`` and ``run(options)``, which returns the exit code.
+"""Command line: spatial-pe doctor | inspect | demo | tune | bench | spatial. One module per command, imported when that
+command is called: each has ``add_arguments(parser)`` and ``run(options)``, which returns the exit code.
 
 Exit codes: 0 for success, 1 where something is broken or a result is wrong, 2 for a wrong argument or a missing
 package, with one line on stderr and no traceback.
@@ -22,7 +22,7 @@ from .._utils.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its line of help, and the packages that it needs, which `pip install spatial_pe[extra]` brings."""
+    """A subcommand: its line of help, and the packages that it needs, installed by `pip install spatial_pe[extra]`."""
 
     help: str
     packages: tuple[str, ...] = ()
@@ -30,21 +30,21 @@ class Command:
 
 
 COMMANDS = {
-    "doctor": Command("what this machine has, which backends work, and why one does not"),
-    "inspect": Command("what patch() would do to a model, without its weights", ("transformers",), "hf"),
+    "doctor": Command("list the backends of this machine, test each, and explain why any is missing"),
+    "inspect": Command("show what patch() would do to a model, without its weights", ("transformers",), "hf"),
     "demo": Command(
-        "real photographs through a real tower, before and after patch()",
+        "compare a real tower before and after patch(), on photographs",
         ("transformers", "skimage", "matplotlib"),
         "demo",
     ),
-    "tune": Command("measure the tile sizes of the GPU kernels and the backends on this GPU, and keep the fastest"),
+    "tune": Command("measure tile sizes of the GPU kernels and the backends on this GPU, and store the fastest"),
     "bench": Command(
-        "how fast attention and vision towers are on this machine, against what would be used instead",
+        "measure attention and vision towers on this machine, against alternatives",
         ("transformers", "matplotlib", "jinja2"),
         "bench",
     ),
     "spatial": Command(
-        "the accuracy study of position encodings, and published spatial benchmarks",
+        "run the accuracy study of position encodings, and published spatial benchmarks",
         ("sklearn", "skimage", "scipy", "jinja2", "transformers", "matplotlib"),
         "spatial",
     ),
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands, with the arguments of the chosen one."""
+    """Return the parser of all commands, with the arguments of the chosen one."""
     parser = argparse.ArgumentParser(
         prog="spatial-pe", description="2D rotary position encoding, fused into attention, for vision towers."
     )

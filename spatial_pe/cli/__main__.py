@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m spatial_pe.cli: the command line, where its script is not on the PATH."""
+"""Run the command line by python -m spatial_pe.cli, if its script is not on the PATH."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure attention and vision towers on this machine, against what would be used instead; write JSON and a page."""
+"""Measure attention and vision towers on this machine, against alternatives; write JSON and a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..lab.bench import machine, report, result, suites
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="two minutes on two cores, in place of an hour")
+    parser.add_argument("--quick", action="store_true", help="two minutes on two cores, instead of an hour")
     parser.add_argument("--model", metavar="M", help="the tower of a checkpoint folder or hub id, and nothing else")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="default: bench.json")
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """
+    """Run the benchmark.
+
     Raises:
         UserError: a file that cannot be written, a device or a model that cannot be used.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features and throughput of a pretrained tower before and after spatial_pe.patch, on photographs. Prints both, draws a
-PNG."""
+"""Measure features and throughput of a pretrained tower before and after spatial_pe.patch, on photographs. Prints both,
+and draws a PNG."""
 
 from __future__ import annotations
 

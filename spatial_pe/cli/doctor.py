@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print what this machine has, which backends work, and why one does not; checks each backend against the reference."""
+"""List the backends of this machine, check each against the reference, and explain why any is missing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..rotary import Rotary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """Add no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints what is there. What is merely absent is no error; what is there and does not work is."""
+    """Print the report. Missing optional parts are not errors; installed but broken parts are."""
     machine = environment.describe()
     for package, number in machine["versions"].items():
         print(f"{package:<12} {number}")
@@ -42,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_extension() -> list[str]:
-    """What the compiled extension says of itself; returns what is broken about it."""
+    """Print the features of the compiled extension; return what is broken about it."""
     if importlib.util.find_spec("spatial_pe._C") is None:
-        log = Path(__file__).parents[1] / "_build_failure.txt"  # left by setup.py
+        log = Path(__file__).parents[1] / "_build_failure.txt"  # written by setup.py
         why = log.read_text(encoding="utf-8").strip() if log.is_file() else "no compiler when it was installed"
         print(f"extension    not built, so no cpu backend: {why}")
         return []
@@ -53,11 +53,11 @@ def _print_extension() -> list[str]:
         print(f"extension    uses {features['isa']} kernels; sees {' '.join(features['flags']) or 'no flags'}")
         threads = "OpenMP" if features["openmp"] else "no OpenMP: one thread only"
         print(f"             compiled by {features['compiler']}, {threads}")
-    except Exception as error:  # whatever a binary built for another machine or Python may raise
+    except Exception as error:  # a binary built for another machine or Python may raise anything
         print("extension    built, but it does not work")
         return [f"the compiled extension does not work ({type(error).__name__}: {error}): reinstall spatial_pe"]
     if importlib.util.find_spec("spatial_pe._cuda") is None:
-        return []  # the table of backends says so
+        return []  # shown in the table of backends
     try:
         cuda = importlib.import_module("spatial_pe._cuda")
         devices, why = cuda.devices()
@@ -70,7 +70,7 @@ def _print_extension() -> list[str]:
 
 
 def _print_backends() -> list[str]:
-    """The table of backends, each available one tried against the reference; returns what is broken."""
+    """Print the table of backends, each available one checked against the reference; return what is broken."""
     print("backends")
     broken = []
     for name, why in backends():
@@ -79,7 +79,7 @@ def _print_backends() -> list[str]:
             continue
         try:
             error = _self_check(name)
-        except Exception as failure:  # a broken kernel may raise anything: say so, and go on with the others
+        except Exception as failure:  # a broken kernel may raise anything: report it, and continue with the others
             error = f"{type(failure).__name__}: {failure}"
         if error is None:
             print(f"  {name:<10} available, agrees with the reference")
@@ -92,7 +92,7 @@ def _print_backends() -> list[str]:
 
 
 def _automatic() -> list[str]:
-    """What backend="auto" takes on the CPU for each dtype, and why not the first that it asks."""
+    """Return the backend that "auto" selects on the CPU for each dtype, and why not its first choice."""
 
     lines = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -105,8 +105,8 @@ def _automatic() -> list[str]:
 
 
 def _behind_the_rotation() -> list[str]:
-    """Which attention the composed path uses on the GPU for dense and packed images, and why; without a GPU, what of
-    flash-attn is here."""
+    """Return the attention of the composed path on the GPU for dense and packed images, and why; without a GPU, the
+    available parts of flash-attn."""
 
     if not torch.cuda.is_available():
         states = {provider.name: flash.unusable(provider) for provider in flash.PROVIDERS}
@@ -123,7 +123,7 @@ def _behind_the_rotation() -> list[str]:
 
 
 def _self_check(backend: str) -> str | None:
-    """One small rotated attention against the reference in float64: what is wrong with the backend, or None."""
+    """Compare one small rotated attention with the reference in float64; return what is wrong, or None."""
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 17, 3, 64, generator=generator)
@@ -135,7 +135,7 @@ def _self_check(backend: str) -> str | None:
         try:
             x, y, z = (t.to(device, dtype) for t in (q, k, v))
             out = rope_attention(x, y, z, rotary.to(device), backend=backend)
-        except ValueError as why:  # a backend serves one kind of device, and not every dtype
+        except ValueError as why:  # a backend supports one kind of device, and not every dtype
             refusal = str(why)
             continue
         error = (out.cpu() - exact).abs().max().item()

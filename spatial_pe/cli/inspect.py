@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the PatchReport; fails where nothing in the model can be patched."""
+    """Print the PatchReport; fail if nothing in the model can be patched."""
     import transformers
 
     from ..towers import inspect
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     _lend_weights(model)
     try:
         report = inspect(model)
-    except RuntimeError as error:  # a tested class fails its proof: the user cannot put that right
+    except RuntimeError as error:  # a tested class fails its proof: the user cannot fix that
         print(f"spatial-pe inspect: {error}", file=sys.stderr)
         return 1
     print(f"{type(model).__name__} ({config.model_type})\n{report}")
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _load_config(name: str) -> PretrainedConfig:
-    """From a file or folder, a model type, or the hub, in this order."""
+    """Load the config of a file or folder, a model type, or the hub, in this order."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = Path(name).expanduser()
@@ -72,7 +72,7 @@ def _load_config(name: str) -> PretrainedConfig:
 
 
 def _build(config: PretrainedConfig) -> torch.nn.Module:
-    """The model of a configuration. AutoModel does not list every tower: those are found beside their configuration."""
+    """Build the model of a configuration. AutoModel does not list every tower: those are found next to their config."""
     from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 
     try:
@@ -92,9 +92,9 @@ def _build(config: PretrainedConfig) -> torch.nn.Module:
 
 
 def _lend_weights(model: torch.nn.Module) -> None:
-    """Random weights for what can be patched, one set for all alike layers: the memory of one layer.
+    """Fill in random weights for what can be patched, one set for all identical layers: the memory of one layer.
 
-    With them ``inspect`` can prove what it reports, and choose the backend for this machine instead of "meta".
+    With them ``inspect`` can verify what it reports, and select the backend for this machine instead of "meta".
     """
     from ..towers.discover import Candidate, discover
 
@@ -108,7 +108,7 @@ def _lend_weights(model: torch.nn.Module) -> None:
                 key = (type(found.module), path, name, parameter.shape)
                 if key not in lent:
                     x = torch.randn(parameter.shape, generator=generator)
-                    # matrices keep the size of what they multiply; vectors are biases, or scales of a norm around 1
+                    # matrices keep the scale of their input; vectors are biases, or scales of a norm around 1
                     x = x / parameter.shape[-1] ** 0.5 if x.ndim > 1 else 0.1 * x + (name == "weight")
                     lent[key] = torch.nn.Parameter(x, requires_grad=False)
                 setattr(module, name, lent[key])

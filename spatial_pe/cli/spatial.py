@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = commands.add_parser(
         "run",
         help="train models that differ in their position encoding only",
-        description="Trains models that differ in their position encoding only, and asks them where things are. "
-        "The file is written after each run: the same command goes on where it was stopped.",
+        description="Trains models that differ in their position encoding only, and evaluates their spatial accuracy. "
+        "The file is written after each run: the same command resumes where it was stopped.",
         epilog="studies: " + "; ".join(f"{name}: {row.about}" for name, row in STUDIES.items()),
     )
     run.add_argument("--study", choices=STUDIES, default="encodings", help="which (default: encodings)")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The exit code of the part that was asked for."""
+    """Run the chosen subcommand and return its exit code."""
     return options.part(options)
 
 
@@ -87,7 +87,7 @@ def run_study(options: argparse.Namespace) -> int:
             progress=progress(),
         )
     except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from the runs in {path}.", file=sys.stderr)
+        print(f"\nStopped. The same command resumes from the runs in {path}.", file=sys.stderr)
         raise
     from ..lab.study import report
 
@@ -103,7 +103,7 @@ def run_report(options: argparse.Namespace) -> int:
     studies = [study.load(path) for path in options.files]
     empty = [str(path) for path, it in zip(options.files, studies, strict=True) if not it["runs"]]
     if empty:
-        raise UserError(f"{empty[0]!r} holds no finished run yet: `spatial-pe spatial run` goes on with it")
+        raise UserError(f"{empty[0]!r} holds no finished run yet: `spatial-pe spatial run` resumes it")
     options.out.write_text(report.html(studies), encoding="utf-8")
     print(f"Wrote {options.out}")
     return 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time a few tile sizes of each Triton kernel on the shapes that vision towers have, and whether the CUDA kernels or
-torch's own attention are faster; without Triton, which of these two. Calls of later processes on this GPU, with these
-versions, use what was fastest."""
+"""Time a few tile sizes of each Triton kernel on the shapes of vision towers, and compare with the CUDA kernels and
+torch's attention; without Triton, compare these two. Later processes on this GPU, with these versions, use the
+fastest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .._utils.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="seven shapes instead of twenty")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), metavar="N", help="begin no shape after this long"
+        "--seconds", type=float, default=float("inf"), metavar="N", help="start no shape after this long"
     )
     parser.add_argument("--device", default="cuda", metavar="DEVICE", help="which GPU (default: cuda)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write what was measured here as well")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results here")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures tiles and backends on the GPU, shape by shape; what is measured is saved at once."""
+    """Measure tiles and backends on the GPU, shape by shape; each result is saved at once."""
     if options.seconds <= 0:
         raise UserError(f"--seconds must be positive, got {options.seconds:g}")
     from ..backends import cuda

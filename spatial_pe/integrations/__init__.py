@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plug-ins for other packages, each imported only by the package that it is for."""
+"""Plug-ins for other packages, each imported only by its host package."""

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What measures and teaches: demo, benchmarks, the study of encodings, caption benchmarks. Only ``cli`` and the
-programs under benchmarks/ import it."""
+"""Measurements and demonstrations: demo, benchmarks, the study of encodings, caption benchmarks. Imported only by
+``cli`` and the programs under benchmarks/."""

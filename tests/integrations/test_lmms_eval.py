@@ -102,7 +102,7 @@ def test_the_other_arguments_of_patch_arrive(llava):
         ("rope=foo", 'rope must be "axial", "mixed".*\'foo\''),
         ("rope=axial,start=now", "start must be .*\"full\", got 'now'"),
         ("rope=axial,keep_absolute=no", "keep_absolute must be True or False, got 'no'"),
-        ("start=full", "give rope=axial"),
+        ("start=full", "pass rope=axial"),
         ("legacy=2600.1", "legacy must be one of.*2600.1"),
         ("backend=gpu", "backend must be .*'gpu'"),
         ("rope=axial,legacy=2601.09954", "leave rope out"),

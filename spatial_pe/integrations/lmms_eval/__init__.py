@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA with a patched vision tower in lmms-eval: ``--model llava_hf_spatial_pe --model_args pretrained=…,rope=axial``.
 
-lmms-eval finds ``manifest`` through the entry point group ``lmms_eval.models`` while it is imported itself, so nothing
-of it is imported here. Tasks that it has not (VSR, TallyQA, TopViewRS) are in ``TASKS``, for its ``--include_path``.
+lmms-eval finds ``manifest`` through the entry point group ``lmms_eval.models`` while it is being imported, so none of
+it is imported here. Tasks that it lacks (VSR, TallyQA, TopViewRS) are in ``TASKS``, for its ``--include_path``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def manifest() -> Any:
-    """lmms-eval's ModelManifest. Both of its prompt paths are served, so that the prompts are those of its llava_hf."""
+    """Return lmms-eval's ModelManifest. It supports both prompt paths, so that the prompts are those of its
+    llava_hf."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lmms-eval's LLaVA models, with the vision tower patched while they are loaded."""
+"""lmms-eval's LLaVA models, with the vision tower patched on loading."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ...towers.options import PatchOptions
 
 
 class Patched:
-    """What the classes below add to lmms-eval's: the arguments of ``spatial_pe.patch``, and saved patched models.
+    """Mixin for lmms-eval's classes: the arguments of ``spatial_pe.patch``, and loading of saved patched models.
 
     Args:
-        pretrained: a directory or a repository. One that was saved patched is loaded as it was saved
+        pretrained: a directory or a repository. A model that was saved patched is loaded as it was saved
             (``spatial_pe.from_pretrained``).
-        rope: "axial", "mixed", or "none": the tower computes what it did before, by the fused kernels.
+        rope: "axial", "mixed", or "none": the same function as before, by the fused kernels.
         start, keep_absolute, legacy: see ``spatial_pe.patch``.
-        backend: see ``spatial_pe.patch``; of a model that was saved patched, in place of the saved one.
+        backend: see ``spatial_pe.patch``; for a model that was saved patched, replaces the saved one.
         kwargs: for lmms-eval's class (device, dtype, batch_size, revision, …).
 
     Raises:
@@ -51,7 +51,7 @@ class Patched:
             super().__init__(pretrained=pretrained, **kwargs)  # type: ignore[call-arg]
         if not any(isinstance(module, FusedAttention) for module in self.model.modules()):  # type: ignore[attr-defined]
             raise RuntimeError(
-                "the tower is not patched: this lmms-eval loads LLaVA in another way than 0.7.3 does "
+                "the tower is not patched: this lmms-eval loads LLaVA differently from 0.7.3 "
                 "(pip install lmms-eval==0.7.3)"
             )
 
@@ -73,18 +73,18 @@ def _options(rope: str | None, start: str, keep_absolute: bool, legacy: str | fl
     rope = None if rope in ("none", "None") else rope
     options = PatchOptions(
         rope, start, keep_absolute, None if legacy is None else str(legacy)
-    )  # 2601.09954 comes as float
+    )  # 2601.09954 is parsed as float
     options.check()
     if not options.adds and options != PatchOptions():
         raise ValueError(
-            f"start={start!r}, keep_absolute={keep_absolute} are for a RoPE that is added: give rope=axial"
+            f"start={start!r}, keep_absolute={keep_absolute} are for a RoPE that is added: pass rope=axial"
         )
     return options
 
 
 @contextmanager
 def _patched_when_loaded(options: PatchOptions, backend: str | None) -> Iterator[None]:
-    """Patched inside of lmms-eval's constructor, which wraps the model for data parallelism and sharding."""
+    """Patch inside of lmms-eval's constructor, before it wraps the model for data parallelism and sharding."""
     classes = dict(model_map)
     model_map.update({name: _Loader(cls, options, backend) for name, cls in classes.items()})
     try:
@@ -94,7 +94,7 @@ def _patched_when_loaded(options: PatchOptions, backend: str | None) -> Iterator
 
 
 class _Loader:
-    """Stands in lmms-eval's table for a class of transformers, of which it only calls ``from_pretrained``."""
+    """Replacement of a transformers class in lmms-eval's table, which only calls ``from_pretrained``."""
 
     def __init__(self, cls: Any, options: PatchOptions, backend: str | None) -> None:
         self.cls, self.options, self.backend = cls, options, backend
@@ -127,7 +127,7 @@ class _Loader:
 
 
 def _notes(config: Any) -> Iterator[dict[str, Any]]:
-    """What ``patch`` noted in a config and in those inside it (``vision_config``)."""
+    """Yield the entries of ``patch`` in a config and in those inside it (``vision_config``)."""
     for name, value in list(vars(config).items()):
         if name == NOTE:
             yield value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`spatial-pe bench`: what a user gains on this machine, against what they would use instead.
+"""`spatial-pe bench`: speed on this machine, compared with alternatives.
 
-Read in this order: ``cases`` (shapes and inputs), ``variants`` and ``peers`` (what is compared), ``timing``, ``suites``
-(what is measured), ``report`` and ``charts``."""
+Read in this order: ``cases`` (shapes and inputs), ``variants`` and ``peers`` (the compared functions), ``timing``,
+``suites`` (the measurements), ``report`` and ``charts``."""

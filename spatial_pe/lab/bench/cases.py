@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes that are measured, and the inputs of one."""
+"""Shapes of the benchmark, and random inputs for one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Shape:
-    """``batch`` samples of ``tokens``; ``packed``: one behind the other in one sequence, as attention windows are."""
+    """``batch`` samples of ``tokens``; ``packed``: concatenated into one sequence, as attention windows are."""
 
     batch: int
     heads: int
@@ -26,11 +26,11 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of the forward: two matrix products."""
+        """FLOP of the forward: two matrix products."""
         return 4 * self.batch * self.heads * self.tokens**2 * self.head_dim
 
     def elements(self) -> int:
-        """Of q, and of k, v and the output each."""
+        """Elements of q, and of k, v and the output each."""
         return self.batch * self.heads * self.tokens * self.head_dim
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Shape:
         return f"{what}, {self.heads} heads of {self.head_dim}"
 
 
-# What vision towers have: ViT-B at 224 px, CLIP-L at 336, SigLIP-so400m at 384, Qwen-VL's head_dim, a large image,
+# Shapes of vision towers: ViT-B at 224 px, CLIP-L at 336, SigLIP-so400m at 384, Qwen-VL's head_dim, a large image,
 # Qwen2.5-VL's windows of an image of 900 x 500 px
 SPEED = {
     "196": Shape(4, 12, 196, 64),
@@ -54,7 +54,7 @@ class Inputs:
     """Random q, k, v as views of one fused projection, as in the towers: dense (B, N, H, D), packed (T, H, D).
 
     ``leaves``: the same, for gradients; ``grad``: that of the output; ``cos``, ``sin``: (N | T, D) float32, each angle
-    twice, which rotate-half takes.
+    twice, the format of rotate-half.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:

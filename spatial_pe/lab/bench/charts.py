@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of a benchmark's report. Variants keep their colour and mark everywhere."""
+"""Charts of a benchmark's report. Variants keep their colour and mark everywhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AXES = {"tokens": "tokens", "batch": "batch", "heads": "heads", "windows": "wind
 
 
 def attention(result: dict) -> Figure:
-    """How many times as fast as eager rotation and SDPA, one group a shape."""
+    """Plot speed relative to eager rotation and SDPA, one group per shape."""
     rows = [row for row in results.rows(result, "attention") if results.seconds(row, "eager")]
     figure, (ax,) = page.figure(9, 0.75 + 0.34 * len(rows), 1, 1)
     for y, row in enumerate(reversed(rows)):
@@ -39,7 +39,7 @@ def attention(result: dict) -> Figure:
 
 
 def growth(result: dict) -> Figure:
-    """Speed against what grows, a panel each."""
+    """Plot speed against each growing dimension, one panel each."""
     rows = list(results.rows(result, "growth"))
     axes_found = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
     figure, axes = page.figure(3.1 * len(axes_found) + 1.5, 3.2, 1, len(axes_found), sharey=True)
@@ -57,7 +57,7 @@ def growth(result: dict) -> Figure:
 
 
 def roofline(result: dict) -> Figure | None:
-    """What was reached of what the machine can do: arithmetic, or copying. None where that was not measured."""
+    """Plot rates against the limits of the machine: arithmetic, or copying. None if those were not measured."""
     if result["peaks"] is None:
         return None
     rows = [row for row in results.rows(result, "attention") if row["direction"] == "forward"]
@@ -90,7 +90,7 @@ def roofline(result: dict) -> Figure | None:
 
 
 def memory(result: dict) -> Figure:
-    """Peak memory against tokens."""
+    """Plot peak memory against tokens."""
     rows = list(results.rows(result, "memory"))
     figure, (ax,) = page.figure(7, 3.3, 1, 1)
     for name in dict.fromkeys(name for row in rows for name in row["bytes"]):
@@ -102,7 +102,7 @@ def memory(result: dict) -> Figure:
 
 
 def towers(result: dict) -> Figure:
-    """Speed-ups of whole towers."""
+    """Plot speed-ups of whole towers."""
     rows = list(results.rows(result, "towers"))
     figure, (ax,) = page.figure(8, 0.9 + 0.3 * len(rows), 1, 1)
     for y, row in enumerate(reversed(rows)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine can do at most: multiply-adds and copying."""
+"""Peak rates of the machine: multiply-adds and copying."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .cases import DTYPES
 
 
 def peaks(device: str = "cpu", rounds: int = 5) -> dict | None:
-    """ "gflops": {dtype: of one core, or of the whole GPU}; "copy_gigabytes_per_second": of all cores or the GPU, read
-    and written bytes together. None without the compiled extension.
+    """Return "gflops": {dtype: of one core, or of the whole GPU}; "copy_gigabytes_per_second": of all cores or the GPU,
+    read and written bytes together. None without the compiled extension.
 
-    A core's by the multiply-adds of the kernels on registers, a GPU's by a matrix product that is large enough.
+    A core is measured by the kernels' multiply-adds on registers, a GPU by a large matrix product.
     """
     if device != "cpu":
         gflops = {name: _product(name, device, rounds) for name in ("fp32", "bf16")}
@@ -39,7 +39,7 @@ def _copy(device: str, rounds: int) -> dict:
     before = torch.get_num_threads()
     torch.set_num_threads(environment.usable_cores())
     try:
-        source = torch.randn(1 << 26, device=device)  # 256 MB: more than caches hold
+        source = torch.randn(1 << 26, device=device)  # 256 MB: larger than caches
         target = torch.empty_like(source)
         samples = timing.interleaved({"copy": lambda: target.copy_(source)}, rounds, device=device)
     finally:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of one call, inputs and output not counted.
+"""Peak memory of one call, without inputs and output.
 
     python -m spatial_pe.lab.bench.memory VARIANT BATCH HEADS TOKENS HEAD_DIM DTYPE
 
-On the CPU by the high-water mark of a process of its own, which Linux can set back; torch counts what it allocates, not
-what kernels do. On a GPU by torch's allocator.
+On the CPU it is the high-water mark of a separate process, which Linux can reset; torch counts its own allocations, not
+those of kernels. On a GPU it is that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def unavailable(device: str) -> str | None:
     if device == "cpu" and not CLEAR.exists():
-        return "needs Linux: /proc/self/clear_refs sets the high-water mark of a process back"
+        return "needs Linux: /proc/self/clear_refs resets the high-water mark of a process"
     return None
 
 
 def measure(variant: str, shape: Shape, dtype: str, device: str = "cpu") -> int:
-    """Bytes.
+    """Return bytes.
 
     Raises:
-        RefusedError: the variant does not serve this call, or the process died of it (says how).
+        RefusedError: the variant does not support this call, or the process died of it (says how).
     """
     if device != "cpu":
         return _on_gpu(variant, shape, dtype, device)
@@ -57,7 +57,7 @@ def _on_gpu(variant: str, shape: Shape, dtype: str, device: str) -> int:
 
 def _here(variant: str, shape: Shape, dtype: str) -> int:
     small = Inputs(Shape(shape.batch, shape.heads, 16, shape.head_dim), DTYPES[dtype])
-    build(variant, small, "forward", 1)()  # libraries and thread pools are loaded
+    build(variant, small, "forward", 1)()  # loads libraries and thread pools
     inputs = Inputs(shape, DTYPES[dtype])
     call = build(variant, inputs, "forward", 1)
     CLEAR.write_text("5")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime and OpenVINO on the CPU: a rotation of q and k, then attention, each by their own operators.
+"""ONNX Runtime and OpenVINO on the CPU: a rotation of q and k, then attention, by their own operators.
 
-They take the layout that they like best, (B, N, H D) and (B, H, N, D), and windows as a batch, as neither has packed
-sequences on the CPU. bfloat16 is OpenVINO's inference precision hint, with inputs in float32; ONNX Runtime has no
-bfloat16 attention on the CPU.
+They get their preferred layout, (B, N, H D) and (B, H, N, D), and windows as a batch, as neither has packed sequences
+on the CPU. bfloat16 is OpenVINO's inference precision hint, with inputs in float32; ONNX Runtime has no bfloat16
+attention on the CPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .cases import Inputs
 
 
 class UnsupportedError(Exception):
-    """What the peer cannot compute."""
+    """A call that the peer cannot compute."""
 
 
 def onnxruntime(inputs: Inputs, threads: int) -> Callable[[], Any]:
-    """com.microsoft.RotaryEmbedding, twice, then com.microsoft.MultiHeadAttention."""
+    """Build com.microsoft.RotaryEmbedding, twice, then com.microsoft.MultiHeadAttention."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -36,11 +36,11 @@ def onnxruntime(inputs: Inputs, threads: int) -> Callable[[], Any]:
     tables = [("cos", cos), ("sin", sin), ("positions", positions)]
     rotate: dict[str, Any] = {"domain": "com.microsoft", "num_heads": shape.heads, "interleaved": 0}
     nodes = [
-        helper.make_node("RotaryEmbedding", [name, "positions", "cos", "sin"], [f"{name}_turned"], **rotate)
+        helper.make_node("RotaryEmbedding", [name, "positions", "cos", "sin"], [f"{name}_rotated"], **rotate)
         for name in ("q", "k")
     ]
     heads: dict[str, Any] = {"domain": "com.microsoft", "num_heads": shape.heads}
-    nodes.append(helper.make_node("MultiHeadAttention", ["q_turned", "k_turned", "v"], ["out"], **heads))
+    nodes.append(helper.make_node("MultiHeadAttention", ["q_rotated", "k_rotated", "v"], ["out"], **heads))
     graph = helper.make_graph(
         nodes,
         "attention",
@@ -59,7 +59,7 @@ def onnxruntime(inputs: Inputs, threads: int) -> Callable[[], Any]:
 
 
 def openvino(inputs: Inputs, threads: int) -> Callable[[], Any]:
-    """Rotate-half as transformers exports it, which OpenVINO fuses into its own RoPE operator, then its
+    """Build rotate-half as transformers exports it, which OpenVINO fuses into its own RoPE operator, then its
     scaled_dot_product_attention."""
     import openvino
     from openvino import opset13 as ops
@@ -71,12 +71,12 @@ def openvino(inputs: Inputs, threads: int) -> Callable[[], Any]:
     cos, sin = (ops.constant(table[: shape.tokens].numpy()[None, None]) for table in (inputs.cos, inputs.sin))
     q, k, v = (ops.parameter(size, np.float32, name=name) for name in "qkv")
 
-    def turned(x: Any) -> Any:
+    def rotated(x: Any) -> Any:
         a, b = ops.split(x, ops.constant(3), 2).outputs()
         half = ops.concat([ops.multiply(b, ops.constant(np.float32(-1))), a], 3)
         return ops.add(ops.multiply(x, cos), ops.multiply(half, sin))
 
-    model = openvino.Model([ops.scaled_dot_product_attention(turned(q), turned(k), v)], [q, k, v], "attention")
+    model = openvino.Model([ops.scaled_dot_product_attention(rotated(q), rotated(k), v)], [q, k, v], "attention")
     precision = "bf16" if inputs.dtype == torch.bfloat16 else "f32"
     how = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
     request = openvino.Core().compile_model(model, "CPU", how).create_infer_request()

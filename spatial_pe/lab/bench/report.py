@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run: tables for the terminal, and one HTML page."""
+"""Report of a run: tables for the terminal, and one HTML page."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 Row = dict
 LEAD = (
-    "Attention with 2D RoPE in this package's kernels against what would be used instead: the same data, one process, "
-    "variants in turns, medians. x is how many times as fast; below 1 is slower. Rates count the two matrix products "
-    "of attention; the peers' times include a rotation of their own."
+    "Attention with 2D RoPE in this package's kernels against alternatives: all variants run interleaved in one "
+    "process on the same data; medians. x is the speed-up; below 1 is slower. Rates count the two matrix products of "
+    "attention; the peers' times include their own rotation."
 )
 
 
 def html(result: dict) -> str:
-    """The page, from the content of a run's file."""
+    """Return the page for the content of a run's file."""
     from matplotlib import rc_context
 
     with rc_context(page.style()):
         sections = [make(result) for suite, make in SECTIONS.items() if any(results.rows(result, suite))]
-        return page.render("What it gains on this machine", LEAD, sections, footer(result))
+        return page.render("Speed on this machine", LEAD, sections, footer(result))
 
 
 def text(result: dict) -> str:
-    """The tables, for a terminal."""
+    """Return the tables for a terminal."""
     suites = [suite for suite in TABLES if any(results.rows(result, suite))]
     return "\n".join(page.plain(table) for suite in suites for table in TABLES[suite](result))
 
 
 def headline(result: dict) -> str:
-    """One sentence: the range of each ratio."""
+    """Return one sentence: the range of each ratio."""
     said = []
     for suite, of, against, what in (
         ("towers", "after", "before", "whole towers, patched against unpatched"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run, and what its rows say: ratios of medians, rates."""
+"""Result file of a run, and values derived from its rows: ratios of medians, rates."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ..._utils.errors import UserError
 from ..._utils.files import write_whole
 
 Row = dict
-SCHEMA = 1  # of the file; counts up when a field changes its meaning
+SCHEMA = 1  # format of the file; increased when a field changes its meaning
 
 
 def load(path: Path) -> dict:
-    """
+    """Read a result file.
+
     Raises:
         UserError: it cannot be read, or is something else.
     """
@@ -38,19 +39,19 @@ def rows(result: dict, suite: str) -> Iterator[Row]:
 
 
 def seconds(row: Row, variant: str) -> float | None:
-    """The median; None where the variant did not take part."""
+    """Return the median; None if the variant was left out."""
     samples = row["seconds"].get(variant)
     return statistics.median(samples) if samples else None
 
 
 def speedup(row: Row, against: str, of: str = "ours") -> float | None:
-    """How many times as fast; below 1 it is slower."""
+    """Return the speed relative to another variant; below 1 it is slower."""
     ours, theirs = seconds(row, of), seconds(row, against)
     return theirs / ours if ours is not None and theirs is not None else None
 
 
 def best(row: Row, variants: tuple[str, ...]) -> str | None:
-    """The fastest of some variants that took part."""
+    """Return the fastest of some variants that were measured."""
     found = {name: seconds(row, name) for name in variants if seconds(row, name) is not None}
     return min(found, key=lambda name: found[name] or 0.0, default=None)
 
@@ -61,13 +62,13 @@ def gflops(row: Row, variant: str) -> float | None:
 
 
 def rotation_cost(row: Row) -> float | None:
-    """Of ours: 0.02 is two percent more time than without rotation."""
+    """Return the relative cost of our rotation; 0.02 means 2 % slower than without it."""
     ratio = speedup(row, "ours", of="off")
     return None if ratio is None else ratio - 1
 
 
 def intensity(row: Row) -> float:
-    """FLOP per byte of q, k, v and the output, each read or written once."""
+    """Return FLOP per byte of q, k, v and the output, each read or written once."""
     shape = row["shape"]
     size = {"bf16": 2, "fp16": 2, "fp32": 4}[row["dtype"]]
     elements = shape["batch"] * shape["heads"] * shape["tokens"] * shape["head_dim"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: tables of cases, and rows of plain data that come of them.
+"""Suites of the benchmark: tables of cases, each measured into a row of plain data.
 
-A row has its ``suite``, what was measured, ``seconds`` (all samples of each variant) or ``bytes``, and ``refused``: the
-variants that did not take part, with the reason.
+A row has its ``suite``, its case, ``seconds`` (all samples of each variant) or ``bytes``, and ``refused``: the
+variants that were left out, with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .cases import DIRECTIONS, DTYPES, SPEED, Inputs, Shape
 from .variants import PEERS, VARIANTS, RefusedError, build
 
 Row = dict
-# FLOP of a direction by those of the forward
+# FLOP of a direction relative to the forward
 FLOPS = {"forward": 1.0, "backward": 2.5}
 # Two bfloat16 results of the same attention differ by 0.01 at most; without the rotation by 0.3 and more.
 SAME = 0.05
@@ -32,7 +32,7 @@ SAME = 0.05
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of some variants. ``axis``: for the suite "growth", what grows."""
+    """One call of some variants. ``axis``: for the suite "growth", the growing dimension."""
 
     suite: str
     name: str
@@ -61,7 +61,7 @@ class Attention:
             except RefusedError as error:
                 refused[name] = str(error)
                 continue
-            reference = reference or found  # the first is what all must agree with
+            reference = reference or found  # the reference for all others
             if VARIANTS[name].rotates and name not in PEERS:
                 deviation[name] = max(map(_difference, found, reference))
                 if not deviation[name] < SAME:
@@ -116,7 +116,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Start:
-    """What a process pays once: the import, and the first call of a shape."""
+    """One-time costs of a process: the import, and the first call of a shape."""
 
     rounds: int
 
@@ -161,7 +161,7 @@ MEMORY = [Shape(1, 8, tokens, 64) for tokens in (256, 1024, 2048, 4096, 8192)]
 
 
 def quick(device: str) -> Iterator[Case]:
-    """Two minutes on two cores."""
+    """Yield the cases of --quick: two minutes on two cores."""
     threads = environment.usable_cores()
     peers = PEERS if device == "cpu" else ()
     for dtype in ("bf16", "fp32"):
@@ -184,7 +184,8 @@ def full(device: str) -> Iterator[Case]:
                 long = shape.tokens >= 4096
                 forward = (*DIRECT, "compiled", *peers)
                 yield Attention("attention", name, shape, dtype, "forward", threads, forward, 5 if long else 7)
-                # torch's bfloat16 backward takes 3 s of 576 tokens and half a minute of 4096 on a core without bfloat16
+                # torch's bfloat16 backward takes 3 s for 576 tokens and half a minute for 4096 on a core without
+                # bfloat16
                 slow = long or dtype not in dense_dtypes(device)
                 backward = DIRECT[:3] if slow else (*DIRECT, "compiled")
                 yield Attention("attention", name, shape, dtype, "backward", threads, backward, 3 if slow else 7)
@@ -212,8 +213,8 @@ def of_model(path: str, device: str) -> Iterator[Case]:
 
 
 def dense_dtypes(device: str) -> tuple[str, ...]:
-    """What whole layers and towers are measured in. No bfloat16 on a CPU without its instructions: torch's products
-    are 15 times as slow as in float32 there, and nobody would run a tower so."""
+    """Return the dtypes for whole layers and towers. No bfloat16 on a CPU without its instructions: there torch's
+    products are 15 times as slow as in float32, so no tower would be run that way."""
     native = device != "cpu" or cpu.FEATURES.get("isa") == "avx512_bf16"
     return ("bf16", "fp32") if native else ("fp32",)
 

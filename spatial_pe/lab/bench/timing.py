@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: variants take turns in one process, and are compared by their medians.
+"""Interleaved timing: the variants run alternately in one process, and are compared by their medians.
 
 On a CPU a sample is wall-clock time. On a GPU it is the time between two CUDA events around back-to-back calls. Before
-the first event the GPU sleeps for as long as the host needs to launch them all, so that it never waits for the host:
-measured are the kernels, not Python, which at 196 tokens takes longer than they do. (Where the calls of a sample launch
+the first event the GPU sleeps for as long as the host needs to launch them all, so that it never waits for the host and
+only kernels are measured, not Python, which takes longer than they do at 196 tokens. (If the calls of a sample launch
 more than the 1,024 kernels that a queue holds, the GPU waits after all.)
 """
 
@@ -19,24 +19,25 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
-# Of a sample on a CPU: clock and scheduler noise stay small beside it.
+# Length of a sample on a CPU: clock and scheduler noise are small relative to it.
 SAMPLE_SECONDS = 0.02
-# Between variants with thread pools of their own (ONNX Runtime's, OpenMP's): workers spin for a while after a call, and
-# would take the next one's core; at 196 tokens ours ran at half its speed without it.
+# Pause between variants with separate thread pools (ONNX Runtime's, OpenMP's): workers spin for a while after a call,
+# and would occupy the next one's core; at 196 tokens ours ran at half its speed without it.
 SETTLE_SECONDS = 0.1
-# Of a sample on a GPU: events resolve 0.5 us, and 2 ms of a tower, a few calls of 200 kernels, fit into the queue.
+# Length of a sample on a GPU: events resolve 0.5 us, and 2 ms of a tower, a few calls of 200 kernels, fit into the
+# queue.
 SAMPLE_MS = 2.0
 # At 64 calls of a dozen kernels the queue is full.
 MOST_REPEATS = 64
 MOST_SLEEP_MS = 40.0
-# Of torch.cuda._sleep: a little more than the clock of any GPU, so that the sleep is not too short.
+# Clock of torch.cuda._sleep: a little above that of any GPU, so that the sleep is not too short.
 CYCLES_PER_MS = 2_000_000
 
 
 def interleaved(
     variants: Mapping[str, Call], rounds: int, settle: float = 0.0, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds per call of each variant, one sample a round. Every second round runs in reverse order.
+    """Return seconds per call of each variant, one sample per round. Every second round runs in reverse order.
 
     Args:
         variants: functions to call; the first two calls of each are not measured (allocation, code paths, primitive
@@ -50,8 +51,8 @@ def interleaved(
     with torch.cuda.device(device) if gpu else contextlib.nullcontext():  # events belong to the current GPU
         take = {name: sampler(call) for name, call in variants.items()}
         samples: dict[str, list[float]] = {name: [] for name in variants}
-        for turn in range(rounds):
-            for name in list(variants) if turn % 2 == 0 else reversed(list(variants)):
+        for index in range(rounds):
+            for name in list(variants) if index % 2 == 0 else reversed(list(variants)):
                 if settle:
                     time.sleep(settle)
                     variants[name]()
@@ -67,7 +68,7 @@ def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def cpu_sampler(call: Call) -> Callable[[], float]:
-    """Warm up; return the function that takes one sample, in seconds per call."""
+    """Warm up; return a function that takes one sample, in seconds per call."""
     took = _wall(call, 1)
     if took < 1:
         took = _wall(call, 1)
@@ -87,20 +88,20 @@ def _wall(call: Call, repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """How to take a sample of a call."""
+    """Number of calls and host time of a sample."""
 
     repeats: int
     sleep_ms: float
 
 
 def gpu_sampler(call: Call) -> Callable[[], float]:
-    """Warm up; return the function that takes one sample, in seconds per call."""
+    """Warm up; return a function that takes one sample, in seconds per call."""
     setting = calibrate(call, SAMPLE_MS)
     return lambda: sample(call, setting) / 1e3
 
 
 def calibrate(call: Call, sample_ms: float) -> Setting:
-    """How many calls make a sample of about ``sample_ms``, and how long the host takes to launch them.
+    """Return how many calls make a sample of about ``sample_ms``, and how long the host takes to launch them.
 
     Runs the call six times: the first compiles, and the next may pick an algorithm.
     """
@@ -118,7 +119,7 @@ def calibrate(call: Call, sample_ms: float) -> Setting:
 
 
 def sample(call: Call, setting: Setting) -> float:
-    """Milliseconds per call."""
+    """Return milliseconds per call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int(setting.sleep_ms * CYCLES_PER_MS))
     begin.record()

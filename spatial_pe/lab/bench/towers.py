@@ -130,8 +130,8 @@ def sdpa_share(run: Callable[[], object]) -> float:
 
 
 def measure(name: str, dtype: torch.dtype, rounds: int, device: str) -> dict:
-    """Seconds of a forward before and after; how many modules were patched; what the tower is; and the part of the
-    unpatched tower's time that torch's profiler finds in scaled_dot_product_attention: what a patch can gain at most.
+    """Return seconds of a forward before and after; the number of patched modules; the kind of tower; and the share of
+    the unpatched tower's time that torch's profiler finds in scaled_dot_product_attention: the upper limit of the gain.
     """
     with torch.device(device):
         module, forward, what = _built(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: functions of (q, k, v) that compute attention with 2D RoPE, and ours without it."""
+"""Compared variants: functions of (q, k, v) that compute attention with 2D RoPE, and ours without it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Call = Callable[[], Any]
 
 
 class RefusedError(Exception):
-    """A variant that does not take part here; the message says why."""
+    """A variant that cannot compute a case; the message says why."""
 
 
 def ours(inputs: Inputs) -> Attention:
@@ -37,7 +37,7 @@ def off(inputs: Inputs) -> Attention:
 
 
 def eager(inputs: Inputs) -> Attention:
-    """Rotate-half in float32, cast back, then torch's SDPA, a call for each window (transformers' towers)."""
+    """Rotate-half in float32, cast back, then torch's SDPA, one call per window (transformers' towers)."""
     attend = _windows(inputs) if inputs.shape.packed else sdpa
     return lambda q, k, v: attend(*rotate(q, k, inputs.cos, inputs.sin), v)
 
@@ -47,7 +47,7 @@ def compiled(inputs: Inputs) -> Attention:
 
 
 def naive(inputs: Inputs) -> Attention:
-    """Eager rotation and attention: the matrix of scores is in memory (transformers' attn_implementation="eager")."""
+    """Eager rotation and attention: the scores are materialised (transformers' attn_implementation="eager")."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = rotate(q, k, inputs.cos, inputs.sin)
@@ -75,8 +75,8 @@ def separate(inputs: Inputs) -> Attention:
 
 @dataclass(frozen=True)
 class Variant:
-    """``make``: for inputs; ``call``: of a peer that takes no torch tensors, what is timed of its forward. ``rotates``:
-    whether it computes what ours does."""
+    """``make``: for inputs; ``call``: for a peer without torch tensors, the timed forward. ``rotates``: whether it
+    computes the same function as ours."""
 
     label: str
     make: Callable[[Inputs], Attention] | None = None
@@ -101,11 +101,11 @@ PEERS = tuple(name for name, variant in VARIANTS.items() if variant.call is not 
 
 
 def build(name: str, inputs: Inputs, direction: str, threads: int, level: str = "kernel") -> Call:
-    """What is timed: the forward without a graph, or the backward of one forward; of attention (``level`` "kernel"), or
-    of a layer: the projections of a ViT block around it.
+    """Build the timed call: the forward without a graph, or the backward of one forward; of attention (``level``
+    "kernel"), or of a layer: the projections of a ViT block around it.
 
     Raises:
-        RefusedError: it does not serve this dtype, direction or device, or its package is missing.
+        RefusedError: it does not support this dtype, direction or device, or its package is missing.
     """
     variant = VARIANTS[name]
     if variant.cpu_only and inputs.device != "cpu":
@@ -142,7 +142,7 @@ def build(name: str, inputs: Inputs, direction: str, threads: int, level: str = 
 
 
 def _layer(name: str, inputs: Inputs) -> tuple[RoPE2DAttention, Callable[[Tensor], Tensor]]:
-    """Ours as users have it, RoPE2DAttention; others between the same projections."""
+    """Build RoPE2DAttention for ours; the others between the same projections."""
     shape = inputs.shape
     rope = None if name == "off" else "axial"
     with torch.random.fork_rng():
@@ -164,25 +164,26 @@ def _layer(name: str, inputs: Inputs) -> tuple[RoPE2DAttention, Callable[[Tensor
 
 
 def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For one shape. Without the reset the ninth shape would run uncompiled: dynamo counts them by line of code."""
+    """Compile for one shape. Without the reset the ninth shape would run uncompiled: dynamo counts them by line of
+    code."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k (..., N, H, D); cos, sin (N, D) float32."""
+    """Rotate q, k (..., N, H, D) by cos, sin (N, D) float32."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         x32 = x.float()
         a, b = x32.chunk(2, dim=-1)
         return (x32 * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
-    return turned(q), turned(k)
+    return rotated(q), rotated(k)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, N, H, D) -> the same, contiguous, as the output projection needs it."""
+    """Compute (B, N, H, D) -> the same, contiguous, as the output projection needs it."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 

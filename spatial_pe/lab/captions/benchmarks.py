@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of caption benchmarks: which files, how a relation is told, and the commands that get the data."""
+"""Table of caption benchmarks: their files, the relation of a caption, and the commands that download the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..._utils.errors import UserError
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``annotations``, ``images``: where they may lie in the data folder. ``split``: its name in whatsup_all.
+    """``annotations``, ``images``: possible paths in the data folder. ``split``: its name in whatsup_all.
 
     ``opposites``: pairs of relations in a set of images of the same two objects. ``get``: commands, DIR for the folder.
     """
@@ -36,7 +36,7 @@ class Benchmark:
 
 
 def missing(name: str, folder: Path, what: str) -> UserError:
-    """``what`` was not found: where it was looked for, and the commands that get it."""
+    """Return the error for missing data: the searched paths, and the commands that download it."""
     benchmark = BENCHMARKS[name]
     looked = [place.format(part=part) for place in benchmark.annotations for part in benchmark_parts(name)]
     if benchmark.split:
@@ -48,13 +48,13 @@ def missing(name: str, folder: Path, what: str) -> UserError:
 
 
 def how_to_get(name: str, folder: Path) -> str:
-    """The end of a message: the commands, with the folder in them."""
+    """Return the end of a message: the commands, with the folder in them."""
     lines = "\n  ".join(BENCHMARKS[name].get).replace("DIR", shlex.quote(str(folder)))
     return f".\nGet it with\n  {lines}"
 
 
 def benchmark_parts(name: str) -> tuple[str, ...]:
-    """Files of one benchmark: VSR's splits, of which dev is where a threshold is chosen."""
+    """Return the files of one benchmark: for VSR the splits, of which dev is for choosing a threshold."""
     return ("test", "dev") if name.startswith("vsr") else ("",)
 
 
@@ -66,7 +66,7 @@ def _last_word(caption: str) -> str:
 
 
 def _said(phrases: tuple[tuple[str, str], ...], caption: str) -> str:
-    """The first phrase that is in the caption; "" is in all."""
+    """Return the first phrase that is in the caption; "" is in all."""
     return next((name for phrase, name in phrases if phrase in caption.lower()), "other")
 
 
@@ -85,7 +85,7 @@ _IMAGES = {  # folder: its archive, the archive's id
 
 
 def _released(about: str, file: str, file_id: str, images: str, split: str, **rest: Any) -> Benchmark:
-    """What'sUp's own files, by the ids in its authors' code; or the same as Parquet."""
+    """Return a benchmark of What'sUp's own files, by the ids in its authors' code; or the same as Parquet."""
     archive, archive_id = _IMAGES[images]
     unpack = "unzip -d DIR" if archive.endswith(".zip") else "tar -C DIR -xf"
     get = (

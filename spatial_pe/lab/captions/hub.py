@@ -18,11 +18,11 @@ from typing import Any
 from ..._utils.errors import UserError
 
 COLUMNS = ("image_options", "caption_options")
-Row = tuple[str, Callable[[], bytes], str, Any]  # where, image, what tells images apart, captions
+Row = tuple[str, Callable[[], bytes], str, Any]  # place, image, identity of the image, captions
 
 
 def rows(data: str | Path, split: str) -> Iterator[Row] | None:
-    """Those of one split; None where ``data`` has none of these forms.
+    """Yield the rows of one split; None if ``data`` has none of these forms.
 
     Raises:
         UserError: a file that cannot be read, a split or a column that is not there, a failed download.
@@ -49,13 +49,13 @@ def _rows(folder: Path, columns: list[str], count: int, row: Callable[[int], dic
 
 
 def _read(where: str, row: Callable[[int], dict], n: int) -> bytes:
-    """The image of a row, taken from the table only now: a benchmark's images are hundreds of megabytes."""
+    """Return the image of a row, read from the table on access: a benchmark's images are hundreds of megabytes."""
     value = _image(where, row(n)["image_options"])
     return value.get("bytes") or Path(value["path"]).read_bytes()
 
 
 def _image(where: str, value: Any) -> dict:
-    """The image's bytes or path, as ``datasets`` stores them."""
+    """Return the image's bytes or path, as ``datasets`` stores them."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, bytes):
@@ -66,7 +66,7 @@ def _image(where: str, value: Any) -> dict:
 
 
 def _digest(value: dict) -> str:
-    """The same for the same image, which several rows may repeat."""
+    """Return a digest that is equal for the same image, which several rows may repeat."""
     return hashlib.sha1(value.get("bytes") or value["path"].encode(), usedforsecurity=False).hexdigest()
 
 
@@ -111,7 +111,7 @@ def _download(name: str, split: str) -> Path:
         )
     except Exception as error:  # no network, no such data set, no permission: each has its own class
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name!r} is no folder, and cannot be had from the hub: {first}") from error
+        raise UserError(f"{name!r} is no folder, and cannot be loaded from the hub: {first}") from error
 
 
 def _need(package: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published benchmarks that ask which caption fits an image: loaders for the files as their authors released them.
+"""Loaders of published caption-choice benchmarks, for the files as their authors released them.
 
 What'sUp (arXiv 2310.19785; github.com/amitakamath/whatsup_vlms): Controlled_Images A and B, and the COCO and Visual
 Genome (GQA) captions of one and two objects. Two forms are read:
@@ -39,10 +39,10 @@ Source = Path | Callable[[], bytes]
 
 @dataclass(frozen=True)
 class Item:
-    """``captions``: the one asked about comes first. ``label``: whether it is true (always, but in VSR).
+    """``captions``: the one asked about comes first. ``label``: whether it is true (always, except in VSR).
 
-    ``record`` is where it comes from, for messages. Items with the same ``group`` are not independent: they show the
-    same two objects (Controlled), or are about the same image.
+    ``record`` is its origin, for messages. Items with the same ``group`` are not independent: they show the same two
+    objects (Controlled), or are about the same image.
     """
 
     record: str
@@ -56,7 +56,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark's items; ``dev``: those that a threshold may be chosen on, not scored (VSR)."""
+    """Items of a benchmark; ``dev``: those for choosing a threshold, not scored (VSR)."""
 
     name: str
     benchmark: Benchmark
@@ -65,7 +65,7 @@ class Task:
 
 
 def load(name: str, data: str | Path, *, limit: int | None = None) -> Task:
-    """The items of a benchmark, every record checked and every image file seen to exist. No image is decoded.
+    """Load the items of a benchmark; check every record and that every image file exists. No image is decoded.
 
     Args:
         name: a key of ``BENCHMARKS``.
@@ -93,14 +93,14 @@ def load(name: str, data: str | Path, *, limit: int | None = None) -> Task:
 
 
 def open_image(item: Item) -> Image:
-    """The image as RGB. Raises UserError, which names the file and the record, where it cannot be decoded."""
+    """Return the image as RGB. Raise UserError with the file and the record if it cannot be decoded."""
     from PIL import Image
 
     try:
         source = item.image if isinstance(item.image, Path) else io.BytesIO(item.image())
         with Image.open(source) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways of saying "broken"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's errors for a broken file
         file = f"{item.image}" if isinstance(item.image, Path) else "its image"
         raise UserError(f"{item.record}: cannot read {file}: {error}. Download it again") from error
 
@@ -109,7 +109,7 @@ def open_image(item: Item) -> Image:
 
 
 def _whatsup(name: str, benchmark: Benchmark, data: str | Path) -> Iterator[Item]:
-    """From whichever form ``data`` has."""
+    """Yield the items from whichever form ``data`` has."""
     folder = Path(data)
     if (file := _find(folder, benchmark.annotations)) is not None:
         images = _find(folder, benchmark.images)
@@ -129,7 +129,7 @@ def _whatsup(name: str, benchmark: Benchmark, data: str | Path) -> Iterator[Item
 
 
 def _fields(where: str, record: Any, benchmark: Benchmark) -> tuple[Any, list]:
-    """The image and the captions of a json record: a dict with four captions, or a list with two."""
+    """Return the image and the captions of a json record: a dict with four captions, or a list with two."""
     if benchmark.opposites:
         if not isinstance(record, dict) or not isinstance(record.get("image_path"), str):
             raise UserError(f'{where}: needs "image_path" and "caption_options", got {_short(record)}')
@@ -150,7 +150,7 @@ def _item(where: str, image: Source, image_id: str, found: Any, benchmark: Bench
 
 
 def _whole_sets(items: list[Item], benchmark: Benchmark, limit: int | None) -> list[Item]:
-    """Set after set; a set is what shares its four captions, each right once (so first captions are right ones)."""
+    """Check and order sets of items; a set shares four captions, each right once (so first captions are right ones)."""
     relations = sorted(relation for pair in benchmark.opposites for relation in pair)
     sets: dict[str, list[Item]] = defaultdict(list)
     for item in items:
@@ -215,7 +215,7 @@ _VERBS = {
 
 
 def _negated(where: str, caption: str, relation: str) -> str:
-    """The caption with its relation replaced by an opposite, where English has one, else by its negation.
+    """Return the caption with its relation replaced by an opposite, where English has one, else by its negation.
 
     Every caption of the release has one of two forms: "The cat is <relation> the sink." and "The bowl contains ...".
     """
@@ -231,7 +231,7 @@ def _negated(where: str, caption: str, relation: str) -> str:
 
 
 def _json_records(file: Path, lines: bool = False) -> Iterator[tuple[str, Any]]:
-    """(where, record), of a json list or of json lines; records are counted from 1, as lines are."""
+    """Yield (where, record) of a json list or of json lines; records are counted from 1, as lines are."""
     word = "line" if lines else "record"
     try:
         text = file.read_text(encoding="utf-8")

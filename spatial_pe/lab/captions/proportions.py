@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals of an accuracy, and of the difference of two accuracies on the same items.
+"""Confidence intervals of an accuracy, and of the difference of two accuracies on the same items.
 
-Items of a benchmark are not independent: four photographs show the same two objects, captions share an image. Items
-that belong together carry the same group, and the intervals are those of groups.
+Items of a benchmark are not independent: four photographs show the same two objects, captions share an image. Dependent
+items have the same group, and the intervals are those of groups.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ RESAMPLES = 4000  # of a bootstrap: the ends of a 95 % interval move by 2 % of i
 
 
 def interval(correct: Sequence[bool], groups: Sequence[Hashable], level: float = 0.95) -> list[float]:
-    """Wilson's interval of a proportion, with as many items as these groups are worth.
+    """Return Wilson's interval of a proportion, with the effective number of items of these groups.
 
-    The variance is that of sums of groups (the "cluster-robust" one), which says how many independent items would
-    tell as much; never more than there are. If all answers are alike it tells nothing, and the groups are counted.
-    Where each item is a group of its own it is Wilson's interval of the items.
+    The variance is that of sums of groups (the "cluster-robust" one), which gives the number of independent items with
+    the same information, at most the number of items. If all answers are equal it is 0, and the groups are counted. If
+    each item is its own group it is Wilson's interval of the items.
 
     Args:
         correct: one entry an item, at least one.
@@ -56,7 +56,7 @@ def interval(correct: Sequence[bool], groups: Sequence[Hashable], level: float =
 def paired_difference(
     before: Sequence[bool], after: Sequence[bool], groups: Sequence[Hashable], *, level: float = 0.95, seed: int = 0
 ) -> dict:
-    """after's accuracy minus before's on the same items: its interval, and McNemar's exact test.
+    """Return after's accuracy minus before's on the same items: its interval, and McNemar's exact test.
 
     Args:
         before, after: one entry an item, in the same order.
@@ -64,8 +64,9 @@ def paired_difference(
         level: confidence. seed: of the bootstrap.
 
     Returns:
-        difference, interval [lower, upper], gained (wrong before, right after), lost (the other way round), and p: how
-        probable so uneven a split of gained + lost is if neither is likelier. The test takes items as independent.
+        difference, interval [lower, upper], gained (wrong before, right after), lost (right before, wrong after), and
+        p: the
+            probability of so uneven a split of gained + lost if both are equally likely, for independent items.
     """
     gained = sum(a and not b for b, a in zip(before, after, strict=True))
     lost = sum(b and not a for b, a in zip(before, after, strict=True))
@@ -87,7 +88,7 @@ def paired_difference(
 
 
 def _bootstrap(sums: Tensor, seed: int) -> Tensor:
-    """sums: (groups, 2), the sum and the number of items of each group -> (RESAMPLES,) means."""
+    """Return (RESAMPLES,) means for sums (groups, 2): the sum and the number of items of each group."""
     generator = torch.Generator().manual_seed(seed)
     means = []
     for _ in range(RESAMPLES // 100):  # 100 at a time: (100, groups), whatever the number of groups

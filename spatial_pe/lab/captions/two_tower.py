@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from .loading import Item, open_image
 
-# SigLIP was trained on captions in lower case, without punctuation, padded to the full length, padding read like any
-# token. Not every tokenizer released for it sees to that: SigLIP 2's in transformers 4 keeps case and punctuation, and
-# most add a mask (open_clip's do as here). AIMv2's causal text tower in transformers (4.57 to 5.24) reads both ways
-# under sdpa where no caption of a batch is padded.
+# SigLIP was trained on captions in lower case, without punctuation, padded to the full length without a mask. Not every
+# tokenizer released for it does that: SigLIP 2's in transformers 4 keeps case and punctuation, and most add a mask
+# (open_clip's do as here). AIMv2's causal text tower in transformers (4.57 to 5.24) is bidirectional under sdpa if no
+# caption of a batch is padded.
 SIGLIP = ("siglip", "siglip2")
 PADDED = (*SIGLIP, "aimv2")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class ModelError(RuntimeError):
-    """A model that has no scores for images and captions, or none that are numbers."""
+    """A model without scores for images and captions, or with scores that are not numbers."""
 
 
 class Scorer:
-    """``scores(items)``: of each item, the cosine of its image and each of its captions, as float32.
+    """Cosine scores of each item: its image with each of its captions, as float32.
 
     A model without ``get_image_features`` and ``get_text_features`` is asked for ``logits_per_image`` instead.
     """
@@ -48,12 +48,12 @@ class Scorer:
         self._images: dict[str, Tensor] = {}
 
     def forget_images(self) -> None:
-        """The vision tower changed."""
+        """Clear cached images, after the vision tower changed."""
         self._images.clear()
 
     @torch.no_grad()
     def scores(self, items: Sequence[Item], progress: Callable[[int, int], None] | None = None) -> list[list[float]]:
-        """In the items' order, one score a caption.
+        """Return one score per caption, in the items' order.
 
         Raises:
             UserError: an image that cannot be decoded. ModelError: scores that are not finite.
@@ -80,7 +80,7 @@ class Scorer:
         return _finite(found, items, self.model)
 
     def _logits(self, items: Sequence[Item], progress: Callable[[int, int], None]) -> list[list[float]]:
-        """Of images times captions, batch by batch; a model that scales or shifts them all alike changes no answer."""
+        """Return logits of images times captions, batch by batch; a common scale or shift changes no answer."""
         found = []
         for batch in _batches(list(items), self.batch_size):
             captions = list(dict.fromkeys(caption for item in batch for caption in item.captions))
@@ -98,7 +98,7 @@ class Scorer:
         return _finite(found, items, self.model)
 
     def _features(self, tower: str, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, features) float32 on the CPU, of length 1."""
+        """Return (B, features) float32 on the CPU, of length 1."""
         out = getattr(self.model, f"get_{tower}_features")(**inputs)
         features = out if isinstance(out, Tensor) else getattr(out, "pooler_output", None)  # 5.x returns an output
         if not isinstance(features, Tensor) or features.ndim != 2:
@@ -126,7 +126,7 @@ class Scorer:
         return self._accepted("image", self.processor(images=[open_image(i) for i in items], return_tensors="pt"))
 
     def _accepted(self, tower: str, inputs: Any) -> dict[str, Tensor]:
-        """What the method takes of the processor's output, where the model is and in its dtype."""
+        """Return the part of the processor's output that the method takes, on the model's device and in its dtype."""
         method = getattr(self.model, f"get_{tower}_features") if self._towers else type(self.model).forward
         accepted = inspect.signature(method).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())

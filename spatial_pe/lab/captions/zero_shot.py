@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which caption fits the image? Two-tower models (CLIP, SigLIP, AltCLIP, ...) on What'sUp, COCO-, VG-spatial and VSR.
+"""Zero-shot caption choice by two-tower models (CLIP, SigLIP, AltCLIP, ...) on What'sUp, COCO-, VG-spatial and VSR.
 
 Each benchmark is scored by its authors' rule, on cosines of image and caption:
 
-- What'sUp's six: the caption with the highest score is the answer. Of Controlled_Images also pairs (both images of an
-  opposite pair, left/right say, answered rightly) and sets (all four images of two objects). One difference: the
+- What'sUp's six: the caption with the highest score is the answer. Controlled_Images also has pairs (both images of an
+  opposite pair, e.g. left/right, answered rightly) and sets (all four images of two objects). One difference: the
   authors' argmax gives a tie to the first caption, which is the right one; here a tie is wrong, and ties are counted.
 - VSR asks whether one caption is true. Its paper's rule for CLIP ("w/ prompting"): true if the caption scores higher
   than the same caption with the relation negated or replaced by its opposite. That is ``accuracy``. The paper shows two
-  examples of its negations and the release has none, so they are ours (``captions.py``): compare with the paper's 56.0
-  (random split) and 54.5 (zero-shot) with care. ``threshold`` is a second rule, free of such choices: true if the score
+  examples of its negations and the release has none, so they are ours (``loading.py``): compare with the paper's 56.0
+  (random split) and 54.5 (zero-shot) with care. ``threshold`` is a second rule without such choices: true if the score
   of the caption alone is above a threshold, the one with the highest accuracy on the release's dev split.
 
 spatial-pe spatial eval openai/clip-vit-base-patch32 --benchmark whatsup_a --data DIR --rope axial --start full
@@ -53,7 +53,7 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """A model's accuracy on a benchmark, as it is (patched or not).
+    """Measure a model's accuracy on a benchmark, as it is (patched or not).
 
     Args:
         model: with ``get_image_features`` and ``get_text_features``, or one that takes pixel_values and input_ids and
@@ -68,7 +68,7 @@ def evaluate(
         JSON-able: benchmark, about, n, accuracy, interval (95 %, see ``proportions.py``), chance (of a guess), ties,
         relations {name: n, accuracy, interval}; for Controlled_Images pairs and sets, each {n, accuracy, interval,
         chance}; for VSR threshold {n, accuracy, interval, chance, value, dev_n, dev_accuracy} and majority, the
-        accuracy of giving always the more frequent label.
+        accuracy of always giving the more frequent label.
 
     Raises:
         ValueError: a wrong argument. ModelError: not a two-tower model, or its scores are not finite.
@@ -91,7 +91,7 @@ def compare(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """The same model on the same items before and after ``spatial_pe.patch(model, rope=..., start=...)``.
+    """Measure the same model on the same items before and after ``spatial_pe.patch(model, rope=..., start=...)``.
 
     The model is as it was afterwards. Captions are computed once: patching does not touch text towers.
 
@@ -129,7 +129,7 @@ def _compare(
     seed: int,
     progress: Progress | None,
 ) -> dict:
-    try:  # patched first: what cannot be patched raises before anything is computed
+    try:  # patch first: it raises before anything is computed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             report = patch(scorer.model, rope=rope, start=start, legacy=legacy)
@@ -152,7 +152,7 @@ def _compare(
 
 @dataclass
 class _Answers:
-    """What one rule says of its units (items, pairs or sets): right or wrong, and which belong together."""
+    """Result of one rule for its units (items, pairs or sets): right or wrong, and their groups."""
 
     correct: list[bool]
     groups: list[str]
@@ -166,7 +166,7 @@ class _Answers:
 
 
 def _measure(scorer: Scorer, task: Task, progress: Progress | None) -> dict[str, _Answers]:
-    """The rules of a benchmark: "accuracy", and where it has them "pairs", "sets", "threshold"."""
+    """Apply the rules of a benchmark: "accuracy", and where it has them "pairs", "sets", "threshold"."""
     scores = scorer.scores(task.items + task.dev, progress)
     scores, dev = scores[: len(task.items)], scores[len(task.items) :]
     if task.dev:
@@ -207,13 +207,13 @@ def _true_or_false(task: Task, scores: list[list[float]], dev: list[list[float]]
 
 
 def best_threshold(scores: Sequence[float], labels: Sequence[bool]) -> tuple[float, float]:
-    """The t for which "score > t" agrees best with the labels, and how often it does; of equals, the one in the middle.
+    """Return the t for which "score > t" agrees best with the labels, and how often it does; of equals, the middle one.
 
     Candidates lie half way between neighbouring scores, and beyond both ends (always true, always false).
     """
     order = sorted(set(scores))
     candidates = [order[0] - 1, *((a + b) / 2 for a, b in itertools.pairwise(order)), order[-1] + 1]
-    # right answers at each candidate: all true at first; each score that falls below turns its items to false
+    # right answers at each candidate: all true at first; each score below it makes its items false
     gain: dict[float, int] = defaultdict(int)
     for score, label in zip(scores, labels, strict=True):
         gain[score] += -1 if label else 1
@@ -236,7 +236,7 @@ def _summary(task: Task, found: dict[str, _Answers]) -> dict:
 
 
 def _relations(items: list[Item], correct: list[bool]) -> dict[str, dict]:
-    """The most frequent relation first."""
+    """Return the relations, the most frequent first."""
     parts: dict[str, tuple[list[bool], list[str]]] = defaultdict(lambda: ([], []))
     for item, right in zip(items, correct, strict=True):
         parts[item.relation][0].append(right)
@@ -252,7 +252,7 @@ def _relations(items: list[Item], correct: list[bool]) -> dict[str, dict]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``spatial-pe spatial eval``."""
+    """Add the arguments of ``spatial-pe spatial eval``."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id of a two-tower model")
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS, help="which: " + ", ".join(BENCHMARKS))
     parser.add_argument("--data", required=True, metavar="DIR", help="its files, or ServiceNow/whatsup_all")
@@ -267,7 +267,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> int:
-    """Prints what was measured. Returns 0, 1 where the model cannot be scored, 2 for what the user can put right."""
+    """Print the results. Return 0, 1 if the model cannot be scored, 2 for errors that the user can fix."""
     try:
         result = _result(options)
     except ModelError as error:
@@ -287,12 +287,12 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def _result(options: argparse.Namespace) -> dict:
     if options.legacy and options.rope:
-        raise ValueError("--legacy is an encoding of its own: leave --rope out")
+        raise ValueError("--legacy is an encoding itself: leave --rope out")
     if options.start == "full" and not options.rope:
-        raise ValueError("--start full says how an added RoPE starts: give --rope axial or --rope mixed")
+        raise ValueError("--start full is for an added RoPE: pass --rope axial or --rope mixed")
     if options.out:
         _make_room(options.out)
-    task = load(options.benchmark, options.data, limit=options.limit)  # first: says what is missing
+    task = load(options.benchmark, options.data, limit=options.limit)  # first: reports missing data
     model, processor = _load_model(options.model, options.device)
     scorer, bar = Scorer(model, processor, options.batch), _bar(options.benchmark)
     if not (options.rope or options.legacy):
@@ -303,9 +303,9 @@ def _result(options: argparse.Namespace) -> dict:
 
 
 def _make_room(out: Path) -> None:
-    """Before an hour of work, not after it."""
+    """Check that the result can be written, so that long runs fail early."""
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give a file")
+        raise ValueError(f"--out {out} is a folder: name a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -313,7 +313,7 @@ def _make_room(out: Path) -> None:
 
 
 def _load_model(name: str, device: str | None) -> tuple[nn.Module, Callable[..., Any]]:
-    """With the RoPE that it was saved with, if any."""
+    """Load the model, with the RoPE that it was saved with, if any."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -329,7 +329,7 @@ def _load_model(name: str, device: str | None) -> tuple[nn.Module, Callable[...,
 
 
 def _bar(label: str) -> Progress:
-    """On a terminal; nothing in a log, where the result says it all."""
+    """Return a progress bar on a terminal; silent in a log."""
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -340,7 +340,7 @@ def _bar(label: str) -> Progress:
 
 
 def _lines(result: dict) -> list[str]:
-    """A table: what was measured, one column for each model."""
+    """Return the result as a table: one column per model."""
     columns = [result[key] for key in ("before", "after") if key in result] or [result]
     first, differences = columns[0], result.get("difference", {})
     lines = [f"{first['benchmark']}: {first['about']}"]

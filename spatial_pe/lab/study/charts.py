@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of a study's report. Encodings keep their colour and mark everywhere."""
+"""Charts of a study's report. Encodings keep their colour and mark everywhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOOKS = {name: (COLOURS[i], MARKS[i]) for names in (ENCODINGS, VARIANTS) for i, 
 
 
 def by_task(study: dict, part: str) -> Figure:
-    """Accuracy of each encoding on each task, with 95 % intervals over the seeds, and chance."""
+    """Plot the accuracy of each encoding on each task, with 95 % intervals over the seeds, and chance."""
     rows = findings.by_task(study, part)
     tasks = [column for column in rows[0].cells if column != "skill"]
     figure, axes = page.figure(1.7 * len(tasks) + 2.0, 0.24 * len(rows) + 1.1, 1, len(tasks), sharey=True)
@@ -57,7 +57,7 @@ def by_task(study: dict, part: str) -> Figure:
 
 
 def by_scale(study: dict, part: str) -> Figure:
-    """Skill against the size of the evaluated pictures: numbered on, and stretched to the training grid."""
+    """Plot skill against the size of the evaluated pictures: extrapolated, and stretched to the training grid."""
     rows = findings.by_scale(study, part)
     figure, axes = page.figure(9, 3.6, 1, 2, sharey=True)
     for ax, mode in zip(axes, ("index", "stretched"), strict=True):
@@ -75,7 +75,7 @@ def by_scale(study: dict, part: str) -> Figure:
 
 
 def curves(study: dict, part: str) -> Figure:
-    """Skill while training, against examples seen."""
+    """Plot skill during training, against examples seen."""
     batch = study["recipes"][part]["batch"]
     figure, (ax,) = page.figure(7, 3.6, 1, 1)
     for name, points in findings.curves(study, part).items():
@@ -86,7 +86,7 @@ def curves(study: dict, part: str) -> Figure:
 
 
 def by_scenes(study: dict, parts: Sequence[str]) -> Figure:
-    """Skill against the number of scenes in the training set, one part each."""
+    """Plot skill against the number of scenes in the training set, one part each."""
     figure, (ax,) = page.figure(7, 3.6, 1, 1)
     sizes = [study["recipes"][part]["scenes"] for part in parts]
     tables = [{row.encoding: row.cells["skill"] for row in findings.by_task(study, part)} for part in parts]
@@ -99,12 +99,12 @@ def by_scenes(study: dict, parts: Sequence[str]) -> Figure:
 
 
 def layers(study: dict, part: str) -> Figure:
-    """What each layer of a pretrained tower keeps of space, see ``pretrained.layers``."""
+    """Plot the spatial information in each layer of a pretrained tower, see ``pretrained.layers``."""
     titles = {
         "coherence": "neighbours alike, distant patches not",
         "hflip": "left and right exchanged",
         "vflip": "upside down",
-        "rot90": "turned by 90°",
+        "rot90": "rotated by 90°",
     }
     figure, axes = page.figure(11, 3.2, 1, len(titles))
     for ax, (what, title) in zip(axes, titles.items(), strict=True):
@@ -119,7 +119,8 @@ def layers(study: dict, part: str) -> Figure:
 
 
 def attention(study: dict, part: str) -> Figure:
-    """For each encoding and layer: what the middle patch attends to when all patches look alike, mean over seeds."""
+    """Plot for each encoding and layer the attention of the middle patch when all patches are alike, mean over
+    seeds."""
     names = findings.encodings(study, part)
     runs = {
         name: [r["attention"]["position"] for r in study["runs"] if (r["part"], r["encoding"]) == (part, name)]
@@ -142,7 +143,8 @@ def attention(study: dict, part: str) -> Figure:
 
 
 def similarity(study: dict, part: str) -> Figure:
-    """Cosine of the position table at the middle patch with all others, first seed of each encoding that has one."""
+    """Plot the cosine of the position table at the middle patch with all others, first seed of each encoding with
+    one."""
     tables: dict[str, list] = {}
     for run in study["runs"]:
         if run["part"] == part and run["attention"]["similarity"] is not None:
@@ -157,7 +159,7 @@ def similarity(study: dict, part: str) -> Figure:
 
 
 def distance(study: dict, part: str) -> Figure:
-    """How far each layer looks: attention-weighted distance in patches, a dot for each head and seed."""
+    """Plot the attention-weighted distance of each layer in patches, a dot for each head and seed."""
     names = findings.encodings(study, part)
     figure, (ax,) = page.figure(9, 3.2, 1, 1)
     for x, name in enumerate(names):
@@ -187,5 +189,5 @@ def _line(ax: Axes, row: Row, x: Sequence[float], means: Sequence[findings.Mean]
 
 
 def _chance(task: str) -> float:
-    # twins: a guess among four answers would have to be right twice
+    # twins: both of two answers among four have to be right
     return TASKS[task].chance if task in TASKS else TASKS["relation"].chance ** 2

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a study found: means with intervals, paired comparisons, in tables of plain values.
+"""Results of a study: means with intervals, paired comparisons, in tables of plain values.
 
-Every number here is over runs (seeds). Accuracies of tasks with different numbers of answers are averaged after chance
-is taken out, (accuracy - chance) / (1 - chance): 0 is guessing, 1 is perfect; this is called skill.
+Every number here is over runs (seeds). Accuracies of tasks with different numbers of answers are averaged after
+removing chance, (accuracy - chance) / (1 - chance): 0 is guessing, 1 is perfect; this is called skill.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tasks import TASKS
 Run = dict
 Value = Callable[[Run], float]
 LARGEST = "2.0"  # of the sizes
-# What is asked, (encoding, reference); few, because all comparisons of a part are corrected together
+# Compared (encoding, reference); few, because all comparisons of a part are corrected together
 PAIRS = (
     ("learned-large", "learned-1d"),  # does the scale of the initial table matter?
     ("axial", "learned-1d"),
@@ -28,7 +28,7 @@ PAIRS = (
     ("axial", "axial-10000"),  # does the base matter?
     ("axial+learned", "axial"),  # does a table help rotary?
     ("mismatched", "axial"),
-    ("mismatched", "axial-10000"),  # the same base: what not being a rotation costs
+    ("mismatched", "axial-10000"),  # the same base: the cost of not being a rotation
     ("alibi-2d", "none"),
     *((name, "as-is") for name in VARIANTS if name != "as-is"),
     ("authors", "full"),
@@ -36,7 +36,7 @@ PAIRS = (
 
 
 def skill(accuracies: dict[str, float]) -> float:
-    """Mean over tasks of accuracy without chance."""
+    """Return the mean over tasks of accuracy without chance."""
     parts = [(value - TASKS[task].chance) / (1 - TASKS[task].chance) for task, value in accuracies.items()]
     return sum(parts) / len(parts)
 
@@ -60,12 +60,12 @@ def encodings(study: dict, part: str) -> list[str]:
 
 
 def by_task(study: dict, part: str) -> list[Row]:
-    """Accuracy at the training size, a column a task, then "twins" where there are any, then "skill"."""
+    """Return accuracy at the training size, one column per task, then "twins" if there are any, then "skill"."""
     return _rows(study, part, dict(_columns(study, part)))
 
 
 def by_scale(study: dict, part: str) -> list[Row]:
-    """Skill at each size; columns "0.75 index", "0.75 stretched", "1.0 index", ..."""
+    """Return skill at each size; columns "0.75 index", "0.75 stretched", "1.0 index", ..."""
     rows = []
     for name in encodings(study, part):
         runs = list(_runs(study, part, name))
@@ -76,24 +76,24 @@ def by_scale(study: dict, part: str) -> list[Row]:
 
 
 def by_domain(study: dict, part: str) -> list[Row]:
-    """Skill at the training size for each of the domains."""
+    """Return skill at the training size for each of the domains."""
     domains = list(_first(study, part)["domains"])
     return _rows(study, part, {domain: _of_domain(domain) for domain in domains})
 
 
 def by_counterfactual(study: dict, part: str) -> list[Row]:
-    """Skill with the positions as they are, shuffled, and all the same."""
+    """Return skill with the true positions, shuffled ones, and constant ones."""
     moved: dict[str, Value] = {"normal": lambda run: skill(run["accuracy"]["1.0"]["index"])}
     return _rows(study, part, moved | {name: _of_moved(name) for name in _first(study, part)["counterfactual"]})
 
 
-def by_turn(study: dict, part: str) -> list[Row]:
-    """Relations that are answered right about a picture and about the same flipped or turned."""
-    return _rows(study, part, {turn: _of_turn(turn) for turn in _first(study, part)["consistency"]})
+def by_transform(study: dict, part: str) -> list[Row]:
+    """Return the share of relations answered right both on a picture and on its flipped or rotated version."""
+    return _rows(study, part, {transform: _of_transform(transform) for transform in _first(study, part)["consistency"]})
 
 
 def by_layer(study: dict, part: str, what: str) -> dict[str, list[Mean]]:
-    """A row of "layers", {encoding: [a mean for each layer]}; without the encodings whose tower tells none."""
+    """Return a row of "layers", {encoding: [a mean for each layer]}; without encodings whose tower has none."""
     found = {}
     for name in encodings(study, part):
         runs = [run["layers"][what] for run in _runs(study, part, name) if run["layers"]]
@@ -103,7 +103,7 @@ def by_layer(study: dict, part: str, what: str) -> dict[str, list[Mean]]:
 
 
 def curves(study: dict, part: str) -> dict[str, list[tuple[int, Mean]]]:
-    """Skill on a part of the test set while training: {encoding: [(step, mean)]}."""
+    """Return skill on a part of the test set during training: {encoding: [(step, mean)]}."""
     found = {}
     for name in encodings(study, part):
         runs = list(_runs(study, part, name))
@@ -121,7 +121,8 @@ class Compared:
 
 
 def comparisons(study: dict, part: str) -> list[Compared]:
-    """Each of PAIRS, on each task and on skill, at training and at the largest size: corrected as one family."""
+    """Compare each of PAIRS, on each task and on skill, at training and at the largest size: corrected as one
+    family."""
     values = {(name, column): value for name, column, value in _compared(study, part)}
     pairs, keys = {}, {}
     for encoding, reference in PAIRS:
@@ -138,7 +139,7 @@ def comparisons(study: dict, part: str) -> list[Compared]:
 
 
 def _compared(study: dict, part: str) -> Iterator[tuple[str, str, dict[int, float]]]:
-    """(encoding, column, {seed: value}); at twice the size the better of both kinds of coordinates."""
+    """Yield (encoding, column, {seed: value}); at twice the size the better of both kinds of coordinates."""
     for name in encodings(study, part):
         runs = list(_runs(study, part, name))
         for column, value in _columns(study, part):
@@ -155,7 +156,7 @@ def _columns(study: dict, part: str) -> Iterator[tuple[str, Value]]:
         yield task, _of_task(task)
     if first["twins"] is not None:
         yield "twins", lambda run: run["twins"]
-    if len(first["accuracy"]["1.0"]["index"]) > 1:  # else it is the task's own column, on another scale
+    if len(first["accuracy"]["1.0"]["index"]) > 1:  # else it is the same as the task's column
         yield "skill", lambda run: skill(run["accuracy"]["1.0"]["index"])
 
 
@@ -163,8 +164,8 @@ def _of_task(task: str) -> Value:
     return lambda run: run["accuracy"]["1.0"]["index"][task]
 
 
-def _of_turn(turn: str) -> Value:
-    return lambda run: run["consistency"][turn]
+def _of_transform(transform: str) -> Value:
+    return lambda run: run["consistency"][transform]
 
 
 def _of_moved(name: str) -> Value:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the study: a vision transformer that does not see the question, and two ways to ask it.
+"""Models of the study: a vision transformer without access to the question, and two kinds of heads that answer it.
 
-``Probe``: a question is a few tokens that attend to the patches (an attentive probe). ``TinyLlava``: LLaVA's build, a
+``Probe``: a question is a few tokens that attend to the patches (an attentive probe). ``TinyLlava``: as LLaVA, a
 projector and a causal language model that reads patches, then the question in words, and answers with a word.
 """
 
@@ -22,7 +22,7 @@ SLOTS = 3  # names in a question
 
 @dataclass(frozen=True)
 class Size:
-    """Of a tower: ``image`` and ``patch`` in pixels, at training."""
+    """Size of a tower: ``image`` and ``patch`` in pixels, at training."""
 
     image: int = 64
     patch: int = 8
@@ -44,7 +44,7 @@ class Tower(nn.Module):
         self.embed = nn.Conv2d(3, size.width, size.patch, size.patch)
         self.blocks = nn.ModuleList([Block(size.width, size.heads) for _ in range(size.depth)])
         self.norm = nn.LayerNorm(size.width)
-        with torch.random.fork_rng(devices=[]):  # so that all else starts from the same weights in all encodings
+        with torch.random.fork_rng(devices=[]):  # so that the rest has the same initial weights for all encodings
             self.position = PositionEncoding(encoding, Shape(size.width, size.heads, size.grid), size.depth)
 
     def forward(self, pixels: Tensor, stretch: bool = False) -> Tensor:
@@ -54,7 +54,7 @@ class Tower(nn.Module):
         return self.norm(x)
 
     def embedded(self, pixels: Tensor, stretch: bool = False) -> tuple[Tensor, list[object]]:
-        """What enters the first block (B, N, C), and what each block's ``attend`` takes."""
+        """Return the input of the first block (B, N, C), and the argument of each block's ``attend``."""
         x = self.embed(pixels)
         where = Where(x.shape[-2], x.shape[-1], self.size.grid, stretch, x.device)
         x = x.flatten(2).transpose(1, 2)
@@ -75,7 +75,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v: (B, N, H, D), views of one projection."""
+        """Return q, k, v: (B, N, H, D), views of one projection."""
         return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
 
 
@@ -84,8 +84,8 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions as numbers. ``image`` (Q,): which picture of the batch; ``task`` (Q,); ``names`` (Q, SLOTS), 0 for
-    none, else 1 + index in NAMES; ``answer`` (Q,): index in ANSWERS."""
+    """Questions as numbers. ``image`` (Q,): index of the picture in the batch; ``task`` (Q,); ``names`` (Q, SLOTS), 0
+    for none, else 1 + index in NAMES; ``answer`` (Q,): index in ANSWERS."""
 
     image: Tensor
     task: Tensor
@@ -94,7 +94,7 @@ class Batch:
 
     @classmethod
     def of(cls, questions: Sequence[Question], place: dict[int, int]) -> Batch:
-        """``place``: from the number of a scene to its picture in the batch."""
+        """Build a batch. ``place``: from the number of a scene to its picture in the batch."""
         names = [[1 + NAMES.index(name) for name in q.names] + [0] * (SLOTS - len(q.names)) for q in questions]
         return cls(
             torch.tensor([place[q.scene] for q in questions]),
@@ -107,7 +107,7 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in (self.image, self.task, self.names, self.answer)))
 
     def choices(self) -> Tensor:
-        """(Q, answers) bool: the answers that the task of each question has."""
+        """Return (Q, answers) bool: the answers that the task of each question has."""
         return CHOICES.to(self.task.device)[self.task]
 
 
@@ -116,8 +116,8 @@ CHOICES = torch.tensor([[answer in task.answers for answer in ANSWERS] for task 
 
 
 class Asked(nn.Module):
-    """A tower and something that answers questions about its features: logits (Q, len(ANSWERS)), -inf for answers that
-    the question's task does not have."""
+    """A tower and a head that answers questions about its features: logits (Q, len(ANSWERS)), -inf for answers that the
+    question's task does not have."""
 
     tower: nn.Module
 
@@ -132,7 +132,7 @@ class Asked(nn.Module):
 
 
 class Probe(Asked):
-    """A probe on a tower: features (B, N, C) -> what ``head`` reads from them for each task."""
+    """A probe on a tower: features (B, N, C) -> the output of ``head`` for each task."""
 
     def __init__(self, tower: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Probe(Asked):
 
 
 class Attentive(nn.Module):
-    """For each task a learned query that attends to the features, an MLP, a linear layer."""
+    """Head with a learned query per task that attends to the features, an MLP, a linear layer."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Attentive(nn.Module):
 
 
 class Linear(nn.Module):
-    """For each task a linear layer on the mean of the features."""
+    """Head with a linear layer per task on the mean of the features."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -176,8 +176,9 @@ def probe(tower: Tower) -> Probe:
 
 
 class TinyLlava(Asked):
-    """LLaVA's build: a projector (MLP), then a causal language model (transformers' Llama) that reads the patches as
-    one list, then the question in words, and answers with one word. Its own rotary encoding is that of the list."""
+    """Model like LLaVA: a projector (MLP), then a causal language model (transformers' Llama) that reads the patches as
+    a 1D sequence, then the question in words, and answers with one word. It has a 1D rotary encoding over that
+    sequence."""
 
     def __init__(self, tower: Tower, depth: int = 2) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ ANSWER_WORDS = torch.tensor([WORDS.index(answer) for answer in ANSWERS])
 
 
 def question_words(batch: Batch) -> Tensor:
-    """The questions in words, as indices into WORDS, (Q, longest) int64, padded with 0 on the right."""
+    """Return the questions in words, as indices into WORDS, (Q, longest) int64, padded with 0 on the right."""
     rows = []
     for task, names in zip(batch.task.tolist(), batch.names.tolist(), strict=True):
         text = TASKS[TASK_NAMES[task]].question.format(*(NAMES[name - 1] for name in names if name))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The position encodings that the study compares, behind one interface, so that models differ in nothing else.
+"""Position encodings that the study compares, behind one interface, so that models differ in nothing else.
 
 An encoding adds a table to the patch embeddings (``absolute``), or enters the attention (``attend``), or both. All
-attention runs through ``rope_attention``, except ALiBi's, whose bias no rotary kernel takes.
+attention runs through ``rope_attention``, except ALiBi's, whose bias rotary kernels do not support.
 
-At another resolution than the one of training, a grid of another size has to be given coordinates: ``stretch=False``
-numbers its patches from 0 as in training, beyond what was seen; ``stretch=True`` spreads the training grid's
-coordinates over it. Learned tables know only the second: they are resized.
+At another resolution than that of training, the grid needs coordinates: ``stretch=False`` numbers its patches from 0 as
+in training, beyond what was seen; ``stretch=True`` spreads the training grid's coordinates over it. Learned tables
+support only the second: they are resized.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...towers.legacy import Mismatched2DRoPE
 
 @dataclass(frozen=True)
 class Where:
-    """A grid of patches, and the side of the training grid."""
+    """Grid of patches, and the side of the training grid."""
 
     height: int
     width: int
@@ -36,7 +36,7 @@ class Where:
     device: torch.device | None = None
 
     def coordinates(self) -> Tensor:
-        """(N, 2) row and column, float32. Stretched, patch centres keep their place in the picture."""
+        """Return (N, 2) row and column, float32. If stretched, patch centres keep their relative position."""
         at = PatchGrid(self.height, self.width).coordinates().to(self.device)
         if not self.stretch:
             return at
@@ -46,7 +46,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the tower: width C, heads H, head_dim D, side of the training grid in patches."""
+    """Shape of the tower: width C, heads H, head_dim D, side of the training grid in patches."""
 
     width: int
     heads: int
@@ -61,7 +61,7 @@ class Shape:
 
 
 class LearnedTable(nn.Module):
-    """One learned vector for each patch of the list (ViT, CLIP, SigLIP, DINOv2), resized by bicubic interpolation."""
+    """One learned vector per patch of the 1D sequence (ViT, CLIP, SigLIP, DINOv2), resized by bicubic interpolation."""
 
     def __init__(self, shape: Shape, spread: float = 0.02) -> None:
         super().__init__()
@@ -123,14 +123,14 @@ class Alibi2D(nn.Module):
 
 @dataclass(frozen=True)
 class Bias:
-    """(H, N, N), added to the scores."""
+    """Bias (H, N, N), added to the scores."""
 
     values: Tensor
 
 
 def attend(qkv: tuple[Tensor, ...], how: object) -> Tensor:
-    """``qkv``: each (B, N, H, D); ``how``: what an encoding's ``relative`` module made of the coordinates: a Rotary, a
-    Bias, a function of q and k, or None."""
+    """Compute attention of ``qkv``, each (B, N, H, D); ``how``: the result of an encoding's ``relative`` module: a
+    Rotary, a Bias, a function of q and k, or None."""
     q, k, v = qkv
     if isinstance(how, Bias):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -170,7 +170,7 @@ def _mismatched(shape: Shape) -> nn.Module:
 ENCODINGS = {
     "none": Encoding("none"),
     "learned-1d": Encoding("learned", LearnedTable),
-    # as large as the patch embeddings from the start, like the sines and cosines: is it the table, or its size?
+    # as large as the patch embeddings from the start, like the sines and cosines: to separate the table from its size
     "learned-large": Encoding("learned, std 0.7", lambda shape: LearnedTable(shape, 0.7)),
     "learned-2d": Encoding("learned, rows and columns", LearnedAxes),
     "sincos-2d": Encoding("2D sin-cos", SinCos),
@@ -194,11 +194,11 @@ class PositionEncoding(nn.Module):
         self.relative = nn.ModuleList([relative(shape) for _ in range(depth)]) if relative else None
 
     def table(self, where: Where) -> Tensor | None:
-        """(N, C), or None."""
+        """Return (N, C), or None."""
         return None if self.absolute is None else self.absolute(where)
 
     def layers(self, where: Where, depth: int) -> list[object]:
-        """For each layer, what ``attend`` takes."""
+        """Return the argument of ``attend`` for each layer."""
         if self.relative is None:
             return [None] * depth
         at = where.coordinates()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained towers: what they know of space before and after 2D RoPE is added to them, frozen and fine-tuned.
+"""Pretrained towers: their spatial knowledge before and after 2D RoPE is added, frozen and fine-tuned.
 
-The questions are those of the controlled study, about pictures of real pixels. A frozen tower is asked by probes on its
-last features; a fine-tuned one is trained with an attentive probe. Beside it, what the positions do inside: by layer,
-how alike neighbours are, and what is left when a picture is flipped or turned; and how many answers stay right when the
-positions are shuffled or made constant.
+The questions are those of the controlled study, about pictures of real pixels. A frozen tower is evaluated by probes on
+its last features; a fine-tuned one is trained with an attentive probe. The effect of positions is also measured inside:
+by layer, the similarity of neighbours, and the invariance to flips and rotations of the picture; and the share of
+answers that stay right when the positions are shuffled or made constant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GRID = 8  # patches along a side, as in the controlled study
 
 @dataclass(frozen=True)
 class Variant:
-    """``how``: the arguments of ``patch``; None leaves the tower as it is."""
+    """``how``: the arguments of ``patch``; None leaves the tower unpatched."""
 
     label: str
     how: dict[str, Any] | None
@@ -54,8 +54,8 @@ USUAL = "as-is"
 
 @dataclass(frozen=True)
 class PretrainedRecipe:
-    """``head``: "linear" or "attentive", trained for ``steps`` of ``batch`` scenes on the frozen features; then
-    tower and head together for ``tuned_steps`` of ``tuned_batch``: a random head would first undo what the tower knows
+    """``head``: "linear" or "attentive", trained for ``steps`` of ``batch`` scenes on the frozen features; then tower
+    and head together for ``tuned_steps`` of ``tuned_batch``: a random head would first destroy the tower's features
     (arXiv 2202.10054). ``scenes``, ``test_scenes``: how many; ``checkpoint``: a folder or hub id, None for
     DINOv2-small."""
 
@@ -81,7 +81,7 @@ class PretrainedRecipe:
 
 
 def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int, device: torch.device) -> dict:
-    """As ``train.train_and_ask``, at scale 1, and besides:
+    """Train and evaluate as ``train.train_and_ask``, at scale 1, and also return:
 
     "consistency": {"hflip" | "vflip" | "rot90": share}, see ``train.consistency``;
     "counterfactual": {"shuffled" | "constant": {task: accuracy}}, the same answers when the positions are moved;
@@ -120,12 +120,12 @@ def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int, device: tor
 
 
 class PatchFeatures(nn.Module):
-    """A pretrained tower as the study calls one: its pictures -> features of the patches, (B, N, C)."""
+    """A pretrained tower with the interface of the study's: pictures -> features of the patches, (B, N, C)."""
 
     def __init__(self, tower: checkpoint.Tower) -> None:
         super().__init__()
         self.module, self._tower = tower.module, tower
-        self.order: Tensor | None = None  # of the patches, where positions are shuffled
+        self.order: Tensor | None = None  # of the patches, if positions are shuffled
 
     @property
     def image(self) -> int:
@@ -141,10 +141,10 @@ class PatchFeatures(nn.Module):
 
 
 def check(name: str | None) -> None:
-    """Before any work.
+    """Check the checkpoint before any work.
 
     Raises:
-        ValueError, RuntimeError: the checkpoint cannot be had, or its tower does not take the study's pictures.
+        ValueError, RuntimeError: the checkpoint is not available, or its tower does not take the study's pictures.
     """
     tower = _loaded(name)
     side = GRID * tower.patch_size * tower.merge
@@ -159,7 +159,7 @@ def _tower(name: str | None, variant: str, device: torch.device) -> PatchFeature
     how = VARIANTS[variant].how
     if how is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that legacy is no rotation: the study is about that
+            warnings.simplefilter("ignore")  # that legacy is no rotation, which is what is studied
             patch(tower.module, **how)
     return tower
 
@@ -187,7 +187,7 @@ def _exams(recipe: PretrainedRecipe, seed: int) -> tuple[Exam, Exam]:
 
 
 def _fit(model: Probe, train: Exam, recipe: PretrainedRecipe, variant: str, seed: int) -> list[float]:
-    """Trains the head on features that are computed once."""
+    """Train the head on features that are computed once."""
     device = next(model.parameters()).device
     features = _features(replace(recipe, **ANY_HEAD), variant, seed, device)
     place = {int(scene): index for index, scene in enumerate(train.asked)}
@@ -204,12 +204,13 @@ ANY_HEAD: dict[str, Any] = {
     "steps": 0,
     "batch": 0,
     "tuned_steps": 0,
-}  # so that what does not depend on these is shared
+}  # so that the rest is shared
 
 
 @functools.lru_cache(maxsize=1)
 def _features(recipe: PretrainedRecipe, variant: str, seed: int, device: torch.device) -> Tensor:
-    """Of all training scenes, (n, N, C); the runs of a worker come so that both probes find them made."""
+    """Return the features of all training scenes, (n, N, C), cached; runs are ordered so that both probes of a seed
+    reuse them."""
     train, _ = _exams(recipe, seed)
     tower = _tower(recipe.checkpoint, variant, device)
     with torch.no_grad():
@@ -262,8 +263,8 @@ def _descend(
 
 @contextmanager
 def shuffled(tower: PatchFeatures, seed: int) -> Iterator[None]:
-    """Every patch gets the position of another one: its pixels are put there, so it is exact for any encoding. What
-    reads the features must not care about their order; the probes do not."""
+    """Give every patch the position of another one, by moving its pixels there, which is exact for any encoding. The
+    head must not depend on the order of the features; the probes do not."""
     tower.order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(GRID * GRID))
     try:
         yield
@@ -272,7 +273,7 @@ def shuffled(tower: PatchFeatures, seed: int) -> Iterator[None]:
 
 
 def moved(pixels: Tensor, order: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) whose blocks, GRID along a side, are put in another order."""
+    """Return pictures (B, 3, S, S) whose blocks, GRID along a side, are reordered."""
     side = pixels.shape[-1] // GRID
     blocks = F.unfold(pixels, side, stride=side)[..., order.to(pixels.device)]
     return F.fold(blocks, pixels.shape[-2:], side, stride=side)
@@ -280,12 +281,12 @@ def moved(pixels: Tensor, order: Tensor) -> Tensor:
 
 @contextmanager
 def constant(tower: PatchFeatures) -> Iterator[None]:
-    """All patches at one position: the learned embedding is its own mean everywhere, nothing is rotated."""
+    """Put all patches at one position: the learned embedding is its mean everywhere, nothing is rotated."""
     tables = [p for name, p in tower.module.named_parameters() if ABSOLUTE.search(name)]
     kept = [table.detach().clone() for table in tables]
     ropes = [(m, m.rope) for m in tower.module.modules() if isinstance(m, FusedAttention) and hasattr(m, "rope")]
     with torch.no_grad():
-        for table in tables:  # (N, C) or (1, N, C), a class token first where there is one
+        for table in tables:  # (N, C) or (1, N, C), class token first if any
             rows = table if table.ndim == 2 else table[0]
             first = rows.shape[0] - int(rows.shape[0] ** 0.5) ** 2
             rows[first:] = rows[first:].mean(0)
@@ -302,7 +303,7 @@ def constant(tower: PatchFeatures) -> Iterator[None]:
 
 
 class Still(nn.Module):
-    """An encoding at position 0, wherever it is asked for."""
+    """An encoding that always uses position 0."""
 
     def __init__(self, rope: Any) -> None:
         super().__init__()
@@ -318,10 +319,11 @@ class Still(nn.Module):
 
 @torch.no_grad()
 def layers(tower: PatchFeatures, pixels: Tensor) -> dict[str, list[float]] | None:
-    """By layer, the first entry being what enters it; None for a tower that does not return its hidden states.
+    """Return statistics by layer, the first entry for its input; None for a tower that does not return its hidden
+    states.
 
-    "coherence": mean cosine of a patch with its 8 neighbours, less that with patches 5 and more away; "hflip",
-    "vflip", "rot90": mean cosine of a patch's features with those of the same patch in the picture flipped or turned.
+    "coherence": mean cosine of a patch with its 8 neighbours, minus that with patches 5 and more away; "hflip",
+    "vflip", "rot90": mean cosine of a patch's features with those of the same patch in the flipped or rotated picture.
     """
     plain = _hidden(tower, pixels)
     if plain is None:
@@ -334,12 +336,12 @@ def layers(tower: PatchFeatures, pixels: Tensor) -> dict[str, list[float]] | Non
         unit = F.normalize(x.flatten(1, 2), dim=-1)
         cosine = (unit @ unit.mT).mean(0)
         found["coherence"].append(round((cosine[near].mean() - cosine[far].mean()).item(), 4))
-    for name, (turn, back) in TURNS.items():
-        turned = _hidden(tower, turn(pixels, (-2, -1)))
-        assert turned is not None
+    for name, (transform, back) in TRANSFORMS.items():
+        transformed = _hidden(tower, transform(pixels, (-2, -1)))
+        assert transformed is not None
         found[name] = [
             round(F.cosine_similarity(x, back(y, (1, 2)), dim=-1).mean().item(), 4)
-            for x, y in zip(plain, turned, strict=True)
+            for x, y in zip(plain, transformed, strict=True)
         ]
     return found
 
@@ -348,7 +350,7 @@ def _flip(axis: int) -> Any:
     return lambda x, axes: x.flip(axes[axis])
 
 
-TURNS = {
+TRANSFORMS = {
     "hflip": (_flip(1), _flip(1)),
     "vflip": (_flip(0), _flip(0)),
     "rot90": (lambda x, axes: x.rot90(1, axes), lambda x, axes: x.rot90(-1, axes)),
@@ -356,7 +358,7 @@ TURNS = {
 
 
 def _hidden(tower: PatchFeatures, pixels: Tensor) -> list[Tensor] | None:
-    """(B, GRID, GRID, C) after the embedding and after each layer."""
+    """Return (B, GRID, GRID, C) after the embedding and after each layer."""
     found: list[Any] = []
     config: Any = tower.module.config
     before = getattr(config, "output_hidden_states", False)

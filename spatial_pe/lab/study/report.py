@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of one or more studies: what was found in words, tables, charts; one HTML file."""
+"""Report of one or more studies: findings in words, tables, charts; one HTML file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEAD = (
 
 
 def html(studies: Sequence[dict]) -> str:
-    """The page, from the content of the studies' files."""
+    """Return the page for the content of the studies' files."""
     from matplotlib import rc_context
 
     with rc_context(page.style()):
@@ -35,7 +35,7 @@ def html(studies: Sequence[dict]) -> str:
 
 
 def text(study: dict) -> str:
-    """The tables and what was shown, for a terminal."""
+    """Return the tables and the findings for a terminal."""
     lines = []
     for part in findings.parts(study):
         lines += ["", f"{study['study']}, {part}: {study['about']}"]
@@ -93,7 +93,7 @@ def _model(recipe: dict) -> str:
     return f"Tower: {recipe['checkpoint'] or 'DINOv2-small'}. A probe ({recipe['head']}) on its frozen features{tuned}:"
 
 
-# (draws it, whether a run has what it shows, what it shows)
+# (drawing function, whether a run has the data, label)
 CHARTS: tuple[tuple[Callable[[dict, str], Figure], Callable[[dict], bool], str], ...] = (
     (
         charts.by_task,
@@ -127,7 +127,7 @@ CHARTS: tuple[tuple[Callable[[dict, str], Figure], Callable[[dict], bool], str],
         charts.layers,
         lambda run: bool(run.get("layers")),
         "By layer: mean cosine of a patch with its neighbours less that with distant patches; mean cosine of its "
-        "features with those of the same patch in the picture flipped or turned: 1 where turning changes nothing.",
+        "features with those of the same patch in the flipped or rotated picture: 1 means invariance.",
     ),
 )
 SIMILARITY = "Cosine of the position table at the middle patch with that of all others: red 1, blue -1."
@@ -144,7 +144,9 @@ MARKED = (
 )
 COMPARED = f"Differences in percentage points, paired by seed. {MARKED}"
 ONE_SEED = "One seed: nothing is compared. Differences need two seeds or more."
-TURNED = "Relations answered right both about a picture and about the same picture flipped or turned, %; chance 6."
+TRANSFORMED = (
+    "Relations answered right both about a picture and about the same picture flipped or rotated, %; chance 6."
+)
 MOVED = "Skill when the positions are moved, %: normal; each patch at another's position; all at one position."
 
 
@@ -156,7 +158,7 @@ def _tables(study: dict, part: str) -> list[Table]:
         tables.append(_table(BY_SCALE, findings.by_scale(study, part), lambda c: c.replace(" ", "x ")))
     if "counterfactual" in first:
         tables.append(_table(MOVED, findings.by_counterfactual(study, part), str))
-        tables.append(_table(TURNED, findings.by_turn(study, part), str))
+        tables.append(_table(TRANSFORMED, findings.by_transform(study, part), str))
     if _seeds(study, part) > 1:
         tables.insert(1, _compared(study, part))
     domains = findings.by_domain(study, part)
@@ -178,13 +180,13 @@ def _compared(study: dict, part: str) -> Table:
 
 
 def difference(result: Comparison) -> str:
-    """Mean, interval and mark, in percentage points."""
+    """Format mean, interval and mark, in percentage points."""
     value = result.difference
     return f"{100 * value.value:+.1f} ± {100 * value.half:.1f} {MARKS[result.verdict]}".rstrip()
 
 
 def _table(caption: str, rows: Sequence[Row], title: Callable[[str], str]) -> Table:
-    fullest = sorted(rows, key=lambda row: -len(row.cells))  # some encodings have no coordinates to number on
+    fullest = sorted(rows, key=lambda row: -len(row.cells))  # some encodings have no extrapolated coordinates
     columns = list(dict.fromkeys(column for row in fullest for column in row.cells))
     best = set()
     for index, column in enumerate(columns):

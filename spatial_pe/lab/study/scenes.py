@@ -3,8 +3,8 @@
 
 A ``Scene`` is a list of sprites in the unit square; ``Album`` draws scenes at a size in pixels. What a sprite looks
 like (its ``name``) comes from one of three domains: coloured shapes; handwriting (scikit-learn's digits); crops of
-photographs (scikit-image's). Everything about a sprite but its name is a nuisance: the shape of a red one, who wrote
-the digit, where in the photograph the crop lies. Training and test scenes share no handwriting and no part of a
+photographs (scikit-image's). Everything about a sprite but its name is a nuisance: the shape of a red one, the writer
+of the digit, the place of the crop in the photograph. Training and test scenes share no handwriting and no part of a
 photograph.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Array = np.ndarray
-Shape = Callable[[Array, Array], Array]  # the signed distance from its edge, inside negative
+Shape = Callable[[Array, Array], Array]  # the signed distance from its edge, negative inside
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -46,7 +46,7 @@ GROUNDS = 128
 
 @dataclass(frozen=True)
 class Sprite:
-    """``name``: one of NAMES or MARKS; ``look``: which of its LOOKS; centre and side in parts of the image."""
+    """``name``: one of NAMES or MARKS; ``look``: index of its LOOKS; centre and side in parts of the image."""
 
     name: str
     look: int
@@ -57,32 +57,32 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """``ground``: which of the GROUNDS lies behind; ``split``: "train" or "test", whose pixels are used."""
+    """``ground``: index of the background in GROUNDS; ``split``: "train" or "test", whose pixels are used."""
 
     sprites: tuple[Sprite, ...]
     ground: int
     split: str
 
-    def turned(self, turn: str) -> Scene:
-        """By a row of TURNS; the sprites themselves stay upright, so that none becomes unfamiliar."""
-        places = [TURNS[turn](sprite.x, sprite.y) for sprite in self.sprites]
+    def transformed(self, transform: str) -> Scene:
+        """Flip or rotate by a row of TRANSFORMS; the sprites stay upright, so that none becomes unfamiliar."""
+        places = [TRANSFORMS[transform](sprite.x, sprite.y) for sprite in self.sprites]
         return replace(
             self, sprites=tuple(replace(sprite, x=x, y=y) for sprite, (x, y) in zip(self.sprites, places, strict=True))
         )
 
 
-TURNS: dict[str, Callable[[float, float], tuple[float, float]]] = {
+TRANSFORMS: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "hflip": lambda x, y: (1.0 - x, y),
     "vflip": lambda x, y: (x, 1.0 - y),
-    "rot90": lambda x, y: (y, 1.0 - x),  # to the left, as numpy's and torch's rot90
+    "rot90": lambda x, y: (y, 1.0 - x),  # counterclockwise, as numpy's and torch's rot90
 }
 
 
 class Album:
-    """Draws some of ``scenes`` (one split): the same scene at another size is the same picture with more pixels.
+    """Renderer of some of ``scenes`` (one split): the same scene at another size is the same picture with more pixels.
 
     Each look is drawn once per size, at half-pixel offsets, and pasted: 0.2 ms an image at 64 pixels, so that training
-    draws its batches as it goes and a data set is as large as its list of scenes.
+    draws its batches on the fly and a data set is as large as its list of scenes.
     """
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
@@ -99,7 +99,7 @@ class Album:
         return len(self.grounds)
 
     def draw(self, which: Sequence[int] | Array, size: int) -> Array:
-        """Pictures (n, 3, size, size) uint8."""
+        """Return pictures (n, 3, size, size) uint8."""
         margin = 2  # half a pixel of a sprite at the edge may fall outside
         canvas = np.pad(
             _grounds(self.split, size)[self.grounds[which]], ((0, 0), (margin, margin), (margin, margin), (0, 0))
@@ -112,12 +112,12 @@ class Album:
         return canvas[:, margin:-margin, margin:-margin].transpose(0, 3, 1, 2)
 
     def roles(self, grid: int) -> Array:
-        """What lies in each patch of a grid x grid picture, (n, grid * grid) int64: 0 for nothing, 1 to 6 for the
-        first to sixth name of its domain, then the marks."""
+        """Return the content of each patch of a grid x grid picture, (n, grid * grid) int64: 0 for nothing, 1 to 6 for
+        the first to sixth name of its domain, then the marks."""
         centres = (np.arange(grid) + 0.5) / grid
         role = np.where(self.looks[:, 0] < len(NAMES), self.looks[:, 0] % ROLES, self.looks[:, 0] - len(NAMES) + ROLES)
         picture = np.repeat(np.arange(len(self)), [len(span) for span in self.spans])
-        # (s, grid, grid): how far the patch centre is from the sprite's, along the axis on which it is farther
+        # (s, grid, grid): Chebyshev distance of the patch centre from the sprite's
         rows, columns = (abs(centres - self.places[:, axis, None]) for axis in (0, 1))
         away = np.maximum(rows[:, :, None], columns[:, None, :])
         inside = away < self.sides[:, None, None] / 2 + 0.25 / grid
@@ -129,7 +129,7 @@ class Album:
         return roles.reshape(len(self), -1)
 
     def _paste(self, canvas: Array, picture: Array, sprite: Array, side: float, size: int, margin: int) -> None:
-        """All sprites of one side at once: they do not overlap, so their order is no matter."""
+        """Paste all sprites of one size at once: they do not overlap, so their order is irrelevant."""
         stamps = _stamps(self.split, size, side)
         box = stamps.shape[-2]
         halves = np.round(2 * size * self.places[sprite]).astype(int) - 2 * (box // 2)
@@ -145,8 +145,8 @@ class Album:
 
 @functools.cache
 def _stamps(split: str, size: int, side: float) -> Array:
-    """Every look of every kind of sprite, (kinds, LOOKS, 2, 2, box, box, 4) uint8: colour and opacity, its centre at
-    pixel box // 2, moved by 0 or 1/2 down and right."""
+    """Render every look of every kind of sprite, (kinds, LOOKS, 2, 2, box, box, 4) uint8: colour and opacity, its
+    centre at pixel box // 2, moved by 0 or 1/2 down and right."""
     width = side * size
     box = int(np.ceil(width)) + 1
     stamps = np.zeros((len(KINDS), LOOKS, 2, 2, box, box, 4), np.uint8)
@@ -160,7 +160,7 @@ def _stamps(split: str, size: int, side: float) -> Array:
 
 @functools.cache
 def _grounds(split: str, size: int) -> Array:
-    """Dark parts of photographs, tinted, of low contrast: (GROUNDS, size, size, 3) uint8."""
+    """Return dark parts of photographs, tinted, of low contrast: (GROUNDS, size, size, 3) uint8."""
     across = (np.arange(size) + 0.5) * (2 / size) - 1
     names = list(PHOTOGRAPHS)
     grounds = np.empty((GROUNDS, size, size, 3), np.uint8)
@@ -172,7 +172,7 @@ def _grounds(split: str, size: int) -> Array:
 
 
 def _look(name: str, look: int, split: str, u: Array, v: Array, pixel: float) -> tuple[Array, Array]:
-    """Colour (h, w, 3) or (3,) and opacity (h, w) of a sprite at its columns u (w,) and rows v (h,), -1 .. 1;
+    """Return colour (h, w, 3) or (3,) and opacity (h, w) of a sprite at its columns u (w,) and rows v (h,), -1 .. 1;
     ``pixel``: the width of one."""
     rng = np.random.default_rng([KINDS.index(name), look, split == "test"])
     if name in COLOURS:
@@ -190,7 +190,7 @@ def _look(name: str, look: int, split: str, u: Array, v: Array, pixel: float) ->
 
 
 def _coverage(shape: Shape, u: Array, v: Array, pixel: float) -> Array:
-    """How much of each pixel a shape covers: its edge is one pixel wide."""
+    """Return how much of each pixel a shape covers: its edge is one pixel wide."""
     return (0.5 - shape(u[None], v[:, None]) / pixel).clip(0, 1)
 
 
@@ -237,7 +237,7 @@ ROLES = 6  # names in a domain
 
 @functools.cache
 def _digits(split: str) -> dict[int, Array]:
-    """Handwritten digits, 8 x 8 with a border of 1, ink 0 .. 1. The first two thirds train, the rest, by other
+    """Load handwritten digits, 8 x 8 with a border of 1, ink 0 .. 1. The first two thirds train, the rest, by other
     writers, test."""
     from sklearn.datasets import load_digits
 
@@ -250,7 +250,7 @@ def _digits(split: str) -> dict[int, Array]:
 
 @functools.cache
 def _photograph(name: str, split: str) -> Array:
-    """(96, 96, 3): half of a photograph, the left one for training and the right one for testing."""
+    """Return (96, 96, 3): half of a photograph, the left one for training and the right one for testing."""
     from skimage import data, transform
 
     picture = getattr(data, PHOTOGRAPHS[name])()
@@ -261,14 +261,14 @@ def _photograph(name: str, split: str) -> Array:
 
 
 def _crop(name: str, split: str, rng: np.random.Generator, u: Array, v: Array) -> Array:
-    """A part of a photograph, 24 x 24 of its 96 x 96 pixels, at rows v and columns u: (h, w, 3)."""
+    """Return a part of a photograph, 24 x 24 of its 96 x 96 pixels, at rows v and columns u: (h, w, 3)."""
     picture = _photograph(name, split)
     left, top = rng.uniform(12, 83, 2)
     return _sample(picture, top + 12 * v, left + 12 * u)
 
 
 def _sample(picture: Array, rows: Array, columns: Array) -> Array:
-    """Linear interpolation at each of the rows (h,) and columns (w,): (h, w, ...)."""
+    """Interpolate linearly at each of the rows (h,) and columns (w,): (h, w, ...)."""
 
     def blend(x: Array, at: Array) -> Array:
         first = np.floor(at).clip(0, len(x) - 2).astype(int)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a handful of seeds can tell: intervals of a mean, paired comparisons, correction for their number.
+"""Statistics of a few seeds: intervals of a mean, paired comparisons, correction for their number.
 
 The unit is the run, not the test image: all images of a run share one training, so more of them do not make up for few
 seeds. Two encodings are compared seed by seed, because they share initial weights, data and order.
@@ -31,7 +31,7 @@ class Mean:
 
 
 def mean(values: Sequence[float], level: float = 0.95) -> Mean:
-    """Mean and t interval of one value a seed.
+    """Return mean and t interval of one value per seed.
 
     Raises:
         ValueError: no values.
@@ -47,8 +47,8 @@ def mean(values: Sequence[float], level: float = 0.95) -> Mean:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two encodings on shared seeds: the mean difference, its raw p (two-sided paired t test), and p corrected for
-    the number of comparisons of its family (Holm)."""
+    """Comparison of two encodings on shared seeds: the mean difference, its raw p (two-sided paired t test), and p
+    corrected for the number of comparisons of its family (Holm)."""
 
     difference: Mean
     p: float
@@ -56,8 +56,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the corrected p is below 0.05; where only the raw one is, "perhaps better" or
-        "perhaps worse": too many comparisons to tell; else "no difference shown"."""
+        """Return "better" or "worse" if the corrected p is below 0.05; if only the raw one is, "perhaps better" or
+        "perhaps worse": too many comparisons to decide; else "no difference shown"."""
         if not self.p < 0.05:
             return "no difference shown"
         way = "better" if self.difference.value > 0 else "worse"
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def compare(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, Comparison]:
-    """Each of a family of comparisons, (values, values of the reference) by seed, corrected together.
+    """Test each of a family of comparisons, (values, values of the reference) by seed, corrected together.
 
     Raises:
         ValueError: a pair whose sides have different lengths, or fewer than two seeds.
@@ -79,7 +79,7 @@ def compare(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dic
             )
         difference = np.asarray(ours, float) - np.asarray(reference, float)
         differences[name] = mean(difference)
-        # equal differences have no variance to test against: the same everywhere is no difference, else certain
+        # equal differences have no variance to test against: if all are 0 there is no difference, else it is certain
         spread = difference.std() > 1e-12
         raw[name] = float(stats.ttest_1samp(difference, 0).pvalue) if spread else float(abs(difference[0]) < 1e-12)
     corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
@@ -87,7 +87,7 @@ def compare(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dic
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the family-wise error stays below the level whatever the dependence.
+    """Apply Holm's step-down correction: the family-wise error stays below the level whatever the dependence.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
     """

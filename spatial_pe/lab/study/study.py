@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies: which runs there are, running them on all cores, and the one file that holds a study.
+"""Studies: their runs, running them on all cores, and the one file of a study.
 
-A study is a table of runs: (part, encoding, seed). Its file is written after each run, whole, so that a study that was
-stopped goes on from there: nothing is run again, nothing is lost.
+A study is a table of runs: (part, encoding, seed). Its file is written atomically after each run, so that a study that
+was stopped resumes there: nothing is repeated or lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .pretrained import VARIANTS, PretrainedRecipe
 from .scenes import DOMAINS
 from .train import Recipe
 
-SCHEMA = 1  # of the file; counts up when a field changes its meaning
+SCHEMA = 1  # format of the file; increased when a field changes its meaning
 SHAPES = ("shapes",)
 ALL = tuple(DOMAINS)
 
@@ -151,7 +151,7 @@ def _parts(study: str, budget: str, model: str | None) -> dict[str, Part]:
 
 
 def runs_of(study: str, budget: str, encodings: Sequence[str] | None, seeds: int) -> list[Run]:
-    """All runs of a study, ordered by seed and part, so that the runs of a worker share their data."""
+    """Return all runs of a study, ordered by seed and part, so that the runs of a worker share their data."""
     return sorted(
         Run(seed, name, encoding)
         for name, part in STUDIES[study].parts[budget].items()
@@ -177,12 +177,12 @@ def run(
     command: str = "",
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> dict:
-    """Runs what of the study the file does not hold yet, and returns what the file then holds.
+    """Run the runs of the study that the file lacks, and return the file's content.
 
     Args:
         study, budget: a row of STUDIES and a budget of it.
         path: the JSON file; a new one, or that of the same study and budget.
-        encodings, seeds: which (default: all of the study), and how many from 0 on. A file may be extended by more.
+        encodings, seeds: which (default: all of the study), and how many from 0 on. A file may be extended.
         model: a folder or hub id for the study "pretrained" (default: DINOv2-small).
         jobs: processes of one thread each (default: one per usable core on the CPU, else one).
         device: where the models are.
@@ -234,14 +234,14 @@ def default_jobs(device: str) -> int:
 
 
 def _work(todo: Sequence[Task], jobs: int) -> Iterator[tuple[Run, dict]]:
-    groups: dict[object, list[Task]] = defaultdict(list)  # those of a group share what takes long: one worker has them
+    groups: dict[object, list[Task]] = defaultdict(list)  # tasks of a group share expensive data: one worker has them
     for task in todo:
         it, recipe, _ = task
         groups[(it.seed, it.encoding) if isinstance(recipe, PretrainedRecipe) else it].append(task)
     if jobs == 1:
         yield from (_one(task) for group in groups.values() for task in group)
         return
-    # processes, not threads: a step is a hundred small operations, which gain nothing from a second thread
+    # processes, not threads: a step is a hundred small operations, too small for a second thread
     with multiprocessing.get_context("spawn").Pool(min(jobs, max(1, len(groups))), _worker) as pool:
         for outcomes in pool.imap_unordered(_group, groups.values()):
             yield from outcomes
@@ -265,7 +265,7 @@ def _one(task: Task) -> tuple[Run, dict]:
 
 
 def load(path: Path) -> dict:
-    """A study's file.
+    """Read a study's file.
 
     Raises:
         UserError: it cannot be read, or is something else.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks: questions about scenes, their answers computed from where things are, and balanced datasets of both.
+"""Tasks: questions about scenes, their answers computed from positions, and balanced datasets of both.
 
-A question is a task and up to three names. Its answers are exactly as frequent as each other in a dataset, names are
-dealt to places at random, and what fills a scene does not depend on the answer. So neither the question, nor what is in
-the picture, nor any statistic of single patches tells the answer: only where things are does.
+A question is a task and up to three names. Its answers are exactly equally frequent in a dataset, names are assigned to
+places at random, and the content of a scene does not depend on the answer. So neither the question, nor the content of
+the picture, nor any statistic of single patches determines the answer: only positions do.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .scenes import DOMAINS, GROUNDS, LOOKS, Scene, Sprite
 
 Array = np.ndarray
 Rng = np.random.Generator
-Asked = tuple[tuple[str, ...], str] | None  # the names in the question, and the answer; None: not to be asked here
+Asked = tuple[tuple[str, ...], str] | None  # the names in the question, and the answer; None: not applicable
 
 PLACES = tuple(f"{row}-{column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right"))
 
 
 @dataclass(frozen=True)
 class Task:
-    """``family``: the scenes it is asked of; ``ask``: the names and the
+    """``family``: kind of scenes; ``ask``: the names and the
     answer of its question about a scene; ``question``: in words."""
 
     family: str
@@ -49,30 +49,31 @@ class Question:
 
 @dataclass(frozen=True)
 class Dataset:
-    """``scenes[i]`` is asked all ``questions`` whose ``scene`` is i."""
+    """``scenes[i]`` has all ``questions`` whose ``scene`` is i."""
 
     scenes: tuple[Scene, ...]
     questions: tuple[Question, ...]
 
     def mirrored(self) -> Dataset:
-        """The twins of all scenes, with the questions that a mirror answers otherwise: left and right."""
+        """Return the twins of all scenes, with the questions whose answer a mirror changes: left and right."""
         swap = {"left": "right", "right": "left"}
         asked = [q for q in self.questions if q.task == "relation" and q.answer in swap]
         questions = tuple(Question(q.scene, q.task, q.names, swap[q.answer]) for q in asked)
-        return Dataset(tuple(scene.turned("hflip") for scene in self.scenes), questions)
+        return Dataset(tuple(scene.transformed("hflip") for scene in self.scenes), questions)
 
-    def turned(self, turn: str) -> Dataset:
-        """All scenes turned, see ``scenes.TURNS``, with the questions where two things are from each other."""
-        scenes = tuple(scene.turned(turn) for scene in self.scenes)
+    def transformed(self, transform: str) -> Dataset:
+        """Return all scenes flipped or rotated, see ``scenes.TRANSFORMS``, with the questions on the relation of two
+        things."""
+        scenes = tuple(scene.transformed(transform) for scene in self.scenes)
         asked = {q.scene: TASKS[q.task].ask(scenes[q.scene]) for q in self.questions if q.task == "relation"}
         questions = tuple(Question(index, "relation", *its) for index, its in asked.items() if its is not None)
         return Dataset(scenes, questions)
 
 
 def make_dataset(count: int, family: str, split: str, seed: int, domains: Sequence[str] = tuple(DOMAINS)) -> Dataset:
-    """``count`` scenes of a family, each with one question of every task of it, looking like the given domains.
+    """Return ``count`` scenes of a family, each with one question of each of its tasks, from the given domains.
 
-    Every answer of a task is the right one equally often, exactly; a few scenes are asked less for it.
+    Every answer of a task is right equally often, exactly; so a few scenes have fewer questions.
     """
     rng = np.random.default_rng([seed, split == "test", list(FAMILIES).index(family)])
     scenes, questions, asked = [], [], Counter[tuple[str, str]]()
@@ -87,8 +88,8 @@ def make_dataset(count: int, family: str, split: str, seed: int, domains: Sequen
 def _draw(
     rng: Rng, split: str, index: int, family: str, asked: Counter, domains: Sequence[str]
 ) -> tuple[Scene, list[Question]]:
-    """A scene, with those questions whose answers were not asked for much more often than the rarest of their task. The
-    best of TRIES, if none takes them all."""
+    """Return a scene, with those questions whose answers are not much more frequent than the rarest of their task. The
+    best of TRIES, if none qualifies entirely."""
     tasks = {name: task for name, task in TASKS.items() if task.family == family}
     least = {name: min(asked[name, answer] for answer in task.answers) for name, task in tasks.items()}
     best: tuple[Scene, list[Question]] | None = None
@@ -110,7 +111,7 @@ TRIES, SLACK = 6, 4
 
 
 def _even(questions: list[Question]) -> Iterator[Question]:
-    """Without the last questions of the answers that were asked for more often than the rarest of their task."""
+    """Drop the last questions of the answers that are more frequent than the rarest of their task."""
     counts = Counter((q.task, q.answer) for q in questions)
     left = {
         (name, answer): min(counts[name, other] for other in task.answers)
@@ -134,7 +135,7 @@ def _sprite(rng: Rng, name: str, x: float, y: float, side: float) -> Sprite:
 
 
 def _objects(rng: Rng, names: Sequence[str]) -> list[Sprite]:
-    """Six things with the six names of a domain, apart from each other. The first two often share a row or a column."""
+    """Return six things with the six names of a domain, apart. The first two often share a row or a column."""
     places = [rng.uniform(0.1, 0.9, 2).tolist()]
     while len(places) < 6:
         place = rng.uniform(0.1, 0.9, 2).tolist()
@@ -154,7 +155,7 @@ def _neighbours(cell: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _odd(rng: Rng, names: Sequence[str]) -> list[Sprite]:
-    """A 3 x 3 grid of things of one of the first two names, one of them of the other, each a little off its place."""
+    """Return a 3 x 3 grid of things of one of the first two names, one of them of the other, each slightly off-grid."""
     same, other = rng.permutation(names[:2])
     odd = rng.integers(9)
     sprites = []
@@ -165,7 +166,7 @@ def _odd(rng: Rng, names: Sequence[str]) -> list[Sprite]:
 
 
 def _map(rng: Rng, names: Sequence[str]) -> list[Sprite]:
-    """A top view of an 8 x 8 map with 20 walls; the goal lies at least four steps from the start, one way in front."""
+    """Return an 8 x 8 map with 20 walls; the goal is at least four steps from the start, with one best direction."""
     while True:
         cells = [CELLS_8[index] for index in rng.permutation(64)]
         start, goal, walls = cells[0], cells[1], cells[2:22]
@@ -177,7 +178,7 @@ def _map(rng: Rng, names: Sequence[str]) -> list[Sprite]:
 
 
 def _steps_from(goal: tuple[int, int], walls: set[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """How many steps each cell that can reach the goal is away from it."""
+    """Return for each cell that can reach the goal its distance in steps."""
     steps, queue = {goal: 0}, deque([goal])
     while queue:
         cell = queue.popleft()
@@ -189,7 +190,7 @@ def _steps_from(goal: tuple[int, int], walls: set[tuple[int, int]]) -> dict[tupl
 
 
 def _first_steps(start: tuple[int, int], steps: dict[tuple[int, int], int]) -> list[str]:
-    """The directions in which a shortest way begins."""
+    """Return the directions in which a shortest path starts."""
     ahead = {name: (start[0] + r, start[1] + c) for name, (r, c) in STEPS.items()}
     return [name for name, cell in ahead.items() if steps.get(cell) == steps[start] - 1]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of the study: train one model with one encoding and one seed, and ask it everything at every size.
+"""One run of the study: train one model with one encoding and one seed, and evaluate it at every size.
 
-All encodings of a seed share initial weights (all but the encoding's own), data and order. Beside the answers, each
-patch is asked what lies in it (``roles``): without that loss a model of this size spends most of its steps on finding
-the things, before it can learn where they are.
+All encodings of a seed share initial weights (except the encoding's), data and order. Besides the answers, the content
+of each patch is predicted (``roles``): without that loss a model of this size spends most of its steps on finding the
+things, before it can learn their positions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from . import attention_maps
 from .models import Asked, Batch, Size, TinyLlava, Tower, probe
 from .position_encodings import ENCODINGS
-from .scenes import DOMAINS, KINDS, NAMES, ROLES, TURNS, Album
+from .scenes import DOMAINS, KINDS, NAMES, ROLES, TRANSFORMS, Album
 from .tasks import TASKS, Dataset, Question, make_dataset
 
 SCALES = (0.75, 1.0, 1.5, 2.0)  # of the evaluated pictures, relative to training
@@ -42,8 +42,8 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run has beside its encoding and seed. ``scenes``: in the training set; ``batch``: scenes in a
-    step; ``asked``: questions a scene in a step, at most; ``domains``: see ``scenes.DOMAINS``."""
+    """All settings of a run besides its encoding and seed. ``scenes``: in the training set; ``batch``: scenes in a
+    step; ``asked``: questions per scene in a step, at most; ``domains``: see ``scenes.DOMAINS``."""
 
     model: str
     family: str
@@ -64,13 +64,14 @@ class Recipe:
 
 
 def train_and_ask(recipe: Recipe, encoding: str, seed: int, device: torch.device) -> dict:
-    """Accuracies by scale, coordinates and task; by domain; of mirrored twins; while training; and what it attends to.
+    """Return accuracies by scale, coordinates and task; by domain; of mirrored twins; during training; and attention
+    maps.
 
     Returns:
         A dict for JSON:
         "accuracy": {scale: {"index" | "stretched": {task: accuracy}}}, at scale 1 only "index", which is the same;
-        "domains": {domain: {task: accuracy}} at scale 1; "twins": of scenes asked left or right, both the picture and
-        its mirror image answered right; "curve": [[step, {task: accuracy}]] on a part of the test set;
+        "domains": {domain: {task: accuracy}} at scale 1; "twins": of scenes with a left/right question, both the
+        picture and its mirror image answered right; "curve": [[step, {task: accuracy}]] on a part of the test set;
         "loss": of every 20th step; "seconds"; "attention": see ``attention_maps.attention``.
     """
     began = time.perf_counter()
@@ -111,7 +112,7 @@ def _modes(encoding: str, scale: float) -> tuple[str, ...]:
 
 
 class Exam:
-    """A dataset with its pictures, drawn when they are needed, and its questions by scene."""
+    """A dataset with its pictures, drawn on access, and its questions by scene."""
 
     def __init__(self, dataset: Dataset, image: int = Size().image) -> None:
         self.dataset, self.image, self.album = dataset, image, Album(dataset.scenes)
@@ -121,17 +122,17 @@ class Exam:
         self.asked = np.array(sorted(self.by_scene))
 
     def pictures(self, which: Sequence[int] | np.ndarray, scale: float) -> Tensor:
-        """(n, 3, S, S) float32, normalised."""
+        """Return (n, 3, S, S) float32, normalised."""
         pixels = torch.from_numpy(self.album.draw(which, round(self.image * scale)))
         return (pixels.float() - 80.0) / 60.0
 
     @staticmethod
     def undo(pictures: Tensor) -> Tensor:
-        """What ``pictures`` gives, back in 0 .. 1."""
+        """Invert the normalisation of ``pictures``, to 0 .. 1."""
         return (pictures * 60.0 + 80.0) / 255.0
 
     def batch(self, which: Sequence[int] | np.ndarray, most: int = 99, rng: np.random.Generator | None = None) -> Batch:
-        """The questions about these scenes, at most so many of each, chosen at random."""
+        """Return the questions about these scenes, at most so many of each, chosen at random."""
         questions: list[Question] = []
         for scene in which:
             some = self.by_scene[int(scene)]
@@ -146,7 +147,7 @@ class Exam:
     def ask(
         self, model: nn.Module, scale: float, stretch: bool, scenes: int | None = None
     ) -> list[tuple[Question, bool]]:
-        """Every question, and whether the model answers it right."""
+        """Return every question, and whether the model answers it right."""
         hits = []
         device = next(model.parameters()).device
         chosen = self.asked[:scenes]
@@ -161,7 +162,7 @@ class Exam:
 
 @functools.lru_cache(maxsize=4)
 def _datasets(family: str, scenes: int, test_scenes: int, seed: int, domains: tuple[str, ...]) -> tuple[Exam, Exam]:
-    """The runs of a worker come ordered by seed, so that most find their data made; a study has at most four."""
+    """Return the cached datasets: the runs of a worker are ordered by seed; a study has at most four datasets."""
     return (
         Exam(make_dataset(scenes, family, "train", seed, domains)),
         Exam(make_dataset(test_scenes, family, "test", seed, domains)),
@@ -202,19 +203,19 @@ def _train(model: Asked, train: Exam, test: Exam, recipe: Recipe, seed: int) -> 
 
 
 def rate(step: int, recipe: Schedule) -> float:
-    """Of the learning rate: up in the warm-up, constant, down to 0 in the last part."""
+    """Return the learning rate factor: warm-up, constant, down to 0 in the last part."""
     left = (recipe.steps - step) / (recipe.cooldown * recipe.steps)
     return min(1.0, (step + 1) / recipe.warmup, left)
 
 
 def order(rng: np.random.Generator, scenes: np.ndarray, count: int) -> np.ndarray:
-    """Epochs of shuffled scenes, until there are enough."""
+    """Return epochs of shuffled scenes, until there are enough."""
     epochs = math.ceil(count / len(scenes))
     return np.concatenate([rng.permutation(scenes) for _ in range(epochs)])[:count]
 
 
 def task_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy among the answers of each question's task, each task with the same weight."""
+    """Return the cross-entropy among the answers of each question's task, each task with the same weight."""
     each = F.cross_entropy(logits, batch.answer, reduction="none")
     return torch.stack([each[batch.task == task].mean() for task in batch.task.unique()]).mean()
 
@@ -239,19 +240,19 @@ def by_domain(hits: Sequence[tuple[Question, bool]], test: Exam) -> dict[str, di
 
 
 def consistency(model: nn.Module, test: Exam, hits: Sequence[tuple[Question, bool]]) -> dict[str, float]:
-    """Of the questions where two things are from each other, the share that is answered right about the picture and
-    about the same picture flipped or turned, for each of ``scenes.TURNS``."""
+    """Return the share of questions on the relation of two things that are answered right both on the picture and on
+    its flipped or rotated version, for each of ``scenes.TRANSFORMS``."""
     first = {question.scene: hit for question, hit in hits if question.task == "relation"}
     found = {}
-    for turn in TURNS:
-        turned = Exam(test.dataset.turned(turn), test.image)
-        both = [hit and first[question.scene] for question, hit in turned.ask(model, 1.0, False)]
-        found[turn] = round(float(np.mean(both)), 4)
+    for transform in TRANSFORMS:
+        transformed = Exam(test.dataset.transformed(transform), test.image)
+        both = [hit and first[question.scene] for question, hit in transformed.ask(model, 1.0, False)]
+        found[transform] = round(float(np.mean(both)), 4)
     return found
 
 
 def twins(model: nn.Module, test: Exam, hits: Sequence[tuple[Question, bool]]) -> float | None:
-    """MMVP's pair rule: a question counts if it is answered right about the picture and about its mirror image."""
+    """Apply MMVP's pair rule: a question counts if it is answered right about the picture and its mirror image."""
     mirrored = Exam(test.dataset.mirrored(), test.image)
     if not mirrored.dataset.questions:
         return None

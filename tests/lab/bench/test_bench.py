@@ -34,7 +34,7 @@ def case(shape: Shape = DENSE, dtype: str = "fp32", direction: str = "forward", 
 # -------------------------------------------------------------------------------------------------------------- timing
 
 
-def test_variants_take_turns():
+def test_variants_are_interleaved():
     order: list[str] = []
     calls = {name: lambda name=name: (order.append(name), time.sleep(0.025)) for name in "ab"}
     samples = timing.interleaved(calls, 4)

@@ -382,5 +382,5 @@ def test_a_download_that_fails_says_so(monkeypatch):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match=r"'no/where' is no folder, and cannot be had from the hub: no network$"):
+    with pytest.raises(UserError, match=r"'no/where' is no folder, and cannot be loaded from the hub: no network$"):
         load("whatsup_a", "no/where")

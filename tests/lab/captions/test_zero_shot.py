@@ -517,7 +517,7 @@ def test_command_says_what_is_wrong(checkpoint, files, tmp_path, capsys):
         ((checkpoint, *where, "--limit", 2), 2, "limit must be at least 4"),
         ((checkpoint, *where, "--batch", 0), 2, "batch_size must be at least 1"),
         ((checkpoint, *where, "--legacy", "--rope", "axial"), 2, "leave --rope out"),
-        ((checkpoint, *where, "--start", "full"), 2, "give --rope axial or --rope mixed"),
+        ((checkpoint, *where, "--start", "full"), 2, "pass --rope axial or --rope mixed"),
         ((checkpoint, *where, "--out", tmp_path), 2, "is a folder"),
         ((checkpoint, *where, "--out", checkpoint / "config.json/r.json"), 2, "can be made"),
     ]

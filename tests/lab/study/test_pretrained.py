@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def pictures():
-    """Of patches of one colour each: what a patch looks like does not change when a picture is turned."""
+    """Of patches of one colour each: what a patch looks like does not change when a picture is transformed."""
     colours = torch.rand(2, 3, GRID, GRID, generator=torch.Generator().manual_seed(0)) * 4 - 1
     return colours.repeat_interleave(14, -1).repeat_interleave(14, -2)
 
@@ -95,12 +95,12 @@ def test_layers_tell_positions(folder, pictures):
     tower = pretrained._tower(folder, "as-is", CPU)
     found = pretrained.layers(tower, pictures)
     assert {len(row) for row in found.values()} == {4}
-    assert all(max(found[turn]) < 0.999 for turn in pretrained.TURNS)
+    assert all(max(found[transform]) < 0.999 for transform in pretrained.TRANSFORMS)
     with pretrained.constant(tower):
         blind = pretrained.layers(tower, pictures)
-    for turn in pretrained.TURNS:
+    for transform in pretrained.TRANSFORMS:
         # the patch at the same place shows another colour: turning the picture back is what makes them equal
-        assert min(blind[turn]) > 0.999, turn
+        assert min(blind[transform]) > 0.999, transform
     with torch.no_grad(), pretrained.constant(tower):
         assert pretrained._hidden(tower, pictures)[-1].shape == (2, GRID, GRID, 32)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spatial_pe.lab.study.scenes import DOMAINS, NAMES, ROLES, TURNS, Album, Scene, Sprite
+from spatial_pe.lab.study.scenes import DOMAINS, NAMES, ROLES, TRANSFORMS, Album, Scene, Sprite
 from spatial_pe.lab.study.tasks import FAMILIES, TASKS, make_dataset
 from spatial_pe.lab.study.train import Exam
 
@@ -128,7 +128,7 @@ def test_the_shortest_way_goes_round_a_wall():
 
 def test_a_mirror_changes_the_answers_that_it_must(dataset):
     for question in dataset.questions:
-        twin = dataset.scenes[question.scene].turned("hflip")
+        twin = dataset.scenes[question.scene].transformed("hflip")
         asked = TASKS[question.task].ask(twin)
         if question.task == "count":  # left of A becomes right of A
             continue
@@ -136,34 +136,36 @@ def test_a_mirror_changes_the_answers_that_it_must(dataset):
 
 
 @pytest.mark.parametrize(
-    ("turn", "becomes"),
+    ("transform", "becomes"),
     [
         ("hflip", {"left": "right", "right": "left"}),
         ("vflip", {"above": "below", "below": "above"}),
         ("rot90", {"left": "below", "below": "right", "right": "above", "above": "left"}),
     ],
 )
-def test_a_turned_picture_changes_relations_as_it_must(turn, becomes):
+def test_a_transformed_picture_changes_relations_as_it_must(transform, becomes):
     dataset = make_dataset(60, "objects", "test", 0)
     plain = {q.scene: q for q in dataset.questions if q.task == "relation"}
-    turned = dataset.turned(turn)
-    assert {q.scene for q in turned.questions} == {*plain}
-    for question in turned.questions:
+    transformed = dataset.transformed(transform)
+    assert {q.scene for q in transformed.questions} == {*plain}
+    for question in transformed.questions:
         before = plain[question.scene]
         assert question.names == before.names and question.answer == becomes.get(before.answer, before.answer)
 
 
-@pytest.mark.parametrize("turn", TURNS)
-def test_turned_scenes_look_turned(turn):
-    """A disc is a disc whichever way it is turned: the picture is that of numpy's flip or rot90."""
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transformed_scenes_look_transformed(transform):
+    """A disc is a disc in any orientation: the picture is that of numpy's flip or rot90."""
     wall = at("wall", 0.5, 0.5, 0.125)
     one = scene(wall, at(DOMAINS["photographs"][0], 0.25, 0.375), at(DOMAINS["photographs"][1], 0.75, 0.25))
-    empty, plain, turned = (Album([s]).draw([0], SIZE)[0].astype(int) for s in (scene(wall), one, one.turned(turn)))
-    where = [np.nonzero(abs(picture - empty).sum(0) > 20) for picture in (plain, turned)]
+    empty, plain, transformed = (
+        Album([s]).draw([0], SIZE)[0].astype(int) for s in (scene(wall), one, one.transformed(transform))
+    )
+    where = [np.nonzero(abs(picture - empty).sum(0) > 20) for picture in (plain, transformed)]
     masks = [np.zeros((SIZE, SIZE), bool) for _ in where]
     for mask, (rows, columns) in zip(masks, where, strict=True):
         mask[rows, columns] = True
-    expected = {"hflip": masks[0][:, ::-1], "vflip": masks[0][::-1], "rot90": np.rot90(masks[0])}[turn]
+    expected = {"hflip": masks[0][:, ::-1], "vflip": masks[0][::-1], "rot90": np.rot90(masks[0])}[transform]
     assert (masks[1] ^ expected).sum() < 0.1 * expected.sum()
 
 

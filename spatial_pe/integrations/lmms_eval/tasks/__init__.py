@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks for lmms-eval: a yaml file says where the data is, the module of its name what is asked and how it scores."""
+"""Tasks for lmms-eval: a yaml file names the data, the module of the same name has the prompt and the score."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two published forms of these benchmarks: images inside a table, or beside it in a folder of their own."""
+"""Images of the two published forms of these benchmarks: inside a table, or in a folder beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import datasets
 
 
 def from_table(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Images in base64, as in the tables of VLMEvalKit, decoded when they are asked for.
+    """Decode images from base64, as in the tables of VLMEvalKit, when they are accessed.
 
     A cell of at most 64 characters is the ``index`` of the row that holds the image.
     """
@@ -28,7 +28,7 @@ def from_table(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def from_folder(dataset: datasets.Dataset, variable: str, how: str) -> datasets.Dataset:
-    """Images by their names, in the folder that the environment variable names.
+    """Load images by name, from the folder that the environment variable names.
 
     Raises:
         FileNotFoundError: the variable is not set or the first image is not there; ``how`` says how to get them.
@@ -42,7 +42,7 @@ def from_folder(dataset: datasets.Dataset, variable: str, how: str) -> datasets.
 
 
 def visual(doc: dict[str, Any]) -> list:
-    """What a model sees of a sample: one PIL image, RGB."""
+    """Return the image that a model sees of a sample: one PIL image, RGB."""
     return [doc["image"].convert("RGB")]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TallyQA, test split (Acharya et al., arXiv 1810.12440): how many of something are in the image.
+"""TallyQA, test split (Acharya et al., arXiv 1810.12440): counting objects in an image.
 
 Scored as in VLMEvalKit, the harness of the seed paper: the first number from 0 to 20 in the answer, in digits or as a
 word, must be the right one. The authors' file also says which questions are simple (an object's name alone) and which
@@ -28,7 +28,7 @@ __all__ = ["extract", "process_docs", "process_results", "text", "visual"]
 
 
 def process_docs(dataset: datasets.Dataset) -> datasets.Dataset:
-    """VLMEvalKit's table (question, answer, image), or the authors' file (the same, image names, issimple)."""
+    """Read VLMEvalKit's table (question, answer, image), or the authors' file (the same, image names, issimple)."""
     if "issimple" in dataset.column_names:
         return from_folder(dataset, "TALLYQA_IMAGES", HOW)
     return from_table(dataset)

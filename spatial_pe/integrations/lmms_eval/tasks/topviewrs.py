@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TopViewRS (Li et al., arXiv 2406.02537): multiple choice on top-view maps of rooms and houses.
 
-The authors' two scores: exact match, the letter is right; partial match, the words that the chosen and the right option
-share, over the number of words of the longer one. No option chosen is 0 in both.
+The authors' two scores: exact match, the letter is right; partial match, the number of words that the chosen and the
+right option share, over that of the longer one. No option chosen is 0 in both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from spatial_pe.integrations.lmms_eval.tasks.images import from_table, visual
 
 LETTERS = "ABCD"
-# in this order: the first that matches decides
+# in this order: the first match decides
 FORMS = (
     re.compile(r"^\W*([A-D])\W*$", re.I),  # "b", "(B)", "B."
     re.compile(r"\b(?i:answer|option|choice)(?:\s+is|\s*:)?\s*\W?([A-D])\b"),  # "the answer is (B)"
@@ -37,7 +37,8 @@ def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None =
 
 
 def choose(answer: str, doc: dict[str, Any]) -> str | None:
-    """The letter that an answer gives, or that of the only option that it holds ("top left" does not hold "left")."""
+    """Return the letter of an answer, or that of the only option that it contains ("top left" does not contain
+    "left")."""
     letters = [found[1].upper() for form in FORMS if (found := form.search(answer.strip()))]
     given = options(doc)
     if letters:

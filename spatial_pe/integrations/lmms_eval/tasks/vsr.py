@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VSR, zero-shot split (Liu et al., arXiv 2205.00363): is a statement on the place of two objects true of the image?
+"""VSR, zero-shot split (Liu et al., arXiv 2205.00363): verification of a statement on the place of two objects.
 
 Scored as in VLMEvalKit, the harness of the seed paper: "yes" or "no" as a word, and not both; anything else is wrong,
 and counts as "no" for precision, recall and F1 of "yes". All are fractions of 1.
@@ -22,7 +22,8 @@ __all__ = ["accuracy", "extract", "f1", "precision", "process_docs", "process_re
 
 
 def process_docs(dataset: datasets.Dataset) -> datasets.Dataset:
-    """VLMEvalKit's table (question, answer Yes/No, image), or the authors' lines (caption, label 0/1, image name)."""
+    """Read VLMEvalKit's table (question, answer Yes/No, image), or the authors' lines (caption, label 0/1, image
+    name)."""
     if "caption" not in dataset.column_names:
         return from_table(dataset)
     return from_folder(dataset, "VSR_IMAGES", HOW).map(
@@ -38,7 +39,7 @@ def text(doc: dict[str, Any]) -> str:
 
 
 def extract(answer: str) -> str | None:
-    """ "Yes", "No", or None where it is neither or both."""
+    """Return "Yes", "No", or None where it is neither or both."""
     words = set(re.findall(r"[a-z]+", answer.lower()))
     found = [word for word in ("Yes", "No") if word.lower() in words]
     return found[0] if len(found) == 1 else None
@@ -49,7 +50,7 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     return {"accuracy": pair, "precision": pair, "recall": pair, "f1": pair}
 
 
-Pairs = list[tuple[str, str | None]]  # what is right, what was answered
+Pairs = list[tuple[str, str | None]]  # (expected, answered)
 
 
 def accuracy(pairs: Pairs) -> float:
