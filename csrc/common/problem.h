@@ -35,7 +35,7 @@ struct Problem {
   int heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 1.0f;
   Tables tables;
-  ChannelPairs pairs;  // of q and k; none if they are not turned
+  ChannelPairs pairs;  // of q and k; none if they are not rotated
   std::vector<Sequence> sequences;
   int threads = 1;
 };

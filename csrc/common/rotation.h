@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which channels make a pair. Plain C++: shared by the CPU and CUDA kernels and by host tests.
+// Pairs of channels. Plain C++: shared by the CPU and CUDA kernels and by host tests.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace spe {
 
 enum class Pairing { half, interleaved, axis_half };
 
-// `count` pairs in a row, turned by columns column, column + 1, ... of the table. Pair i is the channels
+// `count` consecutive pairs, rotated by columns column, column + 1, ... of the table. Pair i is the channels
 //   interleaved: (first + 2i, first + 2i + 1)      otherwise: (first + i, second + i)
 struct Segment {
   int first, second, count, column;

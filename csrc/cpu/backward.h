@@ -4,11 +4,11 @@
 //   P = exp(S scale - lse)   dP = dO V^T   dS = P (dP - delta), delta = rowsum(dO O)
 //   dV = P^T dO              dK = scale R^-1 (dS^T R(Q))      dQ = scale R^-1 (dS R(K))
 //
-// Scores are computed again, one block of query rows by one block of keys at a time. Both orders of operand A come
-// from registers: weights as rows of keys for dQ, and as rows of queries for dK and dV (for bfloat16, where a word
-// pairs two queries, by interleaving two rows), so nothing is transposed. One thread alone goes through the blocks
-// once, five products each. Threads together own key blocks for dK and dV, then query blocks for dQ, which repeats the
-// scores: seven products, but no atomics. Both add up in the same order, so the results are the same to the last bit.
+// Scores are recomputed, one block of query rows by one block of keys at a time. Both orders of operand A come from
+// registers: weights as rows of keys for dQ, and as rows of queries for dK and dV (for bfloat16, where a word pairs two
+// queries, by interleaving two rows), so nothing is transposed. A single thread visits the blocks once, five products
+// each. Several threads own key blocks for dK and dV, then query blocks for dQ, which repeats the scores: seven
+// products, but no atomics. Both sum in the same order, so the results are bitwise equal.
 #pragma once
 
 #include "forward.h"
@@ -140,7 +140,7 @@ class Backward {
       }
       std::memset(q.dq + from * w_.lanes(), 0, sizeof(float) * static_cast<size_t>((to - from) * w_.lanes()));
       if (to < n) continue;
-      // rows past the end, up to a whole tile: weight 0, and no NaN that a head before this one may have left
+      // rows past the end, up to a whole tile: weight 0, and no NaN from a previous head
       const size_t rest = static_cast<size_t>(padded() - n);
       std::memset(q.q_rows + n * w_.row, 0, sizeof(word) * rest * w_.row);
       std::memset(q.dout_rows + n * w_.row, 0, sizeof(word) * rest * w_.row);
@@ -251,7 +251,7 @@ class Backward {
     if constexpr (Dot::kPerWord == 2) store_columns<W>(thread.ds_columns, r, panel, dp);
   }
 
-  // As operand A whose rows are keys: floats as they are, bfloat16 in pairs of queries.
+  // Operand A whose rows are keys: floats unchanged, bfloat16 in pairs of queries.
   template <int W>
   SPE_INLINE static void store_columns(word (*to)[kKeys], int r, int panel, const vf (&x)[kScoreRows][W]) {
     for (int i = 0; i < kScoreRows; i += Dot::kPerWord)
@@ -266,7 +266,7 @@ class Backward {
   const Problem& p_;
   const BackwardTensors& t_;
   const Widths<Dot> w_;
-  const ChannelPairs plain_{};  // v, out and dout are not turned
+  const ChannelPairs plain_{};  // v, out and dout are not rotated
   int64_t longest_ = 0;
   Offsets at_;
 };

@@ -45,7 +45,7 @@ std::vector<std::string> read_cpu_flags() {
   if (amx_tile && (d & (1u << 22))) flags.push_back("amx_bf16");
   if (__get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29))) flags.push_back("f16c");
   if (leaf7 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
-    // the operating system's support for the registers is what avx512f above stands for
+    // avx512f above includes the operating system's support for the registers
     if ((a & (1u << 5)) && __builtin_cpu_supports("avx512f")) flags.push_back("avx512_bf16");
     if (amx_tile && (a & (1u << 21))) flags.push_back("amx_fp16");
   }

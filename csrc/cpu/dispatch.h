@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which build of the kernels serves a dtype on this CPU. kernels.cpp is compiled once for each instruction set.
+// Selection of the kernels' build for a dtype on this CPU. kernels.cpp is compiled once for each instruction set.
 #pragma once
 
 #include <string>
@@ -13,7 +13,7 @@ using ForwardKernel = void (*)(const Problem&, const ForwardTensors&);
 using BackwardKernel = void (*)(const Problem&, const BackwardTensors&);
 using PeakKernel = double (*)();
 
-// A build may lack a dtype (null): the next lower instruction set serves it.
+// A build may lack a dtype (null): the next lower instruction set is used.
 struct KernelTable {
   const char* isa;
   ForwardKernel forward[3];    // by DType
@@ -29,7 +29,7 @@ const std::vector<std::string>& cpu_flags();
 
 void forward(const Problem& problem, const ForwardTensors& tensors);
 void backward(const Problem& problem, const BackwardTensors& tensors);
-// FLOP per second of the multiply-add that the kernels for a dtype are made of, on the calling thread's core.
+// FLOP per second of the kernels' multiply-add for a dtype, on the calling thread's core.
 double peak_flops(DType dtype);
 
 }  // namespace spe

@@ -63,7 +63,7 @@ SPE_INLINE vf rounded(vf x, const f16*) {
 }
 
 #elif defined(__AVX2__)
-// n of 8 halves, in registers: a vector that is loaded from pieces just stored waits for them.
+// n of 8 halves, in registers: loading a vector from parts just stored would wait for the stores.
 SPE_INLINE __m128i load_halves(const void* p, int n) {
   if (n == L) return _mm_loadu_si128(static_cast<const __m128i*>(p));
   const char* from = static_cast<const char*>(p);
@@ -166,7 +166,7 @@ SPE_INLINE vf rounded(vf x, const f16*) {
 SPE_INLINE vf rounded(vf x, const float*) { return x; }
 SPE_INLINE vf rounded(vf x, const bf16*) { return (vf)(round_bf16(x) & 0xffff0000u); }
 
-// x as it will be when an operand of type E has been made of it: an E narrower than T rounds when it is stored.
+// x as rounded when it becomes an operand of type E: an E narrower than T rounds when it is stored.
 template <class E, class T>
 SPE_INLINE vf rounded_to(vf x, const T* type) {
   return sizeof(E) == 2 ? x : rounded(x, type);

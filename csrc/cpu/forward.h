@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward: out = softmax(R(q) R(k)^T scale) v and lse, the log of each row's sum of exponentials.
 //
-// Of one key head, K is rotated and packed into panels and V into lanes, once. Then, for each block of query rows
+// For each key head, K is rotated and packed into panels and V into lanes, once. Then, for each block of query rows
 // (rotated on load) and each block of keys: scores by register tiles, exponentials while they are still in registers,
 // weights packed as operand A, product with V added to the rows' output. Scores never touch memory.
 //
-// The softmax of a row is taken relative to its maximum over the first tile of keys, not to a running maximum: weights
-// above 1 are as exact as those below in floating point, so nothing has to be rescaled. Only if a row's sum leaves
-// float's comfortable range (scores that grow by more than 22 nats, NaN, Inf) is its block of rows computed again,
-// relative to the true maximum.
+// The softmax of a row is relative to its maximum over the first tile of keys, not to a running maximum: weights above
+// 1 are as exact as those below in floating point, so nothing has to be rescaled. Only if a row's sum becomes too large
+// (scores that grow by more than 22 nats, NaN, Inf) is its block of rows recomputed, relative to the true maximum.
 #pragma once
 
 #include "pack.h"
@@ -17,7 +16,7 @@
 namespace spe::SPE_ISA {
 
 constexpr float kLog2e = 1.44269504088896341f;
-// Rows whose weights sum to more are computed again: 2^32 leaves values up to 2^90 room in float.
+// Rows whose weights sum to more are recomputed: 2^32 leaves values up to 2^90 room in float.
 constexpr float kLargestSum = 0x1p32f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -48,7 +47,7 @@ SPE_INLINE void each_score_tile(int panels, F&& f) {
   }
 }
 
-// Block `index` of the keys of a sequence of n: whole panels, as evenly as can be (13 panels as 6 + 7, not 8 + 5).
+// Block `index` of the keys of a sequence of n: whole panels, as evenly as possible (13 panels as 6 + 7, not 8 + 5).
 struct Keys {
   int64_t from;
   int panels, count;
@@ -105,9 +104,9 @@ class Forward {
     float shift[kRows + L];            // the score, before scaling, whose weight is 1
   };
 
-  // What a score tile is computed for.
+  // Purpose of a score tile.
   enum class Purpose {
-    first,    // weights, relative to the maximum of this very tile
+    first,    // weights, relative to the maximum of this tile
     next,     // weights, relative to the shift
     maximum,  // no weights: raise the shift to the tile's maximum
   };
@@ -132,7 +131,7 @@ class Forward {
     store_rows(s, head, from, rows, thread, o);
   }
 
-  // All keys, block by block. `start` is the purpose of the very first tile; those after it follow suit.
+  // All keys, block by block. `start` is the purpose of the first tile, which determines that of the others.
   template <Purpose start>
   void sweep(int64_t n, const word* q, int rows, const word* panels, const word* lanes, Thread& thread, float* o) const {
     constexpr Purpose later = start == Purpose::maximum ? Purpose::maximum : Purpose::next;
@@ -157,8 +156,8 @@ class Forward {
     }
   }
 
-  // Scores of kScoreRows queries with W panels, of which `keys` keys are real, and what they are for.
-  // Not inlined: GCC keeps 24 accumulators in registers only if it has nothing else to keep there (15 % of all time).
+  // Scores of kScoreRows queries with W panels, of which `keys` keys are valid, and their purpose.
+  // Not inlined: GCC keeps 24 accumulators in registers only if nothing else is to be kept there (15 % of all time).
   template <int W, Purpose purpose>
   __attribute__((noinline)) void tile(const word* q, const word* panels, int row, int panel, int keys,
                                       Thread& thread) const {
@@ -191,8 +190,8 @@ class Forward {
     }
   }
 
-  // The rows' totals. False if one is NaN, or so large that weights times values could overflow. None can be too small:
-  // the maximum of the first tile adds 1, unless that is -inf, which makes it NaN.
+  // Totals of the rows. False if one is NaN, or so large that weights times values could overflow. None can be too
+  // small: the maximum of the first tile adds 1, unless it is -inf, which makes the total NaN.
   bool totals_in_range(Thread& thread, int rows) const {
     bool good = true;
     for (int r = 0; r < rows; ++r) {
@@ -216,7 +215,7 @@ class Forward {
   const Problem& p_;
   const ForwardTensors& t_;
   const Widths<Dot> w_;
-  const ChannelPairs plain_{};  // v and out are not turned
+  const ChannelPairs plain_{};  // v and out are not rotated
   int64_t longest_ = 0;
 };
 

@@ -26,7 +26,7 @@ void backward(const Problem& problem, const BackwardTensors& tensors) {
 
 extern const KernelTable kTable;
 #if defined(__AVX512BF16__)
-// only bfloat16 gains from the bfloat16 dot product: the plain AVX-512 build serves the rest
+// only bfloat16 gains from the bfloat16 dot product: the plain AVX-512 build has the rest
 const KernelTable kTable = {SPE_STRING(SPE_ISA),
                             {nullptr, &forward<Bf16Dot, bf16>, nullptr},
                             {nullptr, &backward<Bf16Dot, bf16>, nullptr},

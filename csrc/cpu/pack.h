@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From tensors to the operands of the register tile, and back: convert, rotate, round, transpose.
+// Conversion of tensors to the operands of the register tile, and back: convert, rotate, round, transpose.
 //
 // Operands hold words: one float (FloatDot) or two bfloat16 (Bf16Dot). Channels keep their order in all of them:
 //   rows      operand A: [token][word], a row is the token's channels
@@ -16,12 +16,12 @@
 
 namespace spe::SPE_ISA {
 
-// What an operand's row is made of.
+// Element of an operand's row.
 template <class Dot>
 using Operand = std::conditional_t<Dot::kPerWord == 2, bf16, float>;
 
-// Weights of one row of a tile as operand A, and added to the row's sum: as rounded for the product with V, or a heavy
-// weight would be divided by another than itself. The sum of bfloat16 weights is their dot product with ones.
+// Weights of one row of a tile as operand A, and added to the row's sum: as rounded for the product with V, or a large
+// weight would be divided by a different value. The sum of bfloat16 weights is their dot product with ones.
 template <class Dot, int W>
 SPE_INLINE vf store_weights(word* to, const vf (&x)[W], vf sum) {
   if constexpr (Dot::kPerWord == 1) {
@@ -84,22 +84,22 @@ SPE_INLINE void store_pairs(T* x, const Segment& s, int i, int n, vf low, vf hig
   }
 }
 
-SPE_INLINE void turn(vf& low, vf& high, const float* cos_at, const float* sin_at, int n) {
+SPE_INLINE void rotate(vf& low, vf& high, const float* cos_at, const float* sin_at, int n) {
   const vf cos = widen(cos_at, n), sin = widen(sin_at, n);
   const vf x = fma(low, cos, -(high * sin));
   high = fma(low, sin, high * cos);
   low = x;
 }
 
-SPE_INLINE void turn_back(vf& low, vf& high, const float* cos_at, const float* sin_at, int n) {
+SPE_INLINE void inverse_rotate(vf& low, vf& high, const float* cos_at, const float* sin_at, int n) {
   const vf cos = widen(cos_at, n), sin = widen(sin_at, n);
   const vf x = fma(low, cos, high * sin);
   high = fma(high, cos, -(low * sin));
   low = x;
 }
 
-// Calls f(j, n) for the vectors of `count` pairs: n is the constant L but for the last one, so that after inlining only
-// that one pays for masks.
+// Calls f(j, n) for the vectors of `count` pairs: n is the constant L except in the last one, so that after inlining
+// only that one needs masks.
 template <class F>
 SPE_INLINE void each_vector(int count, F&& f) {
   int j = 0;
@@ -107,7 +107,7 @@ SPE_INLINE void each_vector(int count, F&& f) {
   if (j < count) f(j, count - j);
 }
 
-// The channels of one token, turned by the angles at cos and sin and rounded to the input's type, as operand.
+// The channels of one token, rotated by the angles at cos and sin and rounded to the input's type, as operand.
 template <class E, class T>
 SPE_INLINE void load_row(const T* x, const float* cos, const float* sin, const ChannelPairs& pairs, int D, E* row) {
   for (int i = 0; i < pairs.count; ++i) {
@@ -116,7 +116,7 @@ SPE_INLINE void load_row(const T* x, const float* cos, const float* sin, const C
       each_vector(s.count, [&](int j, int n) {
         vf low, high;
         load_pairs<interleaved()>(x, s, j, n, low, high);
-        turn(low, high, cos + s.column + j, sin + s.column + j, n);
+        rotate(low, high, cos + s.column + j, sin + s.column + j, n);
         store_pairs<interleaved()>(row, s, j, n, rounded_to<E>(low, x), rounded_to<E>(high, x));
       });
     };
@@ -130,7 +130,7 @@ SPE_INLINE void load_row(const T* x, const float* cos, const float* sin, const C
     each_vector(D - R, [&](int j, int n) { narrow(row + R + j, widen(x + R + j, n), n); });
 }
 
-// The way back for a row of results: times factor, turned back (by -angle), rounded once.
+// Inverse for a row of results: times factor, inverse rotation (by -angle), rounded once.
 template <class T>
 SPE_INLINE void store_row(T* x, const float* cos, const float* sin, const ChannelPairs& pairs, int D, const float* row,
                           float factor) {
@@ -140,7 +140,7 @@ SPE_INLINE void store_row(T* x, const float* cos, const float* sin, const Channe
       each_vector(s.count, [&](int j, int n) {
         vf low, high;
         load_pairs<interleaved()>(row, s, j, n, low, high);
-        turn_back(low, high, cos + s.column + j, sin + s.column + j, n);
+        inverse_rotate(low, high, cos + s.column + j, sin + s.column + j, n);
         store_pairs<interleaved()>(x, s, j, n, low * factor, high * factor);
       });
     };
@@ -167,7 +167,7 @@ struct Source {
   const float* sin_row(int64_t token) const { return sin + token * table_stride; }
 };
 
-// Head `head` of a view, turned by the tables of head `table_head`.
+// Head `head` of a view, rotated by the tables of head `table_head`.
 template <class T>
 Source<T> source(const Problem& p, const View& v, const Sequence& s, int head, int table_head, const ChannelPairs& pairs) {
   const int64_t at = s.sample * p.tables.batch + s.start * p.tables.token + table_head * p.tables.head;
@@ -193,17 +193,17 @@ struct Widths {
   int64_t lane_words(int64_t tokens) const { return whole(tokens) / Dot::kPerWord * lanes() + L; }
 };
 
-// Tokens [from, to) of a source in the forms asked for; from is a multiple of L. Tokens past the end are zero in the
-// last panel and the last lanes. Float lanes are rows: ask for one of the two.
+// Tokens [from, to) of a source in the requested forms; from is a multiple of L. Tokens past the end are zero in the
+// last panel and the last lanes. Float lanes are rows: request one of the two.
 struct Packed {
   word* rows = nullptr;    // at from * Widths::row
   word* panels = nullptr;  // at from * Widths::words
   word* lanes = nullptr;   // at from / kPerWord * Widths::lanes()
 };
 
-// Into L2: D elements that will soon be read (or written). Heads lie side by side, so the next item's rows follow this
-// one's; the hardware does not see that, because a row of a head ends after 2 or 3 cache lines. On 64-token windows the
-// prefetch of q, k and v gains 45 %, that of the output another 5 %.
+// Prefetch into L2: D elements that will soon be read (or written). Heads are adjacent in memory, so the next item's
+// rows follow this one's; the hardware does not detect that, because a row of a head ends after 2 or 3 cache lines. On
+// 64-token windows the prefetch of q, k and v gains 45 %, that of the output another 5 %.
 template <bool write = false, int locality = 2, class T>
 SPE_INLINE void prefetch_row(const T* x, int D) {
   const char* p = reinterpret_cast<const char*>(x);
@@ -224,7 +224,7 @@ SPE_INLINE void pack_panel(const word* rows, const Widths<Dot>& w, word* panel) 
   }
 }
 
-// Of bfloat16 rows: two tokens to a word. (Rows of floats are lanes already.)
+// Lanes of bfloat16 rows: two tokens to a word. (Rows of floats are lanes already.)
 template <class Dot>
 SPE_INLINE void pack_lanes(const word* rows, const Widths<Dot>& w, int tokens, word* lanes) {
 #if defined(__AVX512BF16__)

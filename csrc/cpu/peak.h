@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a core can do at most: multiply-adds on registers, none of which waits for another.
+// Peak rate of a core: independent multiply-adds on registers.
 #pragma once
 
 #include <chrono>

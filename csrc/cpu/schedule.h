@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work over threads. An item is one key head of one sequence, done in phases of independent parts. As many items as
-// divide evenly are done by one thread each; those left over are done one after another by all threads together. What
-// a part computes does not depend on who computes it, so results do not depend on the number of threads.
+// Distribution of work over threads. An item is one key head of one sequence, done in phases of independent parts. As
+// many items as divide evenly are done by one thread each; the remaining ones are done one after another by all threads
+// together. The result of a part does not depend on the thread, so results do not depend on the number of threads.
 #pragma once
 
 #include <atomic>
@@ -18,13 +18,13 @@ struct Item {
 };
 
 // The number of threads to use now: 1 in a process that was forked from one whose OpenMP workers already ran, because
-// libgomp's workers do not survive a fork and a parallel region would wait for them for ever.
+// libgomp's workers do not survive a fork and a parallel region would wait for them forever.
 int usable_threads(int wanted);
 int thread_number();  // inside a parallel region
 
-// The next share of [0, count): half of what would be each thread's part of the rest. Large shares first, because
-// neighbouring heads share cache lines, small ones at the end, so that nobody waits long for the last (shares of a fixed
-// eighth cost 5 % of 48 heads on two threads).
+// The next share of [0, count): half of each thread's part of the rest. Large shares first, because neighbouring heads
+// share cache lines, small ones at the end, so that no thread waits long for the last (shares of a fixed eighth cost 5
+// % of 48 heads on two threads).
 struct Share {
   int64_t from, to;
 };
@@ -38,7 +38,7 @@ inline Share next_share(std::atomic<int64_t>& taken, int64_t count, int threads)
 }
 
 // Kernel:
-//   size_t item_bytes()                    working memory for one item, shared by those who work on it
+//   size_t item_bytes()                    working memory for one item, shared by its threads
 //   size_t thread_bytes()                  working memory of a thread
 //   int phases(); int64_t parts(item, phase)
 //   void part(item, phase, part, together, char* item_memory, char* thread_memory)
@@ -51,7 +51,7 @@ void run(const Kernel& kernel, const Problem& p) {
   const auto item_at = [&p](int64_t i) {
     return Item{p.sequences[static_cast<size_t>(i / p.kv_heads)], static_cast<int>(i % p.kv_heads)};
   };
-  // memory is taken before the region: nothing inside it can throw
+  // allocate before the region: nothing inside it can throw
   const size_t item_bytes = whole_lines(kernel.item_bytes());
   const size_t thread_bytes = whole_lines(kernel.thread_bytes());
   const Workspace memory(item_bytes, thread_bytes, threads);
@@ -70,7 +70,7 @@ void run(const Kernel& kernel, const Problem& p) {
           for (int64_t part = 0; part < kernel.parts(item, phase); ++part)
             kernel.part(item, phase, part, false, mine, mine + item_bytes);
       }
-#pragma omp barrier  // the first thread's memory for an item becomes that of all
+#pragma omp barrier  // the first thread's memory for an item is shared by all
     for (int64_t i = alone; i < items; ++i) {
       const Item item = item_at(i);
       for (int phase = 0; phase < kernel.phases(); ++phase) {

@@ -12,11 +12,9 @@ namespace spe {
 constexpr size_t kCacheLine = 64;
 constexpr size_t whole_lines(size_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
 
-// Pieces of memory, all cut alike: the part of an item, then that of a thread. The calling thread keeps up to 32 MB for
-// its next call, because fresh memory is cleared and touched page by page: 2 to 3 % of a call with 196 tokens.
-//
-// New memory, or memory cut in another way, is zeroed: garbage in rows that nobody uses is harmless, but denormals in
-// them are slow.
+// Memory split into equal parts: that of an item, then those of the threads. The calling thread keeps up to 32 MB for
+// its next call, because new memory is cleared and touched page by page: 2 to 3 % of a call with 196 tokens.  New
+// memory, or memory with another split, is zeroed: garbage in unused rows is harmless, but denormals in them are slow.
 class Workspace {
  public:
   Workspace(size_t item_bytes, size_t thread_bytes, int threads) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of L floats for the instruction set that this file is compiled for. Everything lives in a namespace of
-// its own per instruction set (SPE_ISA), so that the linker never merges an AVX-512 inline function into portable code.
+// Vectors of L floats for the instruction set of this compilation. Everything is in a namespace per instruction set
+// (SPE_ISA), so that the linker never merges an AVX-512 inline function into portable code.
 //
-// GCC/Clang vector extensions carry the arithmetic; intrinsics stand only where the compilers have no other word for it.
+// GCC/Clang vector extensions do the arithmetic; intrinsics are used only where the compilers have no alternative.
 #pragma once
 
 #include <cmath>
@@ -60,7 +60,7 @@ SPE_INLINE vf load_first(const void* p, int n) {
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   return (vf)_mm256_maskload_ps(static_cast<const float*>(p), mask);
 }
-SPE_INLINE void store_first(void* p, vf x, int n) {  // in pieces: a masked store is 40 micro-operations on AMD
+SPE_INLINE void store_first(void* p, vf x, int n) {  // in parts: a masked store is 40 micro-operations on AMD
   float* to = static_cast<float*>(p);
   __m128 rest = _mm256_castps256_ps128((__m256)x);
   if (n & 4) {
@@ -185,7 +185,7 @@ SPE_INLINE vf exp2(vf x) {
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);
   return (vf)_mm512_scalef_ps((__m512)exp2_polynomial<Degree>(f), (__m512)x);
 #else
-  // 2^-127 comes out as 0 and 2^128 as infinity, as their exponent fields are; NaN stays, whatever it is multiplied by
+  // 2^-127 becomes 0 and 2^128 infinity, as their exponent fields are; NaN stays NaN
   const vf y = min(splat(128.0f), max(splat(-127.0f), x));
 #if defined(__AVX2__)
   const vf whole = (vf)_mm256_floor_ps((__m256)y);
@@ -199,7 +199,7 @@ SPE_INLINE vf exp2(vf x) {
 }
 
 // Natural logarithm of positive finite x, to 2 float32 steps: m 2^e with m in [2/3, 4/3), then 2 atanh((m-1)/(m+1)).
-// NaN and infinity stay what they are.
+// NaN and infinity are unchanged.
 SPE_INLINE vf log(vf x) {
   const vi bits = (vi)x;
   const vi e = (bits - 0x3f2aaaab) >> 23;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register tile: every matrix product of the kernels is made of it.
+// The register tile: the building block of every matrix product of the kernels.
 //
 //   C[row][lane] += sum over k of A[row][k] * B[k][lane]
 //
@@ -45,8 +45,8 @@ struct Lanes {
   int64_t vector, step;  // vector w of B[k] at vector * w + step * k
 };
 
-// depth > 0, which the compiler must know: GCC takes C through memory if the loop may not run at all, which cost 80 cycles
-// a tile of 6 x 2, a sixth of its time at 64 words.
+// depth > 0, which the compiler must know: GCC keeps C in memory if the loop may not run at all, which cost 80 cycles a
+// tile of 6 x 2, a sixth of its time at 64 words.
 template <class Dot, int R, int W>
 SPE_INLINE void multiply(vf (&c)[R][W], Rows a, Lanes b, int64_t depth) {
   const word* pa = a.data;
@@ -71,7 +71,7 @@ SPE_INLINE void multiply(vf (&c)[R][W], Rows a, Lanes b, int64_t depth) {
 struct Block {
   float* data;
   int64_t row;      // stride in floats
-  bool add = true;  // to what is there; else overwrite it
+  bool add = true;  // to the old value; else overwrite it
 };
 
 template <class Dot, int R, int W>

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// dk and dv: a block has 16 x MT x warps keys of one key head, keeps dk and dv in registers, and goes over the queries
-// of all heads that share the key head. The products are transposed, keys by queries, so that P and dS are operands as
-// they come out of the registers. Two regimes:
-//   whole   the block has all keys of its sequence (windows, and up to 256 tokens): it turns k and q itself, and writes
-//           dq as well: a tile's dS goes through shared memory, dS K is complete, nothing is added up elsewhere.
-//   part    of a longer sequence; q and k come turned from backward_prepare.h, dq from backward_queries.h.
+// dk and dv: a block has 16 x MT x warps keys of one key head, keeps dk and dv in registers, and loops over the queries
+// of all heads that share the key head. The products are transposed, keys by queries, so that P and dS are operands in
+// the layout of the registers. Two regimes:   whole   the block has all keys of its sequence (windows, and up to 256
+// tokens): it rotates k and q itself, and writes           dq as well: a tile's dS goes through shared memory, dS K is
+// complete, nothing is summed elsewhere.   part    of a longer sequence; q and k were rotated by backward_prepare.h, dq
+// is computed by backward_queries.h.
 // No atomics: the same bits in every run.
 //
 // Shared memory, in rows of D: keys of K and V, later of dk as floats; 2 stages of BQ rows of q and dout; whole: BQ
 // rows of dq as floats, keys rows of BQ elements of dS; then lse and delta of 2 x BQ rows; 3 barriers.
 #pragma once
 
-#include "turn.h"
+#include "rotate.h"
 
 namespace spe::cuda::keys {
 
@@ -55,28 +55,28 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     for (int i = 0; i < 3; ++i) barrier_init(barriers + 8 * i, threads);
   block_sync();
 
-  // addresses and places are worked out where they are needed: else they are kept in registers, which dk and dv need
+  // addresses are computed where they are needed: else they are kept in registers, which dk and dv need
   const auto rows_of = [&](const Tensor& x, int row, int of_head) {
-    return x.at(forgotten(span.sample), span.start + row, of_head);
+    return x.at(opaque(span.sample), span.start + row, of_head);
   };
   const int exist = span.length - first < keys ? span.length - first : keys;
   copy_rows<D>(k_tile, rows_of(p.k, first, kv_head), p.k.token, keys, exist, thread, threads);
   copy_rows<D>(v_tile, rows_of(p.v, first, kv_head), p.v.token, keys, exist, thread, threads);
   barrier_arrive_after_copies(barriers + 16);
 
-  // over the tiles of queries of one head after another; a tile goes to one of two stages, in turns
+  // over the tiles of queries of one head after another; tiles alternate between two stages
   const int end = (kv_head + 1) * p.group;
   const auto copy = [&](int head, int row, int stage) {
     const int there = span.length - row < QUERIES ? span.length - row : QUERIES;
     const Shared to = stages + stage * 2 * QUERIES * Tile<D>::bytes;
-    copy_rows<D>(to, rows_of(p.q, row, head), p.q.token, QUERIES, there, forgotten(thread), threads);
+    copy_rows<D>(to, rows_of(p.q, row, head), p.q.token, QUERIES, there, opaque(thread), threads);
     copy_rows<D>(to + QUERIES * Tile<D>::bytes, rows_of(p.dout, row, head), p.dout.token, QUERIES, there,
-                 forgotten(thread), threads);
+                 opaque(thread), threads);
     barrier_arrive_after_copies(barriers + 8 * stage);
   };
   copy(kv_head * p.group, 0, 0);
-  turn_tile<E, D>(p, k_tile, 0, exist, span.sample, span.start + first, kv_head, thread, threads,
-                  [&] { barrier_wait(barriers + 16, 0); });
+  rotate_tile<E, D>(p, k_tile, 0, exist, span.sample, span.start + first, kv_head, thread, threads,
+                    [&] { barrier_wait(barriers + 16, 0); });
 
   float dk[MT][D / 8][4], dv[MT][D / 8][4];
 #pragma unroll
@@ -97,9 +97,9 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     const int64_t numbers_at =
         (static_cast<int64_t>(span.sample) * p.heads + head) * p.sequences.tokens + span.start + row;
 
-    turn_tile<E, D>(p, q, 0, there, span.sample, span.start + row, head, forgotten(thread), threads,
-                    [&] { barrier_wait(barriers + 8 * stage, parity); });
-    // queries that do not exist have weights of 0
+    rotate_tile<E, D>(p, q, 0, there, span.sample, span.start + row, head, opaque(thread), threads,
+                      [&] { barrier_wait(barriers + 8 * stage, parity); });
+    // queries past the end have weights of 0
     if (thread < QUERIES)
       store_shared_float(lse + 4 * thread,
                          thread < there ? load_global_float(p.lse + numbers_at + thread) * LOG2_E : INFINITY);
@@ -119,7 +119,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
         if (i < QUERIES && (lane & 3) == 0) store_shared_float(delta + 4 * i, sum);
       }
     }
-    block_sync();  // q is turned, its numbers are there; the stage before is read to its end
+    block_sync();  // q is rotated, lse and delta are loaded; the stage before has been read
     const bool same_head = row + QUERIES < span.length;
     const int next_head = same_head ? head : head + 1, next_row = same_head ? row + QUERIES : 0;
     if (next_head < end) copy(next_head, next_row, stage ^ 1);
@@ -172,7 +172,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     }
 
     if (p.whole) {
-      block_sync();  // dS is there
+      block_sync();  // dS is complete
       // dq = dS K, 16 queries by 16 channels at a time
       constexpr int COLUMNS = (D + 15) / 16;
       for (int unit = warp; unit < QUERIES / 16 * COLUMNS; unit += warps) {
@@ -199,8 +199,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
         if (two) store_floats<D>(dq_tile, 16 * b, 2 * c + 1, d[1], p.scale, lane);
       }
       block_sync();
-      store_turned_back<E, D>(p, dq_tile, there, rows_of(p.dq, row, head), p.dq.token, span.sample, span.start + row,
-                              head, forgotten(thread), threads);
+      store_inverse_rotated<E, D>(p, dq_tile, there, rows_of(p.dq, row, head), p.dq.token, span.sample,
+                                  span.start + row, head, opaque(thread), threads);
     }
     head = next_head, row = next_row;
     stage ^= 1;
@@ -214,12 +214,12 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
     store_rows<E, D>(dv[m], 1.0f, 1.0f, out, out + 8 * static_cast<int64_t>(p.dv.token), row < span.length,
                      row + 8 < span.length, lane);
   }
-  block_sync();  // K and V are read to their end
+  block_sync();  // K and V have been read
 #pragma unroll
   for (int m = 0; m < MT; ++m) store_floats<D>(k_tile, first_key + 16 * m, 0, dk[m], p.scale, lane);
   block_sync();
-  store_turned_back<E, D>(p, k_tile, exist, rows_of(p.dk, first, kv_head), p.dk.token, span.sample, span.start + first,
-                          kv_head, thread, threads);
+  store_inverse_rotated<E, D>(p, k_tile, exist, rows_of(p.dk, first, kv_head), p.dk.token, span.sample,
+                              span.start + first, kv_head, thread, threads);
 }
 
 }  // namespace spe::cuda::keys

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backward of long sequences needs more than once: q and k turned, and delta = rowsum(dout out). A block has
-// ROWS tokens of one head. Sequences of at most 256 tokens do without: backward_keys.h turns them itself.
+// Inputs that the backward of long sequences needs more than once: q and k rotated, and delta = rowsum(dout out). A
+// block has ROWS tokens of one head. Sequences of at most 256 tokens do not need it: backward_keys.h rotates them
+// itself.
 #pragma once
 
-#include "turn.h"
+#include "rotate.h"
 
 namespace spe::cuda::prepare {
 
 constexpr int THREADS = 128, ROWS = 64;
 
-// Rows [first, first + rows) of one head of x, turned, to `to`.
+// Writes rows [first, first + rows) of one head of x, rotated, to `to`.
 template <class E, int V>
-SPE_DEVICE void turn_rows(const Params& p, const Tensor& x, const Tensor& to, int sample, int first, int rows, int head,
-                          int thread) {
+SPE_DEVICE void rotate_rows(const Params& p, const Tensor& x, const Tensor& to, int sample, int first, int rows,
+                            int head, int thread) {
   const Share s = p.all.share(thread, THREADS);
   const Channels c = channels_of<V>(p.pairs, s.column);
-  const bool turned = s.column < p.turned.per_row;
+  const bool rotated = s.column < p.rotated.per_row;
   const uint16_t* from = x.at(sample, first + s.row, head);
   uint16_t* out = to.at(sample, first + s.row, head);
   for (int row = s.row; row < rows; row += s.step, from += static_cast<int64_t>(s.step) * x.token,
@@ -23,7 +24,7 @@ SPE_DEVICE void turn_rows(const Params& p, const Tensor& x, const Tensor& to, in
     float a[V], b[V];
     load_elements<E, V>(a, from + c.first);
     load_elements<E, V>(b, from + c.second);
-    if (turned) turn<V>(a, b, load_angles<V>(p.tables, sample, first + row, head, s.column), c.interleaved, 1.0f);
+    if (rotated) rotate<V>(a, b, load_angles<V>(p.tables, sample, first + row, head, s.column), c.interleaved, 1.0f);
     store_elements<E, V>(out + c.first, a);
     store_elements<E, V>(out + c.second, b);
   }
@@ -37,7 +38,7 @@ SPE_KERNEL(THREADS, 8) prepare(SPE_PARAMS Params p) {
   const int sample = block / blocks, first = block % blocks * ROWS;
   const int rows = tokens - first < ROWS ? tokens - first : ROWS;
 
-  // 4 lanes a row; rows that do not exist in a padded sample hold anything, and nothing reads what comes of it
+  // 4 lanes a row; padding rows hold anything, and their results are not used
   const auto row_of = [&](const Tensor& x, int row) { return x.at(sample, first + row, head); };
   for (int base = 0; base < rows; base += THREADS / 4) {
     const int row = base + (thread >> 2);
@@ -51,14 +52,14 @@ SPE_KERNEL(THREADS, 8) prepare(SPE_PARAMS Params p) {
       store_global_float(p.delta + (static_cast<int64_t>(sample) * p.heads + head) * tokens + first + row, sum);
   }
 
-  if (!p.turn_inputs) return;
+  if (!p.rotate_inputs) return;
   const bool has_keys = head % p.group == 0;
-  if (p.turn_vector == 4) {
-    turn_rows<E, 4>(p, p.q, p.q_turned, sample, first, rows, head, thread);
-    if (has_keys) turn_rows<E, 4>(p, p.k, p.k_turned, sample, first, rows, head / p.group, thread);
+  if (p.rotate_vector == 4) {
+    rotate_rows<E, 4>(p, p.q, p.q_rotated, sample, first, rows, head, thread);
+    if (has_keys) rotate_rows<E, 4>(p, p.k, p.k_rotated, sample, first, rows, head / p.group, thread);
   } else {
-    turn_rows<E, 2>(p, p.q, p.q_turned, sample, first, rows, head, thread);
-    if (has_keys) turn_rows<E, 2>(p, p.k, p.k_turned, sample, first, rows, head / p.group, thread);
+    rotate_rows<E, 2>(p, p.q, p.q_rotated, sample, first, rows, head, thread);
+    if (has_keys) rotate_rows<E, 2>(p, p.k, p.k_rotated, sample, first, rows, head / p.group, thread);
   }
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // dq of sequences of any length: a block has 16 x warps queries of one head, keeps q, dout and dq in registers, and
-// goes over the keys, which backward_prepare.h has turned. With P = exp(S - lse), dS = P (dout Vt - delta), dq is dS K,
-// turned back. One barrier for each tile of keys.
+// loops over the keys, which backward_prepare.h has rotated. With P = exp(S - lse), dS = P (dout Vt - delta), dq is dS
+// K after the inverse rotation. One barrier for each tile of keys.
 //
 // Shared memory: STAGES x (K, V) of BN rows; 16 x warps rows of q and of dout, then of dq as floats; STAGES barriers,
 // and one.
 #pragma once
 
-#include "turn.h"
+#include "rotate.h"
 
 namespace spe::cuda::queries {
 
@@ -53,7 +53,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   barrier_arrive_after_copies(barriers + 8 * STAGES);
   for (int tile = 0; tile < STAGES - 1; ++tile) copy(tile);
 
-  // rows that do not exist have weights of 0
+  // rows past the end have weights of 0
   float lse[2], delta[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -78,7 +78,7 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   uint32_t parity = 0;
   for (int tile = 0, stage = 0; tile < count; ++tile) {
     barrier_wait(barriers + 8 * stage, parity);
-    block_sync();  // the stage before is read to its end
+    block_sync();  // the stage before has been read
     copy(tile + STAGES - 1);
     const Shared k = tiles + stage * 2 * BN * Tile<D>::bytes, v = k + BN * Tile<D>::bytes;
     const int keys = span.length - tile * BN;
@@ -115,8 +115,8 @@ SPE_KERNEL(32 * MAX_WARPS, 1) backward(SPE_PARAMS Params p) {
   warp_sync();
   const int row = first + 16 * warp;
   const int rows = span.length - row < 16 ? span.length - row : 16;
-  store_turned_back<E, D>(p, floats, rows, rows_of(p.dq, row, head), p.dq.token, span.sample,
-                          span.start + row, head, lane, 32);
+  store_inverse_rotated<E, D>(p, floats, rows, rows_of(p.dq, row, head), p.dq.token, span.sample,
+                              span.start + row, head, lane, 32);
 }
 
 }  // namespace spe::cuda::queries

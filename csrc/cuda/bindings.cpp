@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace spe::cuda {
 
 #ifdef SPE_EMULATED
-void bind_emulator(py::module_& m);  // emulator/bindings.cpp
+void bind_emulator(py::module_& m);  // emulator/launch.cpp
 #endif
 
 namespace {
@@ -47,20 +47,20 @@ Call call_of(const py::dict& d) {
   p.scale2 = p.scale * LOG2_E;
   p.sequences = {static_cast<Form>(d["form"].cast<int>()), reinterpret_cast<const int*>(d["bounds"].cast<uintptr_t>()),
                  d["sequences"].cast<int>(), d["tokens"].cast<int>(), d["longest"].cast<int>()};
-  p.turn_vector = d["vector"].cast<int>();
-  p.turn_inputs = d.contains("cos");
-  if (p.turn_inputs) {
+  p.rotate_vector = d["vector"].cast<int>();
+  p.rotate_inputs = d.contains("cos");
+  if (p.rotate_inputs) {
     const Tensor cos = view(d["cos"].cast<ViewTuple>());
     p.tables = {reinterpret_cast<const float*>(cos.data), reinterpret_cast<const float*>(d["sin"].cast<uintptr_t>()),
                 cos.batch, cos.token, cos.head};
     p.pairs = channel_pairs(d["rotary_dim"].cast<int>(), pairing_of(d["pairing"].cast<std::string>()));
   }
-  p.turned = Vectors(p.pairs.rotary_dim / (2 * p.turn_vector));
-  p.all = Vectors(p.head_dim / (2 * p.turn_vector));
+  p.rotated = Vectors(p.pairs.rotary_dim / (2 * p.rotate_vector));
+  p.all = Vectors(p.head_dim / (2 * p.rotate_vector));
   return call;
 }
 
-// Of the device that the plan is for. Asked for once: properties take longer than a kernel.
+// Properties of the device that the plan is for. Cached: reading them takes longer than a kernel.
 const Device& device_of(int index) {
 #ifdef SPE_EMULATED
   std::string error;
@@ -92,15 +92,15 @@ void forward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTuple
   run(plan_forward(call, device_of(device)), device, stream);
 }
 
-// scratch: delta (batch, heads, tokens) float32, and q and k turned, like q and k; 0 where `scratch_wanted` is false.
+// scratch: delta (batch, heads, tokens) float32, and q and k rotated, like q and k; 0 where `scratch_wanted` is false.
 void backward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTuple out, uintptr_t lse, ViewTuple dout,
-              ViewTuple dq, ViewTuple dk, ViewTuple dv, uintptr_t delta, ViewTuple q_turned, ViewTuple k_turned,
+              ViewTuple dq, ViewTuple dk, ViewTuple dv, uintptr_t delta, ViewTuple q_rotated, ViewTuple k_rotated,
               int device, uintptr_t stream) {
   Call call = forward_call(d, q, k, v, out, lse);
   Params& p = call.params;
   p.dout = view(dout), p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
   p.delta = reinterpret_cast<float*>(delta);
-  p.q_turned = view(q_turned), p.k_turned = view(k_turned);
+  p.q_rotated = view(q_rotated), p.k_rotated = view(k_rotated);
   run(plan_backward(call, device_of(device)), device, stream);
 }
 
@@ -126,7 +126,7 @@ py::list described(const std::vector<Launch>& launches) {
   return rows;
 }
 
-// The launches of a call on a device that need not be there.
+// The launches of a call on a device that need not be present.
 py::list plan(const py::dict& d, const std::string& direction, int multiprocessors, int shared_per_block,
               int shared_per_multiprocessor) {
   const Device device{"", 0, 0, multiprocessors, shared_per_block, shared_per_multiprocessor};
@@ -160,7 +160,7 @@ PYBIND11_MODULE(SPE_MODULE, m) {
         "(devices, error): the devices that the CUDA runtime finds, and why there are none.");
   m.def("forward", &forward, "call"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
   m.def("backward", &backward, "call"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dq"_a, "dk"_a,
-        "dv"_a, "delta"_a, "q_turned"_a, "k_turned"_a, "device"_a, "stream"_a);
+        "dv"_a, "delta"_a, "q_rotated"_a, "k_rotated"_a, "device"_a, "stream"_a);
   m.def("scratch_wanted", &scratch_wanted, "call"_a, "device"_a);
   m.def("plan", &plan, "call"_a, "direction"_a, "multiprocessors"_a, "shared_per_block"_a,
         "shared_per_multiprocessor"_a);

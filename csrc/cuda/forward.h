@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of sequences of any length. A block has two kinds of warps: producers copy tiles of q, k and v to shared
-// memory and turn q and k there, consumers multiply. Between them stand two rings of tiles, of keys (with their values)
-// and of queries, whose slots pass from one side to the other by barriers; no barrier of the whole block after the
-// start.
+// memory and rotate q and k there, consumers multiply. Between them are two rings of tiles, of keys (with their values)
+// and of queries, whose slots are passed by barriers; no barrier of the whole block after the start.
 //
-// Work is cut into items, (sequence, head, part of its queries). A consumer warp has MT x 16 queries of a tile of
-// 16 x MT x warps queries; an item is one or more such tiles (passes).
-//   resident   the ring holds all keys of a sequence: they are copied and turned once, in the first pass, read in every
-//              pass, and given back one by one in the last one, so that the next item's arrive meanwhile.
-//   streaming  the ring is shorter than the sequence: every item is one pass, and gives back what it has read.
-// The code is the same: the host says how long the ring is, and how many passes an item has.
+// Work is split into items, (sequence, head, part of its queries). A consumer warp has MT x 16 queries of a tile of 16
+// x MT x warps queries; an item is one or more such tiles (passes).   resident   the ring holds all keys of a sequence:
+// they are copied and rotated once, in the first pass, read in every              pass, and released one by one in the
+// last one, so that the next item's arrive meanwhile.   streaming  the ring is shorter than the sequence: every item is
+// one pass, and releases what it has read. The code is the same: the host sets the length of the ring, and the number
+// of passes of an item.
 //
-// Softmax has no running maximum: scores are taken relative to the largest of a row's first ones, until the sum of a
-// tile's weights passes SUM_LIMIT; then its scores are computed again, and the reference is raised. The sum is one more
-// column of the weights' product with the values. So a score costs a multiply-add, an exp2 and half a conversion. exp2
-// on the multiply-add units would cost 6 instructions in place of one: the special function unit takes 1/16 clock a
-// score and SM, the products at D = 64 at least that (1/8 on sm_80), and instructions are what there are too many of.
+// Softmax has no running maximum: scores are relative to the largest of a row's first ones, until the sum of a tile's
+// weights exceeds SUM_LIMIT; then its scores are recomputed, and the reference is raised. The sum is one more column of
+// the weights' product with the values. So a score costs a multiply-add, an exp2 and half a conversion. exp2 on the
+// multiply-add units would cost 6 instructions instead of one: the special function unit takes 1/16 clock a score and
+// SM, the products at D = 64 at least that (1/8 on sm_80), and instructions are the bottleneck.
 //
 // Shared memory: slots of keys, each BN rows of K, then V (a shorter tile: as many rows as it has, in multiples of 16,
 // so that the last slot of a resident ring may be shorter); query_slots of 16 x warps rows; three barriers a slot.
@@ -23,19 +22,19 @@
 
 #include <cmath>
 
-#include "turn.h"
+#include "rotate.h"
 
 namespace spe::cuda::attention {
 
 constexpr int BN = 32;              // keys of a tile
 constexpr float LOWEST = -3.0e38f;  // of a row without a reference; finite, so that -inf - LOWEST is not NaN
 
-// Warps: as many for each of the 4 schedulers of an SM. 12 have 168 registers a thread; registers are given to 4 warps
-// at a time, so one more would leave them 128, and one less no more than 168.
+// Warps: equally many for each of the 4 schedulers of an SM. 12 have 168 registers a thread; registers are allocated to
+// 4 warps at a time, so one more would leave them 128, and one less no more than 168.
 constexpr int CONSUMERS = 8, PRODUCERS = 4;
 
 // Blocks of 16 queries of a warp. A tile of keys is read from shared memory once for all of them, 4 clocks of an SM for
-// what takes the tensor cores 4 (sm_80) or 3 (sm_90) clocks a block.
+// a product that takes the tensor cores 4 (sm_80) or 3 (sm_90) clocks a block.
 constexpr int query_blocks(int dim) { return dim <= 80 ? 2 : 1; }
 template <int D>
 constexpr int MT = query_blocks(D);
@@ -44,18 +43,19 @@ constexpr int MT = query_blocks(D);
 // every tile of keys: half as much again as the keys and values.
 constexpr bool queries_in_registers(int dim) { return dim == 64 || dim == 88 || dim == 96; }
 
-// Of the weights of a tile of a row, whose largest is 1 when the row's reference is set. float16's are infinite from
-// 2^16 on, and so is their sum: a row of float16 may grow by 11 nats before its reference is raised, of bfloat16 by 27.
-// Behind a weight of 1 float16 keeps those of 9 nats less with all their bits, of 14 nats with 4: as torch's SDPA does.
+// Limit of the sum of a tile's weights in a row; the largest is 1 when the row's reference is set. float16's are
+// infinite from 2^16 on, and so is their sum: a row of float16 may grow by 11 nats before its reference is raised, of
+// bfloat16 by 27. Below a weight of 1 float16 keeps all bits of weights 9 nats less, and 4 bits at 14 nats: as torch's
+// SDPA does.
 constexpr float SUM_LIMIT = 0x1p40f;
 
-// Whether the sum of all tiles so far is tested, not that of one. Either is right: weights of at most 1 never lift a sum
-// over the limit, where its last bit is 2^16. That of one tile takes 4 instructions of 241 less on sm_80 and sm_90, but
-// 8 (sm_100) or 20 (sm_120) bytes of local memory later on.
+// Whether the sum of all tiles so far is tested, not that of one. Either is right: weights of at most 1 never lift a
+// sum over the limit, where its last bit is 2^16. That of one tile takes 4 of 241 instructions less on sm_80 and sm_90,
+// but 8 (sm_100) or 20 (sm_120) bytes of local memory later on.
 template <int D>
 constexpr bool TEST_SUM_SO_FAR = BLACKWELL && D == 64;
 
-// Where things lie, and where the rings stand. Barriers of a slot: copied, turned (full), read (empty).
+// Layout of shared memory, and state of the rings. Barriers of a slot: copied, rotated (full), read (empty).
 template <int D>
 struct Memory {
   const Params& p;
@@ -81,7 +81,7 @@ struct Memory {
   }
 };
 
-// Says where things lie behind a ring of `tile_rows` rows of keys; returns the bytes of it all.
+// Computes the layout behind a ring of `tile_rows` rows of keys; returns the total bytes.
 inline int lay_out(Params& p, int tile_rows) {
   p.queries_at = 2 * tile_rows * 2 * p.head_dim;
   p.barriers_at = p.queries_at + p.query_slots * 16 * p.consumers * 2 * p.head_dim;
@@ -91,7 +91,7 @@ inline int lay_out(Params& p, int tile_rows) {
 // Rows of a tile of keys in its slot.
 SPE_DEVICE int rows_of(int exist) { return exist < BN ? (exist + 15) / 16 * 16 : BN; }
 
-// A place in a ring that is gone round twice: the slot, and the parity of the round.
+// Position in a ring: the slot, and the parity of the round.
 struct Place {
   int at = 0;
 
@@ -132,7 +132,7 @@ struct Item {
 
 // ---------------------------------------------------------------------------------------------------------- producers
 
-// A tile that is on its way, and is to be turned when it has arrived.
+// A tile that is being copied, and is to be rotated on arrival.
 struct Arriving {
   Shared tile, copied, full;
   int rows, sample, head, first;
@@ -143,8 +143,8 @@ struct Arriving {
 template <class E, int D>
 SPE_DEVICE void finish(const Params& p, Arriving& a, int thread) {
   if (!a.any) return;
-  turn_tile<E, D>(p, a.tile, 0, a.rows, a.sample, a.first, a.head, thread, 32 * PRODUCERS,
-                  [&] { barrier_wait(a.copied, a.round); });
+  rotate_tile<E, D>(p, a.tile, 0, a.rows, a.sample, a.first, a.head, thread, 32 * PRODUCERS,
+                    [&] { barrier_wait(a.copied, a.round); });
   barrier_arrive(a.full);
 }
 
@@ -173,10 +173,10 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
       const int slots = is_keys ? p.slots : p.query_slots, in_ring = place.slot(slots);
       const int slot = is_keys ? in_ring : p.slots + in_ring;
       const uint32_t round = place.round(slots);
-      // a slot that is not free yet: first finish what is on its way
+      // if a slot is not free yet, first finish the tile being copied
       if (!arriving.any) barrier_wait(memory.empty(slot), round ^ 1);
       if (barrier_test(memory.empty(slot), round ^ 1)) {
-        // here, since a step is tried until its slot is free
+        // here, since a step is retried until its slot is free
         if (step == 0) poison_results(p, item.span, item.head, thread, 32 * PRODUCERS);
         const int first = is_keys ? i * BN : item.first + i * memory.layer_rows();
         const int head = is_keys ? item.head / p.group : item.head;
@@ -207,7 +207,7 @@ SPE_DEVICE void produce(const Params& p, const Memory<D>& memory, int thread) {
 
 // ---------------------------------------------------------------------------------------------------------- consumers
 
-// What a warp keeps of its rows: h = 0 for row g of a block of 16, h = 1 for row g + 8.
+// A warp's state of its rows: h = 0 for row g of a block of 16, h = 1 for row g + 8.
 template <int D>
 struct State {
   float out[MT<D>][D / 8][4];
@@ -227,13 +227,13 @@ struct State {
   }
 };
 
-// The largest of a row's scores, of all lanes that have some.
+// The largest score of a row, over all lanes that hold some.
 SPE_DEVICE float row_max(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));
   return fmaxf(x, shuffle_xor(x, 2));
 }
 
-// Sets a row's reference to its largest score; it never falls.
+// Sets a row's reference to its largest score; it never decreases.
 template <int D>
 SPE_DEVICE void raise(State<D>& rows, const float (&most)[MT<D>][2], float scale) {
 #pragma unroll
@@ -249,7 +249,7 @@ SPE_DEVICE void raise(State<D>& rows, const float (&most)[MT<D>][2], float scale
     }
 }
 
-// Keys [0, 16 BLOCKS) of a tile, of which `exist` are there where MASK says so.
+// Keys [0, 16 BLOCKS) of a tile, of which `exist` are valid where MASK is set.
 template <class E, int D, int BLOCKS, bool MASK>
 SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared queries, int stride, Shared k, Shared v,
                        int exist, float scale, bool first, int lane) {
@@ -294,7 +294,7 @@ SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
     float most[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m) most[m][0] = most[m][1] = -INFINITY;
-    if (again) {  // the weights have grown too large: all scores once for the reference alone
+    if (again) {  // the weights are too large: all scores once for the reference alone
 #pragma unroll 1
       for (int block = 0; block < BLOCKS; block += STEP) {
         Scores s;
@@ -356,7 +356,7 @@ SPE_DEVICE void attend(State<D>& rows, const Operand<D> (&a)[MT<D>], Shared quer
 
 template <class E, int D>
 SPE_DEVICE void store(const Params& p, const Item& item, State<D>& rows, int first, int layer_rows, int lane) {
-  // the warp of token 0 of head 0 looks at all bounds
+  // the warp of token 0 of head 0 checks all cu_seqlens
   const bool poisoned = item.span.start + first + item.head == 0 && decrease(p.sequences, lane);
 #pragma unroll
   for (int m = 0; m < MT<D>; ++m) {
@@ -385,9 +385,9 @@ SPE_DEVICE void consume(const Params& p, const Memory<D>& memory, int warp, int 
     warp_sync();
     if (lane == 0) barrier_arrive(memory.empty(slot));
   };
-  // What is known of an item is worked out again after its loop, not kept in registers during it.
+  // Properties of an item are computed again after its loop, not kept in registers during it.
   int pass = 0;
-  for (int index = p.items.begin(block_index()); index < p.items.begin(forgotten(block_index()) + 1);) {
+  for (int index = p.items.begin(block_index()); index < p.items.begin(opaque(block_index()) + 1);) {
     const Item item(p, index, memory.block_rows());
     if (!item.exists()) {
       ++index;
@@ -440,7 +440,7 @@ SPE_DEVICE void consume(const Params& p, const Memory<D>& memory, int warp, int 
       for (int m = 0; m < MT<D>; ++m) give_back(p.slots + own + m);
     }
     if (works) {
-      const Item again(p, forgotten(index), memory.block_rows());
+      const Item again(p, opaque(index), memory.block_rows());
       store<E, D>(p, again, rows, again.first + pass * memory.block_rows() + 16 * warp, memory.layer_rows(), lane);
     }
     ++pass;

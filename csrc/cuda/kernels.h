@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is compiled: the kernels of each head_dim and element type. kernels.cu is compiled once for each head_dim.
+// The compiled kernels of each head_dim and element type. kernels.cu is compiled once for each head_dim.
 #pragma once
 
 namespace spe::cuda {
@@ -7,7 +7,7 @@ namespace spe::cuda {
 // As in CMakeLists.txt.
 constexpr int HEAD_DIMS[] = {64, 72, 80, 88, 96, 128};
 
-// Of a sequence's keys, blocks of 16 that a warp of backward_keys.h may have: dk and dv of two take 2 D registers.
+// Blocks of 16 keys that a warp of backward_keys.h may have: dk and dv of two take 2 D registers.
 constexpr int max_key_blocks(int dim) { return dim <= 64 ? 2 : 1; }
 
 struct Kernel {

@@ -18,7 +18,7 @@ void check(cudaError_t status, const Launch& launch, int device) {
                            ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
-// A kernel gets more than 48 KB of shared memory only if it asked for it, once on each device.
+// A kernel must request more than 48 KB of shared memory, once on each device.
 void allow_shared_memory(const Launch& launch, int device) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> allowed;
@@ -30,7 +30,7 @@ void allow_shared_memory(const Launch& launch, int device) {
   bytes = launch.shared;
 }
 
-// Makes a device current, and the one before again.
+// Makes a device current, and restores the one before.
 class Current {
  public:
   explicit Current(int device) {

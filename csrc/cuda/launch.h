@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The machine that launches run on: launch.cu for CUDA, emulator/launch.cpp for the host.
+// Launches on the device or its emulator: launch.cu for CUDA, emulator/launch.cpp for the host.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace spe::cuda {
 // The devices of this machine; `error` says why there are none ("" if there are).
 std::vector<Device> devices(std::string& error);
 
-// Throws std::runtime_error with the kernel, its grid, its shared memory and what CUDA says of it.
+// Throws std::runtime_error with the kernel, its grid, its shared memory and CUDA's message.
 void run(const std::vector<Launch>& launches, int device, uintptr_t stream);
 
 }  // namespace spe::cuda

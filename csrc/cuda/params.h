@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One launch, as its kernel receives it.
+// Parameters of one launch, passed to its kernel.
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,7 @@ struct Vectors {
   }
 };
 
-// Items in a row for each block: as evenly as it goes.
+// Items in a row for each block, distributed evenly.
 struct Work {
   int each, left;  // blocks [0, left) have one more
 
@@ -59,14 +59,14 @@ struct AngleTables {
 
 struct Params {
   Tensor q, k, v, out, dout, dq, dk, dv;  // strides are multiples of 8, addresses of 16
-  Tensor q_turned, k_turned;              // of backward_prepare.h
+  Tensor q_rotated, k_rotated;            // of backward_prepare.h
   float *lse, *delta;                     // (batch, heads, tokens): log of the sum of exponentials; rowsum(dout out)
   AngleTables tables;
   ChannelPairs pairs;
-  int turn_vector;   // pairs that a thread turns at a time: 4 or 2
-  Vectors turned;    // of a row's pairs
-  Vectors all;       // of its channels
-  bool turn_inputs;  // false: q and k are turned already, or never
+  int rotate_vector;   // pairs that a thread rotates at a time: 4 or 2
+  Vectors rotated;     // of a row's pairs
+  Vectors all;         // of its channels
+  bool rotate_inputs;  // false: q and k are rotated already, or never
   Sequences sequences;
   int heads, group, head_dim;  // group: heads that share a key head
   float scale, scale2;         // scale2: times log2(e)
@@ -82,7 +82,7 @@ struct Params {
   bool whole;  // a block has all keys of its sequence, and writes dq too
 };
 
-// NaN in the rows of a head of x of which a span says so, by `threads` threads, whole warps.
+// Writes NaN to the rows of a head of x given by a span, by `threads` threads, whole warps.
 SPE_DEVICE void poison(const Params& p, const Tensor& x, const Span& span, int head, int thread, int threads) {
 #pragma unroll 1
   for (int row = span.nan + (thread >> 5); row < span.end; row += threads >> 5)
@@ -91,7 +91,7 @@ SPE_DEVICE void poison(const Params& p, const Tensor& x, const Span& span, int h
       store_global2(x.at(span.sample, row, head) + 4 * i, {{0x7fff7fffu, 0x7fff7fffu}});  // of both types
 }
 
-// Of out and lse.
+// NaN in out and lse.
 SPE_DEVICE void poison_results(const Params& p, const Span& span, int head, int thread, int threads) {
   poison(p, p.out, span, head, thread, threads);
 #pragma unroll 1
@@ -99,10 +99,10 @@ SPE_DEVICE void poison_results(const Params& p, const Span& span, int head, int 
     store_global_float(p.lse + (static_cast<int64_t>(span.sample) * p.heads + head) * p.sequences.tokens + row, NAN);
 }
 
-// Of a gradient. Forgotten, or what is worked out here is kept for what follows, where registers are short: keys_2 at
-// D = 64 would spill 24 bytes, and the loop of queries be 3 % longer at D = 72 and 88.
+// NaN in a gradient. Arguments are opaque: otherwise values computed here are kept for later code, where registers are
+// short: keys_2 at D = 64 would spill 24 bytes, and the loop of queries be 3 % longer at D = 72 and 88.
 SPE_DEVICE void poison_gradient(const Params& p, const Tensor& x, const Span& span, int head, int thread, int threads) {
-  if (span.nan < span.end) poison(p, x, span, forgotten(head), forgotten(thread), forgotten(threads));
+  if (span.nan < span.end) poison(p, x, span, opaque(head), opaque(thread), opaque(threads));
 }
 
 }  // namespace spe::cuda

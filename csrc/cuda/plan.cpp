@@ -14,9 +14,9 @@ namespace spe::cuda {
 
 namespace {
 
-// Slots of a streaming ring: one is read, one is turned, the others arrive.
+// Slots of a streaming ring: one is read, one is rotated, the others are being filled.
 constexpr int LEAST_SLOTS = 3, MOST_STREAMING_SLOTS = 6;
-constexpr int RESERVED_PER_BLOCK = 1024;  // bytes of shared memory that the system takes
+constexpr int RESERVED_PER_BLOCK = 1024;  // bytes of shared memory that the system reserves
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return divide_up(a, b) * b; }
@@ -25,7 +25,7 @@ const Kernels& table(const Call& call) {
   return kernels(call.params.head_dim)[call.dtype == DType::float16 ? 1 : 0];
 }
 
-// Blocks of so much shared memory that an SM holds.
+// Blocks with that much shared memory that fit an SM.
 int blocks_per_multiprocessor(const Device& device, int shared, int most) {
   return std::clamp(device.shared_per_multiprocessor / (shared + RESERVED_PER_BLOCK), 1, most);
 }
@@ -47,20 +47,20 @@ Launch windows_forward(const Call& call, const Device& device) {
   return {table(call).windows[small ? 0 : 1], grid, 32 * warps, shared, p};
 }
 
-// How one block works on a long sequence.
+// Configuration of one block for a long sequence.
 struct Shape {
   int consumers, passes;  // passes: of a whole sequence
 };
 
-// How long a pass keeps the busiest of an SM's 4 schedulers, in warps' work: one warp alone overlaps nothing with its
+// Time of a pass on the busiest of an SM's 4 schedulers, in warps' work: a single warp overlaps nothing with its
 // products, and takes 1.6 times (model: exp2 and the rest beside them).
 double time_of(int warps) {
   const int busiest = divide_up(warps, 4);
   return busiest == 1 ? 1.6 : busiest;
 }
 
-// The warps with which all passes take least; of several the fewest passes, then the fewest warps. 576 tokens at D = 64:
-// 8 warps in 3 passes, the last with 4 of them; 6 warps would load the schedulers 2, 2, 1, 1 in each.
+// The number of warps with the least time for all passes; among equals the fewest passes, then the fewest warps. 576
+// tokens at D = 64: 8 warps in 3 passes, the last with 4 of them; 6 warps would load the schedulers 2, 2, 1, 1 in each.
 Shape shape_for(int longest, int mt, int most_consumers) {
   const int blocks = divide_up(longest, 16);
   Shape best{};
@@ -173,8 +173,8 @@ std::vector<Launch> plan_backward(const Call& call, const Device& device) {
   const int samples = p.sequences.form == Form::packed ? 1 : p.sequences.count;
   std::vector<Launch> launches{{t.prepare, samples * divide_up(p.sequences.tokens, prepare::ROWS) * p.heads,
                                 prepare::THREADS, 0, p}};
-  if (p.turn_inputs) p.q = p.q_turned, p.k = p.k_turned;
-  p.turn_inputs = false;
+  if (p.rotate_inputs) p.q = p.q_rotated, p.k = p.k_rotated;
+  p.rotate_inputs = false;
   p.whole = false;
   int warps = fitting(queries::MAX_WARPS, [&](int w) { return queries::shared_bytes(dim, w); });
   launches.push_back({t.queries, programs(p.sequences, 16 * warps) * p.heads, 32 * warps,

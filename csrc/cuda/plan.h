@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a call to the launches that serve it. Plain C++: the same for the device and for the emulator.
+// Maps a call to its launches. Plain C++: the same for the device and for the emulator.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace spe::cuda {
 
-// What a plan needs to know of a GPU.
+// Properties of a GPU that a plan depends on.
 struct Device {
   std::string name;
   int major, minor, multiprocessors;

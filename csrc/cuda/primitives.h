@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that the kernels ask of the machine, and the only file that knows it: PTX for nvcc, and for any other compiler
+// The kernels' interface to the machine, and the only file that depends on it: PTX for nvcc, and for any other compiler
 // the functions of the same names in emulator/primitives.h, so that the same kernels run on the host.
 //
 // Shared memory is addressed by byte (Shared), and only touched through these functions. Fragments of matrix products
@@ -45,7 +45,7 @@ struct Float16 {};
 
 namespace spe::cuda {
 
-// What is compiled: for sm_100 or later.
+// Whether this compiles for sm_100 or later.
 #if __CUDA_ARCH__ >= 1000
 constexpr bool BLACKWELL = true;
 #else
@@ -68,8 +68,8 @@ SPE_DEVICE Shared shared_memory() {
 
 // -------------------------------------------------------------------------------------------------- together and apart
 
-// A number of which the compiler forgets where it came from: it computes again what it would keep in a register.
-SPE_DEVICE int forgotten(int x) {
+// Hides the origin of a value from the optimiser: it recomputes values instead of keeping them in registers.
+SPE_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -83,8 +83,8 @@ SPE_DEVICE bool warp_any(bool p) { return __any_sync(0xffffffffu, p); }
 SPE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 SPE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-// A barrier of 8 bytes in shared memory, in phases: a phase is complete when `count` arrivals have come. What a thread
-// did before it arrived is seen by those that waited for the phase.
+// A barrier of 8 bytes in shared memory, in phases: a phase is complete after `count` arrivals. Writes of a thread
+// before its arrival are visible to those that waited for the phase.
 SPE_DEVICE void barrier_init(Shared barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -98,7 +98,7 @@ SPE_DEVICE void barrier_arrive_after_copies(Shared barrier) {
 // Whether the phase of this parity (0 for the first) is complete.
 SPE_DEVICE bool barrier_test(Shared barrier, uint32_t parity) {
   uint32_t done;
-#if __CUDA_ARCH__ >= 900  // may sleep for a while before it answers
+#if __CUDA_ARCH__ >= 900  // may sleep before it returns
 #define SPE_TEST "mbarrier.try_wait.parity.shared.b64"
 #else
 #define SPE_TEST "mbarrier.test_wait.parity.shared.b64"

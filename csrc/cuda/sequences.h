@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tokens a block works on, for the three forms of sequences, without asking the host for a length.
+// Maps blocks to tokens, for the three forms of sequences, without reading a length on the host.
 //
-// The host cannot read the lengths without waiting for the device, so here is where wrong ones must show. Nothing is
-// read or written outside the tensors, every row is written, and NaN are
-//   the rows of a sample                  where its length is not in 0..tokens
-//   the rows behind the last bound        where that is less than tokens
-//   the rows between two bounds           where one is not in 0..tokens, the first not 0, or they are too far apart
-//   the first rows of head 0              where bounds decrease anywhere; rows that several sequences claim then hold
-//                                         what one of them wrote
-// All rows are written because bounds are read as if the first were 0, the last `tokens`, and the others clipped: a way
-// from 0 to `tokens` passes each row upwards, whatever else it does, and so do the blocks from one program to the next.
+// The host cannot read the lengths without waiting for the device, so wrong ones must show in the results. Nothing is
+// read or written outside the tensors, every row is written, and NaN are   the rows of a sample                  where
+// its length is not in 0..tokens   the rows behind the last bound        where that is less than tokens   the rows
+// between two bounds           where one is not in 0..tokens, the first not 0, or they are too far apart   the first
+// rows of head 0              where bounds decrease anywhere; rows that several sequences claim then hold
+// what one of them wrote All rows are written because bounds (cu_seqlens) are read as if the first were 0, the last
+// `tokens`, and the others clipped: a path from 0 to `tokens` passes each row upwards, whatever else it does, and so do
+// the blocks from one program to the next.
 #pragma once
 
 #include "primitives.h"
@@ -26,7 +25,7 @@ struct Sequences {
   int longest;  // a sequence of more is wrong
 };
 
-// Tokens [start, start + length) of a sample, and rows [nan, end) that are to become NaN: none in a right call.
+// Tokens [start, start + length) of a sample, and rows [nan, end) that become NaN: none in a valid call.
 struct Span {
   int sample, start, length, nan, end;
 };
@@ -46,13 +45,13 @@ SPE_DEVICE Span whole_sequence(const Sequences& s, int index) {
   return {index, 0, length, s.tokens, s.tokens};
 }
 
-// Programs for all blocks of `block` tokens. Packed sequence i gets those from bounds[i] / block + i on: enough for any
-// lengths, and their count needs none. Those left over find a block behind the end of their sequence.
+// Programs for all blocks of `block` tokens. Packed sequence i gets those from bounds[i] / block + i on: this suffices
+// for any lengths, and the count needs none of them. Excess ones find a block past the end of their sequence.
 inline int programs(const Sequences& s, int block) {
   return s.form == Form::packed ? s.tokens / block + s.count : s.count * ((s.tokens + block - 1) / block);
 }
 
-// The sequence of a program, and in `first` the first token of its block there. Of the rows that become NaN, its own.
+// The sequence of a program, and in `first` the first token of its block there. Of the rows that become NaN, its part.
 SPE_DEVICE Span locate(const Sequences& s, int program, int block, int& first) {
   Span span;
   if (s.form != Form::packed) {
@@ -74,7 +73,7 @@ SPE_DEVICE Span locate(const Sequences& s, int program, int block, int& first) {
   return span;
 }
 
-// Whether packed bounds do so anywhere: of a whole warp. Of all warps only that of token 0 of head 0 asks.
+// Whether packed bounds decrease anywhere: computed by a whole warp, only that of token 0 of head 0.
 SPE_DEVICE bool decrease(const Sequences& s, int lane) {
   if (s.form != Form::packed) return false;
 #pragma unroll 1

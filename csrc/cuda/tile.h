@@ -10,9 +10,9 @@ constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 constexpr int divisor(int a, int b) { return b == 0 ? a : divisor(b, a % b); }
 
-// Rows of CHUNKS x 16 bytes, without gaps. Chunks are exchanged within a row so that one chunk of 8 rows in a row lies
-// in 8 different banks, as load_matrix reads it: a row starts CHUNKS banks (of 16 bytes) after the one above, so the
-// rows repeat after PERIOD of them, and the XOR moves those that repeat.
+// Rows of CHUNKS x 16 bytes, without gaps. Chunks are permuted within a row so that one chunk of 8 consecutive rows
+// lies in 8 different banks, as load_matrix reads it: a row starts CHUNKS banks (of 16 bytes) after the one above, so
+// the rows repeat after PERIOD of them, and the XOR moves those that repeat.
 template <int CHUNKS>
 struct Rows {
   static constexpr int bytes = 16 * CHUNKS;
@@ -36,8 +36,8 @@ struct Lane {
 SPE_DEVICE Lane by_rows(int lane) { return {lane & 15, lane >> 4}; }
 SPE_DEVICE Lane by_chunks(int lane) { return {(lane >> 4 << 3) + (lane & 7), lane >> 3 & 1}; }
 
-// Address in a tile, of rows that begin at a multiple of 8; `chunk` is even. Written so that all that depends on the
-// lane is the same for every chunk, and the compiler keeps one register for it.
+// Address in a tile, of rows that start at a multiple of 8; `chunk` is even. Written so that everything that depends on
+// the lane is the same for every chunk, and the compiler keeps one register for it.
 template <int D>
 SPE_DEVICE Shared matrix_at(Shared tile, int first, Lane lane, int chunk) {
   constexpr int mask = (Tile<D>::common - 1) & ~1;
@@ -114,7 +114,7 @@ SPE_DEVICE void multiply_rows(float (&d)[BLOCKS][MT][2][4], const Operand<D> (&a
       b, first, lane);
 }
 
-// A in shared memory, `stride` bytes from 16 rows to the next 16: four registers in place of D / 4.
+// A in shared memory, `stride` bytes from 16 rows to the next 16: four registers instead of D / 4.
 template <class E, int D, int MT, int BLOCKS>
 SPE_DEVICE void multiply_rows(float (&d)[BLOCKS][MT][2][4], Shared a, int stride, Shared b, int first, int lane) {
   multiply_rows_by<E, D, MT, BLOCKS>(
@@ -161,8 +161,8 @@ SPE_DEVICE void as_operand(uint32_t (&a)[4], const float (&left)[4], const float
   a[3] = pack<E>(right[2], right[3]);
 }
 
-// Rows g and g + 8 of a result, times a factor each, to global memory, where they exist. Two lanes exchange words, so
-// that the four of a row write 32 bytes in one go: a whole sector.
+// Stores rows g and g + 8 of a result, times a factor each, to global memory, where valid. Two lanes exchange words, so
+// that the four of a row write 32 bytes at once: a whole sector.
 template <class E, int D>
 SPE_DEVICE void store_rows(const float (&d)[D / 8][4], float factor0, float factor1, uint16_t* row0, uint16_t* row1,
                            bool exists0, bool exists1, int lane) {
@@ -191,8 +191,8 @@ SPE_DEVICE void store_rows(const float (&d)[D / 8][4], float factor0, float fact
   }
 }
 
-// How threads share columns x rows: each has one column, and rows `row`, `row + step` and so on. Those that are left
-// over have a row that is behind any other.
+// Distribution of columns x rows over threads: each has one column, and rows `row`, `row + step` and so on. Excess
+// threads get a row past the end.
 struct Share {
   int column, row, step;
 };
@@ -202,7 +202,7 @@ SPE_DEVICE Share share(int thread, int threads) {
   return {thread % COLUMNS, row < step ? row : 1 << 30, step};
 }
 
-// Starts copying `rows` rows of D elements, the first `exist` of which are there and the others become 0. `rows` is a
+// Starts copying `rows` rows of D elements, the first `exist` of which are valid and the others become 0. `rows` is a
 // multiple of 16; thread `thread` of `threads`.
 template <int D>
 SPE_DEVICE void copy_rows(Shared tile, const uint16_t* first, int stride, int rows, int exist, int thread,

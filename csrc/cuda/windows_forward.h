@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sequences of at most KEYS tokens: windows. A warp has 16 queries and their whole rows of scores in registers, so
-// softmax is one pass. A block visits (window, head) one after another, the heads of a window in a row, whose angles
-// its L1 then holds, and copies the next one while it works (stages = 2). One barrier a window.
+// softmax is one pass. A block visits (window, head) one after another, the heads of a window consecutively, whose
+// angles then are in its L1, and copies the next one while it computes (stages = 2). One barrier a window.
 //
 // Shared memory: stages x (Q, K, V), each `rows` x D, rows = 16 x warps; then a barrier for each stage.
 #pragma once
 
 #include <cmath>
 
-#include "turn.h"
+#include "rotate.h"
 
 namespace spe::cuda::windows {
 
-// Of windows of 64, as far as registers go: 168 a thread, or 255.
+// Blocks per SM for windows of 64, as registers allow: 168 a thread, or 255.
 constexpr int blocks_per_multiprocessor(int dim) { return dim <= 80 ? 3 : 2; }
 
 constexpr int shared_bytes(int dim, int rows, int stages) { return stages * 3 * rows * 2 * dim + 8 * stages; }
 
-// Finds the windows of a block in their order, those without a token left out.
+// Iterates over the windows of a block in order, without empty ones.
 struct Cursor {
   int left, window, head;
   Span span;
@@ -74,9 +74,9 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
   while (now.next(p, [&] { poison_results(p, now.span, now.head, thread, threads); })) {
     const int length = now.span.length;
     const Shared q = stages + stage * 3 * tile, k = q + tile, v = k + tile;
-    turn_tile<E, D>(p, q, k, length, now.span.sample, now.span.start, now.head, thread, threads,
-                    [&] { barrier_wait(barriers + 8 * stage, parity); });
-    block_sync();  // turned; and the other stage is read to its end
+    rotate_tile<E, D>(p, q, k, length, now.span.sample, now.span.start, now.head, thread, threads,
+                      [&] { barrier_wait(barriers + 8 * stage, parity); });
+    block_sync();  // rotated; and the other stage has been read
     if (p.stages == 2) copy_next(stage ^ 1);
 
     const int row = warp * 16 + (lane >> 2);
@@ -99,7 +99,7 @@ SPE_KERNEL(2 * KEYS, KEYS == 64 ? blocks_per_multiprocessor(D) : 1) forward(SPE_
             if (16 * b + 8 * (i >> 2) + (i & 1) >= left) s[b][0][0][i >> 2][i & 3] = -INFINITY;
       }
 
-      // the warp of token 0 of head 0 looks at all bounds
+      // the warp of token 0 of head 0 checks all cu_seqlens
       const float scale = now.span.start + warp + now.head == 0 && decrease(p.sequences, lane) ? NAN : p.scale2;
       float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll

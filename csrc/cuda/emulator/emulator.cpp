@@ -270,7 +270,7 @@ int pick() {
   return -1;
 }
 
-// Lets others run until somebody makes this fiber ready and its turn comes.
+// Lets others run until somebody makes this fiber ready and it is scheduled.
 void pause() {
   Fiber& self = me();
   const int next = pick();

@@ -54,7 +54,7 @@ class Ranges {
     if (kernel == "prepare") {
       read(p_.out, p_.heads), read(p_.dout, p_.heads);
       write(p_.delta, numbers);
-      if (p_.turn_inputs) write(p_.q_turned, p_.heads), write(p_.k_turned, kv_heads);
+      if (p_.rotate_inputs) write(p_.q_rotated, p_.heads), write(p_.k_rotated, kv_heads);
       return;
     }
     read(p_.v, kv_heads);

@@ -67,7 +67,7 @@ template <class E>
 constexpr uint32_t ONES = std::is_same_v<E, BFloat16> ? 0x3f803f80u : 0x3c003c00u;
 
 inline float reciprocal(float x) { return 1.0f / x; }
-inline int forgotten(int x) { return x; }
+inline int opaque(int x) { return x; }
 
 inline int load_global_int(const int* p) { return host::load_global<int>(p); }
 inline float load_global_float(const float* p) { return host::load_global<float>(p); }

@@ -106,7 +106,7 @@ void collectives() {
   run({"collectives", 3, kThreads, 0}, [&] {
     const int t = thread_index();
     ++seen[block_index() * block_size() + t];
-    CHECK(block_size() == kThreads && warp_index() == t / 32 && forgotten(t) == t);
+    CHECK(block_size() == kThreads && warp_index() == t / 32 && opaque(t) == t);
     CHECK(warp_any(t == 5) == (t < 32));
     CHECK(shuffle_xor(static_cast<float>(t), 3) == static_cast<float>(t ^ 3));
     CHECK(shuffle_xor(0x7f800000u + t, 17) == 0x7f800000u + (t ^ 17));  // NaN, if it were taken for a float

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rotation of rows in shared memory, V channel pairs at a time. Channels keep their order, so that a table of cos =
-// 1 and sin = 0 changes no bit. A row's vectors are those of its pairs, then those of the channels that pass, in which
-// two neighbours count as a pair.
+// Rotation of rows in shared memory, V channel pairs at a time. Channels keep their order, so that a table of cos = 1
+// and sin = 0 changes no bit. A row's vectors are those of its pairs, then those of the channels that pass through, in
+// which two neighbours count as a pair.
 #pragma once
 
 #include "params.h"
@@ -113,9 +113,9 @@ SPE_DEVICE void store_elements(uint16_t* at, const float (&x)[V]) {
     store_global1(at, pack<E>(x[0], x[1]));
 }
 
-// x, y: what stands at the first and at the second channels. `back`: by the negative angle.
+// x, y: values of the first and second channels. `back`: by the negative angle.
 template <int V>
-SPE_DEVICE void turn(float (&x)[V], float (&y)[V], const Angles<V>& a, bool interleaved, float back) {
+SPE_DEVICE void rotate(float (&x)[V], float (&y)[V], const Angles<V>& a, bool interleaved, float back) {
   if (interleaved) {
     float z[2 * V];
 #pragma unroll
@@ -138,7 +138,7 @@ SPE_DEVICE void turn(float (&x)[V], float (&y)[V], const Angles<V>& a, bool inte
   }
 }
 
-// Where a vector of a row starts in a tile: the chunk moves with the row, the byte in it does not.
+// Start of a row's vector in a tile: the chunk depends on the row, the byte in it does not.
 template <class TILE>
 struct Slot {
   int chunk, byte;
@@ -148,14 +148,14 @@ struct Slot {
   SPE_DEVICE int at(int row) const { return row * TILE::bytes + (chunk ^ TILE::exchange(row) << 4) + byte; }
 };
 
-// Turns a tile in place: rows [0, rows) are tokens [first, first + rows) of the sample. `ready` is called after the
-// first angles are on their way, and before the tile is touched. A second tile of the same tokens is turned with it,
+// Rotates a tile in place: rows [0, rows) are tokens [first, first + rows) of the sample. `ready` is called after the
+// first angles are being loaded, and before the tile is touched. A second tile of the same tokens is rotated with it,
 // unless it is 0.
 template <class E, int D, int V, class Ready>
-SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int first, int head,
-                          int thread, int threads, Ready ready) {
+SPE_DEVICE void rotate_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int first, int head,
+                            int thread, int threads, Ready ready) {
   constexpr int AHEAD = 4;  // loads of angles, which come from L2, before the first is used
-  const Share s = p.turned.share(thread, threads);
+  const Share s = p.rotated.share(thread, threads);
   const Channels c = channels_of<V>(p.pairs, s.column);
   const Slot<Tile<D>> one(c.first, 2), two(c.second, 2);
   const AngleTables& t = p.tables;
@@ -179,7 +179,7 @@ SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, i
         float x[V], y[V];
         load_elements<E, V>(x, to + one.at(row));
         load_elements<E, V>(y, to + two.at(row));
-        turn<V>(x, y, angles[j], c.interleaved, 1.0f);
+        rotate<V>(x, y, angles[j], c.interleaved, 1.0f);
         store_elements<E, V>(to + one.at(row), x);
         store_elements<E, V>(to + two.at(row), y);
       }
@@ -188,44 +188,44 @@ SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, i
 }
 
 template <class E, int D, class Ready>
-SPE_DEVICE void turn_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int first, int head,
-                          int thread, int threads, Ready ready) {
-  if (!p.turn_inputs)
+SPE_DEVICE void rotate_tile(const Params& p, Shared tile, Shared also, int rows, int sample, int first, int head,
+                            int thread, int threads, Ready ready) {
+  if (!p.rotate_inputs)
     ready();
-  else if (p.turn_vector == 4)
-    turn_tile<E, D, 4>(p, tile, also, rows, sample, first, head, thread, threads, ready);
+  else if (p.rotate_vector == 4)
+    rotate_tile<E, D, 4>(p, tile, also, rows, sample, first, head, thread, threads, ready);
   else
-    turn_tile<E, D, 2>(p, tile, also, rows, sample, first, head, thread, threads, ready);
+    rotate_tile<E, D, 2>(p, tile, also, rows, sample, first, head, thread, threads, ready);
 }
 
-// Rows of D floats in shared memory, turned back and rounded, to global memory.
+// Stores rows of D floats in shared memory, after the inverse rotation and rounding, to global memory.
 template <class E, int D, int V>
-SPE_DEVICE void store_turned_back(const Params& p, Shared tile, int rows, uint16_t* to, int stride, int sample,
-                                  int first, int head, int thread, int threads) {
+SPE_DEVICE void store_inverse_rotated(const Params& p, Shared tile, int rows, uint16_t* to, int stride, int sample,
+                                      int first, int head, int thread, int threads) {
   const Share s = share<D / (2 * V)>(thread, threads);
   const Channels c = channels_of<V>(p.pairs, s.column);
   const Slot<FloatTile<D>> one(c.first, 4), two(c.second, 4);
-  const bool turned = s.column < p.turned.per_row;
+  const bool rotated = s.column < p.rotated.per_row;
   for (int row = s.row; row < rows; row += s.step) {
     float x[V], y[V];
     load_floats<V>(x, tile + one.at(row));
     load_floats<V>(y, tile + two.at(row));
-    if (turned) turn<V>(x, y, load_angles<V>(p.tables, sample, first + row, head, s.column), c.interleaved, -1.0f);
+    if (rotated) rotate<V>(x, y, load_angles<V>(p.tables, sample, first + row, head, s.column), c.interleaved, -1.0f);
     store_elements<E, V>(to + static_cast<int64_t>(row) * stride + c.first, x);
     store_elements<E, V>(to + static_cast<int64_t>(row) * stride + c.second, y);
   }
 }
 
 template <class E, int D>
-SPE_DEVICE void store_turned_back(const Params& p, Shared tile, int rows, uint16_t* to, int stride, int sample,
-                                  int first, int head, int thread, int threads) {
-  if (p.turn_vector == 4)
-    store_turned_back<E, D, 4>(p, tile, rows, to, stride, sample, first, head, thread, threads);
+SPE_DEVICE void store_inverse_rotated(const Params& p, Shared tile, int rows, uint16_t* to, int stride, int sample,
+                                      int first, int head, int thread, int threads) {
+  if (p.rotate_vector == 4)
+    store_inverse_rotated<E, D, 4>(p, tile, rows, to, stride, sample, first, head, thread, threads);
   else
-    store_turned_back<E, D, 2>(p, tile, rows, to, stride, sample, first, head, thread, threads);
+    store_inverse_rotated<E, D, 2>(p, tile, rows, to, stride, sample, first, head, thread, threads);
 }
 
-// An n8 of a result of 16 rows, times a factor, as floats in shared memory: columns 8 n to 8 n + 7.
+// Stores an n8 of a result of 16 rows, times a factor, as floats in shared memory: columns 8 n to 8 n + 7.
 template <int D>
 SPE_DEVICE void store_floats(Shared tile, int row, int n, const float (&d)[4], float factor, int lane) {
   const int g = lane >> 2, t = lane & 3;
