@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels once, for tools that watch them:
+"""Run kernels once, for profilers and sanitizers:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.gpu_memcheck
     ncu --clock-control none --kernel-name key_kernel python -m benchmarks.gpu_memcheck --profile
 
-The CUDA kernels on small shapes that end inside a tile; without torch's caching each tensor is an allocation of its
-own, so that an access next to it is seen. Not Triton's: the tool reports accesses of wgmma to shared memory that are
-right (compute-sanitizer-samples#19). --profile: Triton's forward and backward of 64 x 576 tokens, 16 heads of 64.
+The CUDA kernels on small shapes that end inside a tile; without torch's caching each tensor is a separate allocation,
+so that out-of-bounds accesses are detected. Not Triton's: the tool reports valid accesses of wgmma to shared memory
+(compute-sanitizer-samples#19). --profile: Triton's forward and backward of 64 x 576 tokens, 16 heads of 64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spatial_pe.backends import cuda
 CASES: tuple[tuple[tuple[int, int] | list[int], int, tuple[int, int]], ...] = (
     ((2, 197), 72, (2, 2)),
     ([64, 64, 0, 20], 80, (2, 2)),  # windows
-    ((1, 1100), 64, (1, 1)),  # k is turned by a kernel of its own
+    ((1, 1100), 64, (1, 1)),  # k is rotated by a separate kernel
     ([1, 300, 0, 65], 64, (2, 2)),
     ((1, 129), 80, (4, 2)),
     ((1, 300), 128, (2, 1)),
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def once(backend: str, lengths: tuple[int, int] | list[int], dim: int, counts: tuple[int, int]) -> None:
-    """Forward and backward; raises where a result is not finite."""
+    """Run forward and backward; raise if a result is not finite."""
     generator = torch.Generator().manual_seed(0)
     heads, kv_heads = counts
     bounds = longest = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done on a machine with a GPU, in three steps of bounded time, each useful if it is the last. `make gpu`.
+"""Run checks and measurements on a machine with a GPU, in three steps of bounded time, each useful alone. `make gpu`.
 
     python -m benchmarks.gpu_session --step 1 --out DIR
     python -m benchmarks.gpu_session --dry [--out DIR]
@@ -10,14 +10,14 @@
 3. 120 s: torch.compile, FlexAttention, cuDNN's own rotation, compute-sanitizer, a profile of two kernels.
 
 The steps are meant to run one after the other on one machine: they share the build and Triton's cache. A step prints
-as it goes, and leaves in DIR, complete after every row, whenever it ends:
+its progress, and leaves in DIR, complete after every row, whenever it ends:
 
     step1.json   phases, checks, rows; of steps 2 and 3 likewise
     step1.txt    the output of all phases
-    report.md    of all steps that are there: what was measured, what is modelled, which targets are met
+    report.md    of all steps so far: measurements, models, and which targets are met
 
-No phase keeps the next from running; the exit status says whether all went well. ``--dry`` needs no GPU: it checks what
-the steps compare, times their parts on this machine or by a model, and fails where a step would not fit its limit.
+No phase keeps the next from running; the exit status says whether all went well. ``--dry`` needs no GPU: it checks the
+compared functions, times the phases on this machine or by a model, and fails if a step would exceed its limit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.throughput.gpu import machine, report, state, watch
 from benchmarks.throughput.gpu.watch import Ended, Running, python
 
-# Of a step, for the report and for ending what has to be killed.
+# Time limit of a step, for the report and for killing processes.
 CLOSING_SECONDS = 10.0
 TESTS = python("pytest", "-p", "no:cacheprovider", "-v", "--durations=5", "-m", "gpu", "tests/backends/gpu")
 INSTALL = python("pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
@@ -43,13 +43,13 @@ SANITIZE = [
     *("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only"),
     *("--error-exitcode", "99", *python("benchmarks.gpu_memcheck")),
 ]
-# clocks stay as they are: they belong to whoever owns the machine
+# clocks are not changed: they belong to the owner of the machine
 PROFILE = [
     *("ncu", "--clock-control", "none", "--kernel-name", "regex:^(forward_kernel|key_kernel)$", "--launch-count", "2"),
     *("--section", "SpeedOfLight", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "LaunchStats"),
     *python("benchmarks.gpu_memcheck", "--profile"),
 ]
-# The tools' own words for a machine that they cannot work on.
+# Messages of the tools for a machine that does not support them.
 NOT_SUPPORTED = re.compile(
     r"device not supported|not supported on|failed to initialize|error 999|ERR_NVGPUCTRPERM|LibraryNotLoaded", re.I
 )
@@ -58,12 +58,12 @@ GPU = "benchmarks.throughput.gpu."
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a step.
+    """Part of a step.
 
-    seconds: at most so many; less where the phases behind it would not have theirs (`keeps`: what they leave it).
-    beside: it starts, and the next phases run while it does; `after`: those that this one waits for.
-    supervised: started again behind what breaks it, after `stall` seconds without a sign of life.
-    tool: left out, with the reason, where it is not on the PATH.
+    seconds: time limit; less if the later phases would not have theirs (`keeps`: what they leave it).
+    beside: it starts, and the next phases run in parallel; `after`: phases that this one waits for.
+    supervised: restarted after what breaks it, or after `stall` seconds without progress.
+    tool: skipped, with the reason, if it is not on the PATH.
     """
 
     name: str
@@ -140,13 +140,13 @@ def main(argv: list[str] | None = None) -> int:
         return dry.run(STEPS, options.out)
     if options.step is None:
         parser.error("--step is missing")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # whoever ends this process ends what it runs
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whoever ends this process ends its children
         signal.signal(number, lambda *_: sys.exit(1))
     return Session(options.step, options.out).run()
 
 
 class Session:
-    """One step: its phases in their order, and its JSON."""
+    """One step: its phases in order, and its JSON."""
 
     def __init__(self, number: int, folder: Path) -> None:
         self.number, self.step = number, STEPS[number]
@@ -181,7 +181,7 @@ class Session:
         return 0 if all(entry["ok"] for entry in phases) else 1
 
     def kept(self, index: int) -> float:
-        """Seconds that the phases from this one on are sure to have."""
+        """Return the seconds that the phases from this one on are guaranteed."""
         return sum(phase.keeps for phase in self.step.phases[index:])
 
     def phase(self, phase: Phase, seconds: float) -> None:
@@ -219,7 +219,7 @@ class Session:
         return command, {name: value.format_map(values) for name, value in phase.variables}
 
     def record(self, phase: Phase, ended: Ended | None, why: str | None = None, ok: bool = True) -> None:
-        """Into the JSON; the phase's own process is over."""
+        """Write the phase into the JSON; its process is over."""
         text = self.log.read_text(errors="replace")
         content = state.load(self.out)
         if phase.name == "tune" and (tuned := self.folder / "tune.json").exists():
@@ -236,13 +236,14 @@ class Session:
 
 
 def limit(phase: Phase, left: float, kept: float) -> float:
-    """Seconds for a phase, with so many left of the step, of which the phases behind it keep some."""
+    """Return the seconds for a phase, given the rest of the step, of which the later phases keep some."""
     return min(phase.seconds, left if phase.beside else left - kept)
 
 
 def test_options(cores: int) -> list[str]:
-    """As many workers as there are cores: most of the time of a test is compiling its kernels. A test that takes 180 s
-    fails by a signal: killing its worker would move that worker's tests to others, and lose what it reported."""
+    """Return pytest options: as many workers as cores, as most of the time of a test is compiling its kernels. A test
+    that takes 180 s fails by a signal: killing its worker would move that worker's tests to others, and lose its
+    reports."""
     import importlib.util
 
     options = []
@@ -254,14 +255,14 @@ def test_options(cores: int) -> list[str]:
 
 
 def verdict(name: str, ended: Ended, text: str) -> tuple[bool, str]:
-    """Whether a phase went well, and what is to be said of it; text: the step's log."""
+    """Return whether a phase went well, and a note; text: the step's log."""
     how = ended.why or ("at its limit" if ended.status is None else "done")
     found = VERDICTS.get(name, lambda *_: None)(ended, text)
     return found or (ended.status == 0, how)
 
 
 def counted(name: str, content: dict[str, Any]) -> list[str]:
-    """What a phase has left in the JSON, in words."""
+    """Return a summary of what a phase has left in the JSON."""
     kind, _, backend = name.partition(" ")
     if kind == "check":
         rows = [row for row in content["checks"] if row["backend"] == backend]
@@ -276,7 +277,7 @@ def counted(name: str, content: dict[str, Any]) -> list[str]:
 
 
 def _tests(ended: Ended, text: str) -> tuple[bool, str]:
-    """By the lines of the tests: there is no summary where the time was up."""
+    """Judge by the lines of the tests: there is no summary if the time was up."""
     passed = len(set(re.findall(r"PASSED (tests/\S+)|(tests/\S+) PASSED", text)))
     failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", text)))
     note = f"{passed} passed, {len(failed)} failed" + "".join(f"; {name}" for name in failed[:10])

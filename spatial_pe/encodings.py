@@ -77,7 +77,7 @@ class _Float32(nn.Module):
             f"spatial_pe: {kind}.{name} is {value.dtype} in forward, and rounded values are another encoding. FSDP "
             f"hands out rounded copies under a param_dtype: call `[fully_shard(m, mp_policy=MixedPrecisionPolicy()) "
             f"for m in model.modules() if isinstance(m, spatial_pe.{kind})]` before any other fully_shard, with the "
-            "same mesh; with FullyShardedDataParallel use torch.autocast in place of param_dtype. If a loader rounded "
+            "same mesh; with FullyShardedDataParallel use torch.autocast instead of param_dtype. If a loader rounded "
             "the parameters, load them again in float32, or accept them with encoding.float()"
         )
 
@@ -140,7 +140,7 @@ class AxialRoPE(_Float32):
         axis_order, layout: see above.
         frequency: ``"inverse"``: l is in radians per unit of x (RoFormer); ``"period"``: in cycles per unit of x, so
             that 1/l is a period and the angle is 2 pi x l (DINOv3).
-        period_range: (shortest, longest) period, log-spaced, in place of theta; needs ``frequency="period"``.
+        period_range: (shortest, longest) period, log-spaced, instead of theta; needs ``frequency="period"``.
         offset: added to the patch index: 1 in Llama 4 and Perception Encoder. It cancels between two patches, not
             between a patch and a token that is not rotated.
         scale, reference_size, normalize: see above. ``reference_size`` is one size or (height, width).

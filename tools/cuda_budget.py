@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the CUDA kernels for GPUs that are not there, and read what nvcc made of them.
+"""Compile the CUDA kernels for GPUs that are not present, and analyse nvcc's output.
 
     python -m tools.cuda_budget --targets sm_80 sm_90 --dims 64 80 --out report.json
     python -m tools.cuda_budget --extension spatial_pe/_cuda.*.so --out report.json
     python -m tools.cuda_budget --reports a.json b.json --markdown docs/cuda_budget.md \\
         --budget tests/backends/cuda/budget.json
 
-Compiling takes 9 seconds for a target and head_dim; --extension reads what is compiled already.
+Compiling takes 9 seconds for a target and head_dim; --extension reads a compiled extension instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KERNELS = ROOT / "csrc/cuda/kernels.cu"
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan asks of a GPU: bytes of shared memory."""
+    """Properties of a GPU that a plan depends on: bytes of shared memory."""
 
     multiprocessors: int
     shared_per_block: int
@@ -51,13 +51,13 @@ TARGETS = {
     "sm_100": Gpu(148, 227 << 10, 228 << 10),
     "sm_120": Gpu(188, 99 << 10, 100 << 10),
 }
-# Whose launches are typical: (sequences, heads, tokens)
+# Shapes for the launches: (sequences, heads, tokens)
 SHAPES = [(768, 16, 64), (256, 16, 128), (64, 16, 196), (64, 16, 256), (64, 16, 576), (64, 16, 1024), (9, 16, 4096)]
 # Products over head_dim for each score, by the first word of a kernel's name; and columns of 8 more, for sums
 PRODUCTS = {"windows": 2, "forward": 2, "queries": 3, "keys": 4}
 SUMS = {"windows": 1, "forward": 1}
-# What the main loop does for nearly every tile: it copies the next one, turns vectors of 4 pairs, and looks whether a
-# weight has become too large (forward, but not after a retry). PLAIN: where q and k come turned.
+# Markers of the main loop's usual path: it copies the next tile, rotates vectors of 4 pairs, and tests whether a weight
+# has become too large (forward, but not after a retry). PLAIN: where q and k were rotated before.
 PLAIN = {"HMMA": 1000, "LDGSTS": 100}
 WORTH = PLAIN | {"STS.64": 10, "VOTE": 1}
 NAMES = {"attention": "forward"}  # namespace -> name in kernels.cu, where they differ
@@ -65,12 +65,12 @@ NAMES = {"attention": "forward"}  # namespace -> name in kernels.cu, where they 
 
 @dataclass
 class Part:
-    """A piece of a kernel that runs over and over, as one warp runs it: instructions by kind, "all" together."""
+    """A repeated part of a kernel, for one warp: instructions by kind, "all" together."""
 
     mix: dict[str, int]
     tensor: float  # products of 16 x 8 x 16
     shared_bytes: int  # read and written by a warp
-    units: float  # what one run does for a lane; see parts()
+    units: float  # work of one run for a lane; see parts()
 
     @property
     def per_unit(self) -> float:
@@ -88,7 +88,7 @@ class Built:
     threads: int  # at most, in a block
     instructions: int
     tensor_core: dict[str, int]  # instructions of the code by name
-    shared: int  # bytes, the most of the SHAPES; 0: none of them launches it on such a GPU, or nothing can plan here
+    shared: int  # bytes, the maximum over SHAPES; 0: none of them launches it on such a GPU, or no planner
     per_score: float  # instructions that a lane issues in the main loop for each score
     parts: dict[str, Part]
 
@@ -97,7 +97,7 @@ class Built:
 
 
 def flags() -> list[str]:
-    """Those of CMakeLists.txt."""
+    """Return the compiler flags of CMakeLists.txt."""
     text = CMAKE.read_text()
     patterns = r'CXX_FLAGS_RELEASE "(-O\d)"', r"CUDA_STANDARD (\d+)", r"COMPILE_LANGUAGE:CUDA>:([^>]+)>"
     found = [re.search(pattern, text) for pattern in patterns]
@@ -112,7 +112,7 @@ def head_dims() -> list[int]:
 
 
 def compiler() -> str | None:
-    """nvcc and its version; None: there is none."""
+    """Return nvcc and its version, or None."""
     if shutil.which("nvcc") is None:
         return None
     text = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
@@ -129,7 +129,7 @@ def compile_for(target: str, dim: int) -> list[Built]:
 
 
 def architectures(extension: Path) -> list[str]:
-    """That an extension is compiled for."""
+    """Return the architectures of an extension."""
     return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("-lelf", extension))), key=lambda name: int(name[3:]))
 
 
@@ -148,7 +148,7 @@ def read_extension(extension: Path, targets: Collection[str], dims: Collection[i
 
 
 def read(cubin: Path, target: str, wanted: Collection[int]) -> list[Built]:
-    """The kernels of one head_dim, if it is wanted."""
+    """Return the kernels of one head_dim, if it is wanted."""
     elf = cuobjdump("-elf", cubin)
     attribute = r"\n\.nv\.info\.(_Z\w*ParamsE)\n.*?EIATTR_MAX_THREADS.*?Value:\s+(0x\w+)"
     threads = dict(re.findall(attribute, elf, re.DOTALL))
@@ -185,35 +185,35 @@ def read(cubin: Path, target: str, wanted: Collection[int]) -> list[Built]:
 
 
 def signature(name: str) -> tuple[str, str, int]:
-    """The kernel as kernels.cu calls it, its dtype, and its head_dim, 0 if it serves any: of a mangled name."""
+    """Return for a mangled name the kernel as named in kernels.cu, its dtype, and its head_dim, 0 for any."""
     found = re.fullmatch(r"_ZN3spe4cuda\d+([a-z_]+)\d+[a-z_]+INS0_\d+(B?Float16)E((?:L[ib]\d+E)*)EEvNS0_6ParamsE", name)
     if not found:
-        raise ValueError(f"{name}: not a kernel that is known")
+        raise ValueError(f"{name}: an unknown kernel")
     numbers = [int(number) for number in re.findall(r"L[ib](\d+)E", found[3])]
     kernel = "_".join([NAMES.get(found[1], found[1]), *map(str, numbers[1:])])
     return kernel, {"BFloat16": "bf16", "Float16": "fp16"}[found[2]], numbers[0] if numbers else 0
 
 
 def parts(flow: Flow, kernel: str, dim: int) -> dict[str, Part]:
-    """What a kernel spends its time in. A unit of
+    """Return the parts of a kernel. A unit of
       main       the main loop: a score (of all lanes: 32)
       once       around it, for each item (forward: and pass) or block
-      produce    forward, what fills shared memory: a tile
-      whole      keys_N, the main loop of a block that has all keys, without what makes dq: a score
+      produce    forward, filling shared memory: a tile
+      whole      keys_N, the main loop of a block that has all keys, without the part for dq: a score
       dq         keys_N, the innermost loop of that: 16 x 16 x 16 products
       dq once    around it, for each 16 x 16 of dq
-      turn       rotation in shared memory: a vector of 4 pairs, for a lane
-      turn back  rotation on the way out: the same
+      rotate     rotation in shared memory: a vector of 4 pairs, for a lane
+      inverse    inverse rotation of gradients: the same
       delta      rowsum(dout out): 8 channels
       copy       global to shared memory: 16 bytes
-    The last four are loops inside of the others, which are without them.
+    The last four are loops inside of the others, which are counted without them.
 
-    The main loop is the outermost of those that multiply outside of the loops in them. Of it counts the way that
-    multiplies most, of several the one with the most of what WORTH lists, and of several the shortest."""
+    The main loop is the outermost of those that multiply outside of the loops in them. Counted is its path with the
+    most multiplications, among equals the one with the most of WORTH, and then the shortest."""
     found = {}
     for name, needs, counted, each in (
-        ("turn", ("LDS.64", "STS.64", "F2FP"), "STS.64", 2),
-        ("turn back", ("LDS.128", "STG.E.64"), "STG.E.64", 2),
+        ("rotate", ("LDS.64", "STS.64", "F2FP"), "STS.64", 2),
+        ("inverse", ("LDS.128", "STG.E.64"), "STG.E.64", 2),
         ("delta", ("LDS.128", "LDG.E.128", "STS"), "LDG.E.128", 1),
         ("copy", ("LDGSTS",), "LDGSTS", 1),
     ):
@@ -233,7 +233,7 @@ def parts(flow: Flow, kernel: str, dim: int) -> dict[str, Part]:
         found[name] = part(instructions, 8 * tensor(instructions) / each)
 
     nested: set[int] = set()
-    if first == "forward":  # the reference is raised where a maximum is taken: rarely
+    if first == "forward":  # a maximum, which raises the reference, is rare
         add("main", WORTH, {block for block in loop.blocks if count(flow, block, "FMNMX")})
         producer = next(one for one in flow.loops if has(flow, one.blocks, "LDGSTS") and not multiplies(flow, one))
         inside = blocks_of(inner for inner in flow.inside(producer) if writes(flow, inner))
@@ -241,7 +241,7 @@ def parts(flow: Flow, kernel: str, dim: int) -> dict[str, Part]:
         found["produce"] = part(code(flow, [block for block in way if block not in inside]), 1)
     elif first == "windows":  # blocks that have one window at a time copy after the products
         late = flow.after_any(block for block in loop.blocks if count(flow, block, "HMMA"))
-        # and of all windows one asks whether bounds decrease
+        # one of all windows checks whether cu_seqlens decrease
         seldom = {block for block in loop.blocks if count(flow, block, "VOTE")}
         add("main", WORTH, seldom | {block for block in late if count(flow, block, "LDGSTS")})
     elif first == "keys" and (inner := [one for one in flow.inside(loop) if multiplies(flow, one)]):
@@ -275,9 +275,9 @@ def main_loop(flow: Flow) -> Loop | None:
 
 
 def side_loop(flow: Flow, needs: tuple[str, ...], counted: str, each: int) -> Part | None:
-    """The loop that has all these instructions and does not multiply, `each` of one of them for a unit: of several the
-    one with most units, which is unrolled, and not for a scalar tail; of those the cheapest. A loop around two loops
-    that copy is not one that copies two at a time."""
+    """Return the loop that has all these instructions and does not multiply, `each` of one of them for a unit: among
+    several the one with most units, which is unrolled, not the scalar tail; among those the cheapest. A loop around two
+    copying loops is not one that copies two at a time."""
     found = []
     for loop in flow.loops:
         others = () if "LDGSTS" in needs else ("LDGSTS",)
@@ -297,14 +297,14 @@ def part(instructions: list[Instruction], units: float) -> Part:
 
 
 def kind_of(one: Instruction) -> str:
-    """Shared memory by the instruction; what never runs (sm_80 puts such loads before copies) as an integer."""
+    """Return the kind: shared memory by instruction; dead code (sm_80 puts such loads before copies) as integer."""
     if one.predicate == "!PT":
         return "integer"
     return one.name.split(".")[0] if kind(one.name) == "shared" else kind(one.name)
 
 
 def shared_bytes(one: Instruction) -> int:
-    """Of a warp; 16 bytes a lane where it copies from global memory."""
+    """Return the bytes of a warp; 16 bytes a lane for copies from global memory."""
     if one.predicate == "!PT":
         return 0
     base, *options = one.name.split(".")
@@ -318,7 +318,7 @@ def shared_bytes(one: Instruction) -> int:
 
 
 def tensor(instructions: Iterable[Instruction]) -> float:
-    """In products of 16 x 8 x 16; m16n8k8 is half a one."""
+    """Return the number of products of 16 x 8 x 16; m16n8k8 is half of one."""
     return sum(0.5 if ".1688" in one.name else 1.0 for one in instructions if one.name.startswith("HMMA"))
 
 
@@ -354,7 +354,7 @@ def code(flow: Flow, blocks: Iterable[int]) -> list[Instruction]:
 
 
 def extension() -> Path | None:
-    """The one that is installed."""
+    """Return the installed extension."""
     package = importlib.util.find_spec("spatial_pe")
     folders = package.submodule_search_locations if package else None
     return next((path for folder in folders or [] for path in Path(folder).glob("_cuda.*")), None)
@@ -369,7 +369,7 @@ def load(path: Path) -> ModuleType:
 
 
 def planner() -> ModuleType | None:
-    """The extension, or the emulator's: both plan the same launches, for GPUs that need not be there."""
+    """Return the extension, or the emulator's: both plan the same launches, also for absent GPUs."""
     for path in (extension(), *(ROOT / "build/emulator").glob("_cuda_emulated.*")):
         if path is not None and hasattr(module := load(path), "plan"):
             return module
@@ -377,7 +377,7 @@ def planner() -> ModuleType | None:
 
 
 def launches(module: ModuleType, gpu: Gpu, shape: tuple[int, int, int], dim: int, direction: str) -> list[dict]:
-    """With a rotation of all channels, of pairs in halves. Sequences of 64 tokens are windows, packed."""
+    """Return the launches for a rotation of all channels, half pairing. Sequences of 64 tokens are windows, packed."""
     sequences, heads, tokens = shape
     packed = tokens == 64
     call = {
@@ -389,7 +389,7 @@ def launches(module: ModuleType, gpu: Gpu, shape: tuple[int, int, int], dim: int
 
 
 def shared(module: ModuleType, target: str, dim: int) -> dict[str, int]:
-    """The most that each kernel asks for."""
+    """Return the maximum shared memory of each kernel."""
     most: dict[str, int] = {}
     for shape in SHAPES:
         for direction in ("forward", "backward"):
@@ -402,12 +402,12 @@ def shared(module: ModuleType, target: str, dim: int) -> dict[str, int]:
 
 
 def unit(row: dict) -> str:
-    """What has a budget of its own."""
+    """Return the key of a budget."""
     return f"{row['target']} {row['kernel']} {row['dtype']} D={row['dim']}"
 
 
 def budget(report: dict) -> dict[str, dict[str, float]]:
-    """Limits by unit: registers that let as many warps fit an SM as do now, and a tenth more instructions."""
+    """Return limits by unit: registers for the same number of warps per SM, and a tenth more instructions."""
     return {unit(row): {
         "registers": most_registers(row["registers"], row["threads"]),
         "shared": row["shared"],
@@ -416,13 +416,13 @@ def budget(report: dict) -> dict[str, dict[str, float]]:
 
 
 def most_registers(registers: int, threads: int) -> int:
-    """Given out in units of 8."""
+    """Return the limit, as registers are allocated in units of 8."""
     together = 65536 // (threads * max(24, -(-registers // 8) * 8))
     return min(255, 65536 // threads // together // 8 * 8)
 
 
 def exceeded(report: dict, limits: dict[str, dict[str, float]]) -> list[str]:
-    """What is over its budget; a kernel without one, too."""
+    """Return what exceeds its budget, including kernels without one."""
     found = []
     for row in report["rows"]:
         limit = limits.get(unit(row))
@@ -446,9 +446,9 @@ def markdown(report: dict) -> str:
         "tensor core instructions of a tile, and is short: without masks, and in `forward` without the blocks that",
         "raise the reference of the softmax. Per score: what a lane issues there for each score of the tile. Once:",
         "what a warp issues around it, for each item (a pass of `forward`) or block. Loops in them that copy or",
-        "turn are counted for themselves, in instructions of a warp: turn for 32 vectors of 4 channel pairs in",
-        "shared memory, back for as many on the way to global memory, copy for 32 x 16 bytes. A block of keys_N",
-        "that has all keys of its sequence turns q itself and also makes dq: whole is its main loop, for each",
+        "rotate are counted separately, in instructions of a warp: rotate for 32 vectors of 4 channel pairs in",
+        "shared memory, inverse for as many on the way to global memory, copy for 32 x 16 bytes. A block of keys_N",
+        "that has all keys of its sequence rotates q itself and also makes dq: whole is its main loop, for each",
         "score, dq for 16 x 16 x 16 products.",
         "",
         "float16 is listed where it differs in registers or in the main loop.",
@@ -465,7 +465,7 @@ def markdown(report: dict) -> str:
             f"## {target}: {len(rows)} kernels",
             "",
             "| head_dim | kernel | registers | spills | shared | code | tensor core | main loop | per score "
-            "| once | produce | whole | dq | turn | back | copy |",
+            "| once | produce | whole | dq | rotate | inverse | copy |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         same = {(row["dim"], row["kernel"]): row for row in rows if row["dtype"] == "bf16"}
@@ -478,7 +478,7 @@ def markdown(report: dict) -> str:
             cells.append(counts(row["tensor_core"]))
             cells.append(counts(row["parts"]["main"]["mix"]) if "main" in row["parts"] else "")
             cells.append(row["per_score"] or "")
-            cells += [per_unit(row, name) for name in ("once", "produce", "whole", "dq", "turn", "turn back", "copy")]
+            cells += [per_unit(row, name) for name in ("once", "produce", "whole", "dq", "rotate", "inverse", "copy")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -497,11 +497,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--dims", nargs="+", type=int, default=head_dims())
-    parser.add_argument("--extension", type=Path, help="read this one, as far as it has the targets; compile nothing")
+    parser.add_argument("--extension", type=Path, help="read this one for the targets that it has, compile nothing")
     parser.add_argument("--reports", type=Path, nargs="+", help="JSON files of earlier runs, instead of compiling")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="table to write")
-    parser.add_argument("--budget", type=Path, help="limits to write: what was found and a tenth more")
+    parser.add_argument("--budget", type=Path, help="limits to write: the results and a tenth more")
     arguments = parser.parse_args()
     if arguments.reports:
         reports = [json.loads(path.read_text()) for path in arguments.reports]

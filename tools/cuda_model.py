@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A MODEL of the CUDA kernels' time, from their instructions (budget.py), their launches and what a chip can issue.
+"""MODEL of the CUDA kernels' time, from their instructions (cuda_budget.py), launches and the chip's issue rates.
 
     python -m tools.cuda_model --reports report.json [--chips H100 A100] [--measured attention.json]
 
-It measures nothing and knows no latency: where warps wait for each other or for memory, a kernel takes longer. Of each
-unit it says how long the work of the busiest SM keeps it busy. A launch takes at least as long as the busiest unit; and
-if nothing runs beside the tensor cores, as long as they and the busiest of the others, one after the other.
+It measures nothing and ignores latency: where warps wait for each other or for memory, a kernel takes longer. For each
+unit it gives the time that the work of the busiest SM keeps it busy. A launch takes at least as long as the busiest
+unit; without overlap with the tensor cores, as long as they and the busiest of the others, one after the other.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ FLOPS = {"forward": 4.0, "backward": 10.0}  # of S H N^2 D
 
 
 class Work:
-    """Of one item (or block) on an SM: clocks by unit, and instructions of warps."""
+    """Work of one item (or block) on an SM: clocks by unit, and instructions of warps."""
 
     def __init__(self, chip: Chip, parts: dict[str, Part]) -> None:
         self.chip, self.parts = chip, parts
@@ -71,7 +71,7 @@ class Work:
         self.instructions = 0.0
 
     def add(self, name: str, runs: float, warps: int = 4) -> None:
-        """Runs of a part by so many warps, which share the sub-partitions evenly only if 4 divides them."""
+        """Add runs of a part by so many warps, which share the sub-partitions evenly only if 4 divides them."""
         part = self.parts[name]
         each = runs / warps * math.ceil(warps / 4)
         self.clocks["tensor"] += each * part.tensor * self.chip.tensor
@@ -82,13 +82,13 @@ class Work:
         self.instructions += runs * part.mix["all"]
 
     def add_rows(self, name: str, rows: float, dim: int, warps: int = 4) -> None:
-        """Runs of a part of which a lane does 8 channels: all channels of these rows."""
+        """Add runs of a part in which a lane does 8 channels: all channels of these rows."""
         self.add(name, rows * dim / 8 / 32 / self.parts[name].units, warps)
 
 
 @dataclass
 class Time:
-    """Of one launch, in microseconds."""
+    """Time of one launch, in microseconds."""
 
     kernel: str
     units: dict[str, float]
@@ -124,7 +124,7 @@ def time_of(launch: dict, parts: dict[str, Part], chip: Chip, shape: Shape, dim:
         tensors, numbers = (8, 4) if whole else (6, 8)
     else:  # prepare: memory alone
         tensors = 6
-    # items of the busiest SM; a grid that is smaller goes round
+    # items of the busiest SM; smaller grids are distributed over all SMs
     rounds = math.ceil(items / launch["blocks"]) * math.ceil(launch["blocks"] / chip.multiprocessors)
     units = {name: rounds * clocks / chip.gigahertz / 1e3 for name, clocks in work.clocks.items()}
     units["memory"] = rows * tokens * (2 * dim * tensors + numbers) / chip.terabytes_per_second / 1e6
@@ -132,7 +132,7 @@ def time_of(launch: dict, parts: dict[str, Part], chip: Chip, shape: Shape, dim:
 
 
 def constant(header: str, name: str) -> int:
-    """What neither the kernels nor the launches tell."""
+    """Return a constant that is in neither the kernels nor the launches."""
     found = re.search(rf"\b{name} = (\d+)", (SOURCES / header).read_text())
     assert found, f"{name} in {header}"
     return int(found[1])
@@ -140,12 +140,12 @@ def constant(header: str, name: str) -> int:
 
 def windows(work: Work, warps: int, tokens: int, dim: int, keys: int) -> None:
     work.add("main", warps * math.ceil(tokens / 16) * 16 / keys, warps)
-    work.add_rows("turn", 2 * tokens, dim, warps)
+    work.add_rows("rotate", 2 * tokens, dim, warps)
     work.add_rows("copy", 3 * tokens, dim, warps)
 
 
 def forward(work: Work, launch: dict, tokens: int, dim: int) -> int:
-    """Returns the items of a sequence. Consumers and producers share the SM."""
+    """Add the forward; return the items of a sequence. Consumers and producers share the SM."""
     tile, producers = constant("forward.h", "BN"), constant("forward.h", "PRODUCERS")
     consumers = launch["threads"] // 32 - producers
     blocks = round(2 * work.parts["main"].units / tile)  # of 16 queries, of a warp
@@ -157,7 +157,7 @@ def forward(work: Work, launch: dict, tokens: int, dim: int) -> int:
     work.add("once", consumers * passes, consumers)
     queries = passes * blocks * 16 * consumers
     work.add("produce", producers * (math.ceil(tokens / tile) + passes * blocks), producers)
-    work.add_rows("turn", tokens + queries, dim, producers)
+    work.add_rows("rotate", tokens + queries, dim, producers)
     work.add_rows("copy", 2 * tokens + queries, dim, producers)
     return items
 
@@ -167,7 +167,7 @@ def queries(work: Work, warps: int, tokens: int, dim: int) -> None:
     work.add("main", warps * math.ceil(tokens / tile), warps)
     work.add("once", warps, warps)
     work.add_rows("copy", 2 * tokens + 2 * 16 * warps, dim, warps)
-    work.add_rows("turn back", 16 * warps, dim, warps)
+    work.add_rows("inverse", 16 * warps, dim, warps)
 
 
 def keys(work: Work, warps: int, tokens: int, dim: int, blocks: int, whole: bool) -> None:
@@ -177,14 +177,14 @@ def keys(work: Work, warps: int, tokens: int, dim: int, blocks: int, whole: bool
     work.add(main, warps * tiles, warps)
     work.add("once", warps, warps)
     work.add_rows("copy", 2 * tokens + 2 * 16 * blocks * warps, dim, warps)
-    work.add_rows("turn back", 16 * blocks * warps, dim, warps)
+    work.add_rows("inverse", 16 * blocks * warps, dim, warps)
     if whole:
         pieces = tiles * tile / 16 * math.ceil(dim / 16)  # of dq, 16 x 16
         working = min(warps, round(pieces / tiles))
         work.add("dq", pieces * math.ceil(tokens / 16) / work.parts["dq"].units, working)
         work.add("dq once", pieces, working)
-        work.add_rows("turn", 2 * tokens, dim, warps)
-        work.add_rows("turn back", tokens, dim, warps)
+        work.add_rows("rotate", 2 * tokens, dim, warps)
+        work.add_rows("inverse", tokens, dim, warps)
         work.add_rows("delta", tokens, dim, warps)
 
 
@@ -192,7 +192,7 @@ def keys(work: Work, warps: int, tokens: int, dim: int, blocks: int, whole: bool
 
 
 def parts_of(report: dict, target: str, dim: int) -> dict[str, dict[str, Part]]:
-    """Of the bfloat16 kernels, by name."""
+    """Return the parts of the bfloat16 kernels, by name."""
     return {
         row["kernel"]: {name: Part(**part) for name, part in row["parts"].items()}
         for row in report["rows"]
@@ -201,7 +201,7 @@ def parts_of(report: dict, target: str, dim: int) -> dict[str, dict[str, Part]]:
 
 
 def predict(report: dict, plans: ModuleType, name: str, shape: Shape, dim: int, direction: str) -> list[Time]:
-    """Empty: the report does not have the kernels."""
+    """Return the times, empty if the report lacks the kernels."""
     chip = CHIPS[name]
     kernels = parts_of(report, chip.target, dim)
     rows = launches(plans, chip.gpu, shape, dim, direction)
@@ -211,7 +211,7 @@ def predict(report: dict, plans: ModuleType, name: str, shape: Shape, dim: int, 
 
 
 def triton_per_score(target: str, shape: Shape, dim: int, direction: str) -> float | str:
-    """Of the main loops of the Triton kernels for such calls, together; nothing where one has no number."""
+    """Return the sum over the main loops of the Triton kernels for such calls; "" if one has no number."""
     section = TRITON.read_text().partition(f"\n## {target}:")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in section.splitlines() if row.startswith("| bf16")]
     tokens = shape[2]
@@ -264,7 +264,7 @@ def line(name: str, shape: Shape, dim: int, direction: str, times: list[Time]) -
 
 
 def compare(report: dict, plans: ModuleType, measured: dict) -> str:
-    """With the times of backend="cuda" in benchmarks/throughput/gpu."""
+    """Compare with the times of backend="cuda" in benchmarks/throughput/gpu."""
     device = measured["device"]["name"]
     name = next((name for name in CHIPS if name in device), None)
     if name is None:
@@ -289,7 +289,7 @@ def compare(report: dict, plans: ModuleType, measured: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reports", type=Path, nargs="+", required=True, help="JSON files of budget.py")
+    parser.add_argument("--reports", type=Path, nargs="+", required=True, help="JSON files of cuda_budget.py")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
     parser.add_argument("--extension", type=Path, help="whose launches; else those of the installed or emulated one")
     parser.add_argument("--measured", type=Path, help="JSON file of benchmarks/throughput/gpu")

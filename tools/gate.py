@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has the CPU kernel become slower? Ratios to eager attention of three shapes, against those in gate.json.
+"""Regression test of the CPU kernels: ratios to eager attention of three shapes, against those in gate.json.
 
     python -m tools.gate [--update]
 

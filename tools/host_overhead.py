@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call of the Triton backend costs on the host, up to the launch itself, on a machine without a GPU.
+"""Measure the host overhead of a call of the Triton backend, up to the launch itself, on a machine without a GPU.
 
     python -m tools.host_overhead
 
-Kernels are compiled for an H100; a driver that launches nothing stands in for the real one, whose launch comes on
-top. Microseconds of this process's CPU time, so that load on the machine counts little. With a GPU, attention_gpu
-measures the whole.
+Kernels are compiled for an H100; a driver that launches nothing replaces the real one, whose launch time has to be
+added. Microseconds of this process's CPU time, so that load on the machine matters little. benchmarks/throughput/gpu
+measures the whole on a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-# What Triton compiles for: backend, architecture, lanes of a warp.
+# Triton's target: backend, architecture, lanes of a warp.
 HOPPER = ("cuda", 90, 32)
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What the driver was told: the kernel's name, its grid and all of its arguments."""
+    """Arguments of a launch: the kernel's name, its grid and all of its arguments."""
 
     name: str
     grid: tuple[int, int, int]
@@ -35,7 +35,7 @@ class Launched:
 
 
 class FakeGPU:
-    """A Triton driver that compiles for an H100, takes CPU memory for the GPU's, and notes launches."""
+    """A Triton driver that compiles for an H100, takes CPU memory for the GPU's, and records launches."""
 
     binary_ext = "cubin"
 
@@ -55,7 +55,7 @@ class FakeGPU:
         self.utils = self
 
     def install(self) -> FakeGPU:
-        """In place of Triton's driver, and of what the backend asks torch about the GPU. For a process of its own."""
+        """Replace Triton's driver, and the properties that the backend reads from torch. Use in a separate process."""
         if os.environ.get("TRITON_INTERPRET", "0") == "1":
             raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
         from triton.runtime import driver

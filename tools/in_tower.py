@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is attention as fast inside of a tower as alone? Milliseconds of a layer, on the CPU, forward.
+"""Compare attention inside of a tower with attention alone: milliseconds of a layer, on the CPU, forward.
 
     python -m tools.in_tower [--towers clip_large_336 ...] [--rounds 7]
 
-in the tower: its operands were just written by the projections. alone: the same call again and again. cold: the caches
-flushed by 256 MB in between. sdpa: the unpatched tower's, in it. Medians; the towers of `spatial-pe bench`.
+in the tower: its operands were just written by the projections. alone: the same call repeated. cold: the caches flushed
+by 256 MB in between. sdpa: that of the unpatched tower. Medians; the towers of `spatial-pe bench`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spatial_pe.towers import fused_attention
 
 
 class Timed:
-    """A function whose calls are timed; the last arguments are kept."""
+    """A function whose calls are timed; the last arguments are stored."""
 
     def __init__(self, function: Callable) -> None:
         self.function, self.seconds, self.call = function, [], None
@@ -42,7 +42,7 @@ class Timed:
 
 @torch.no_grad()
 def measure(tower: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Milliseconds by where the call is made."""
+    """Return milliseconds by place of the call."""
     model, forward = TOWERS[tower]()
     before = model.eval().to(dtype)
     after = copy.deepcopy(before)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions of the CPU kernel, counted by valgrind: a figure that is the same on every run.
+"""Count instructions of the CPU kernel by valgrind: a figure that is the same on every run.
 
     python -m tools.instructions --out benchmarks/results/cpu/instructions.json
 
-valgrind shows programs a CPU without AVX-512: what is counted is the AVX2 kernel, on one thread. One head, rotation on
-and off. A call is the difference between processes that make more and fewer. Five minutes, and it does not matter what
-else runs.
+valgrind emulates a CPU without AVX-512: the AVX2 kernel is counted, on one thread. One head, rotation on and off. A
+call is the difference between processes that make more and fewer. Five minutes; other load does not matter.
 """
 
 from __future__ import annotations
@@ -49,17 +48,16 @@ CASES = [
 ]
 
 
-# Of the calls that are averaged over: the rest of the process, which differs by some thousand instructions, is little
-# beside them.
+# Calls to average over: the rest of the process varies by some thousand instructions, which is little beside them.
 COUNTED_FLOPS = 2e7
 
 
 class CountError(Exception):
-    """valgrind did not count; the message says why."""
+    """valgrind failed to count; the message says why."""
 
 
 def count(case: Case) -> int:
-    """Instructions of one call.
+    """Return the instructions of one call.
 
     Raises:
         CountError: valgrind is missing, or failed.
@@ -73,7 +71,7 @@ def _run(case: Case, calls: int) -> int:
         raise CountError("no valgrind on PATH (Debian: apt install valgrind)")
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, "-S", __file__]
     command += ["--call", json.dumps(asdict(case)), str(calls)]
-    # hashes of strings decide how dictionaries are laid out: 100,000 instructions
+    # string hashes determine the layout of dictionaries: 100,000 instructions
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "0"})
     found = re.search(r"Collected : (\d+)", done.stderr)
     if done.returncode or found is None:
@@ -85,7 +83,7 @@ def _run(case: Case, calls: int) -> int:
 
 
 def call(case: Case, calls: int) -> None:
-    """Calls the extension alone: Python starts in 30 million instructions, torch in thousands of millions."""
+    """Call the extension alone: Python starts in 30 million instructions, torch in thousands of millions."""
     extension = _extension()
     n, dim = case.tokens, case.head_dim
     problem = {"dtype": case.dtype, "batch": 1, "tokens": n, "heads": 1, "kv_heads": 1, "head_dim": dim}

@@ -36,7 +36,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def demo() -> str:
     result = load("demo")
-    # the rates of schema 1 are medians on their own, which the ratio need not agree with to four digits
+    # the rates of schema 1 are separate medians, so the ratio may differ in the fourth digit
     shown = "{:.2f}".format if result["schema"] == 1 else measure.significant
     rows = [
         [
@@ -54,7 +54,7 @@ def demo() -> str:
     return table(header, rows) + f"\n\n`make demo`; {machine(result['environment'])}."
 
 
-# (suite, row, dtype, what it is called): the README's numbers, wins and near-losses
+# (suite, row, dtype, label): the README's numbers, wins and near-losses
 NUMBERS = (
     ("attention", "windows", "fp32", "attention of 70 windows of 64 tokens, 16 heads of 80, against Hugging Face's"),
     ("attention", "576", "fp32", "attention of 4 images of 576 tokens, 16 heads of 64, against Hugging Face's"),
@@ -64,7 +64,7 @@ NUMBERS = (
 
 
 def numbers() -> str:
-    """Five gains, with their machines."""
+    """Return five gains, with their machines."""
     result = load("bench")
     rows = []
     for suite, name, dtype, what in NUMBERS:
@@ -89,7 +89,7 @@ CORES = {
 
 
 def results() -> str:
-    """Of every machine that has been measured."""
+    """Return the results of every measured machine."""
     found = [bench.load(path) for path in sorted(RESULTS.glob("bench*.json"))]
     return "\n\n".join(
         part for result in found for part in (peak(result), attention(result), peers(result), rest(result))
@@ -97,7 +97,7 @@ def results() -> str:
 
 
 def peak(result: dict) -> str:
-    """The machine, and how much of what it can do is reached."""
+    """Return the machine, and the share of its peak that is reached."""
     reached: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for row in bench.rows(result, "attention"):
         if row["threads"] == 1 and row["direction"] == "forward" and not row["shape"]["packed"]:
@@ -146,7 +146,7 @@ def peers(result: dict) -> str:
 
 
 def rest(result: dict) -> str:
-    """Towers, memory, and the first call."""
+    """Return towers, memory, and the first call."""
     towers = [
         [row["what"], row["dtype"], f"{row['sdpa_share']:.0%}", f"**{bench.speedup(row, 'before', of='after'):.2f}x**"]
         for row in bench.rows(result, "towers")
@@ -170,7 +170,7 @@ def rest(result: dict) -> str:
 
 
 def by_case(result: dict) -> dict[tuple, dict]:
-    """(dtype, shape's name) -> (direction, threads) -> row."""
+    """Return (dtype, shape's name) -> (direction, threads) -> row."""
     cases: dict[tuple, dict] = {}
     for row in bench.rows(result, "attention"):
         cases.setdefault((row["dtype"], row["name"]), {})[row["direction"], row["threads"]] = row
@@ -207,7 +207,7 @@ def accuracy() -> str:
 
 
 def figures() -> None:
-    """The README's pictures of the accuracy study."""
+    """Draw the pictures of the accuracy study."""
     from matplotlib import rc_context
 
     from spatial_pe.lab.report import page
@@ -275,7 +275,7 @@ BLOCKS = {
 
 
 def written(file: str, text: str) -> str:
-    """The text of a file with its blocks as the results have them."""
+    """Return the text of a file with its blocks updated from the results."""
     for name, make in BLOCKS[file].items():
         block = f"<!-- {name}: written by `python -m tools.readme_tables` -->\n{make()}\n<!-- end of {name} -->"
         stale = re.compile(rf"<!-- {name}: .*?<!-- end of {name} -->", re.DOTALL)

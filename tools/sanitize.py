@@ -9,7 +9,7 @@
     cmake -S csrc -B build/races -DSPATIAL_PE_SANITIZE=thread -DSPATIAL_PE_CUDA=0   # likewise, with libtsan
 
 A sanitizer ends the process at its first finding. Results are not compared here, but NaN in them is an error: inputs
-are views into NaN, so that a read outside of them that no sanitizer sees shows too.
+are views into NaN, which also shows reads outside of them that no sanitizer detects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKENS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 119, 120, 121, 127, 128, 1
 
 
 def load(path: str) -> None:
-    """The extension at ``path`` as spatial_pe._C, in place of the installed one."""
+    """Load the extension at ``path`` as spatial_pe._C, replacing the installed one."""
     spec = importlib.util.spec_from_file_location("spatial_pe._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,7 +39,7 @@ def load(path: str) -> None:
 
 
 def cases():
-    """Every length and every head_dim for every dtype; the rest goes around."""
+    """Yield every length and every head_dim for every dtype; the other options cycle."""
     from oracles import Case
 
     from spatial_pe.rotary import PAIRINGS
@@ -72,7 +72,7 @@ def cases():
         rotation = {"dim": 40, "rotary_dim": 38, "dtype": dtype}
         yield Case(lengths=(0, 1, 17, 0, 130, 2, 0), layout="fused", **rotation)
         yield Case(lengths=(64,) * 5, heads=3, **rotation)
-        # on 1, 2 and 3 threads: items that a thread does alone, then items that all share, in several slices
+        # on 1, 2 and 3 threads: items of a single thread, then items that all share, in several slices
         yield from [Case(lengths=(200,) * 5, heads=1, layout="wide", **rotation)] * 3
         yield Case(batch=3, tokens=130, seqlens=(0, 129, 1), layout="wide", **rotation)
         yield Case(batch=0, tokens=7, **rotation)
@@ -88,7 +88,7 @@ def main(path: str) -> None:
     for kernel in CPU_KERNELS:
         with kernel.selected() as backend:
             for i, case in enumerate(cases()):
-                # 1: the last item ends the working memory; 2 and 3 share the heads that are left over
+                # 1: the last item ends the working memory; 2 and 3 share the remaining heads
                 with threads(1 + i % 3):
                     for name, x in run(make(case), backend).items():
                         assert torch.isfinite(x).all(), f"{kernel}: {name} of {case} holds NaN"
@@ -98,7 +98,7 @@ def main(path: str) -> None:
 
 
 def extreme(backend: str) -> None:
-    """Scores that make the kernel compute a block again, and values that are not finite."""
+    """Run scores that make the kernel recompute a block, and values that are not finite."""
     from spatial_pe import rope_attention
 
     for value in (1e4, float("inf"), float("nan")):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading SASS, what NVIDIA's assembler makes of a kernel: instructions by kind, control flow, loops and paths.
+"""Analysis of SASS, the machine code of NVIDIA GPUs: instructions by kind, control flow, loops and paths.
 
-Shared by triton/offline.py and cuda/budget.py."""
+Shared by triton_budget.py and cuda_budget.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 
 def kind(name: str) -> str:
-    """The rest is integers: addresses, predicates, copies."""
+    """Return the kind; the default is integer: addresses, predicates, copies."""
     return OF.get(name.split(".")[0], "integer")
 
 
@@ -50,13 +50,13 @@ def instructions(listing: str) -> list[Instruction]:
 
 
 def functions(listing: str) -> dict[str, list[Instruction]]:
-    """By mangled name."""
+    """Return instructions by mangled name."""
     parts = re.split(r"Function : (\S+)", listing)
     return {name: instructions(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
-    """Of the CUDA tools that Triton brings: nvcc alone comes without."""
+    """Run cuobjdump of Triton's CUDA tools: nvcc alone comes without."""
     found = find_spec("triton")
     if found is None or found.origin is None:
         raise ModuleNotFoundError("cuobjdump is that of the triton package, which is missing")
@@ -68,14 +68,14 @@ def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
 
 
 class Loop(NamedTuple):
-    """A natural loop: what reaches the header again without leaving what the header dominates."""
+    """A natural loop: the blocks that reach the header again without leaving the blocks that it dominates."""
 
     header: int
     blocks: frozenset[int]
 
 
 class Flow:
-    """The basic blocks of a kernel, those that can be reached, and how they follow each other.
+    """The reachable basic blocks of a kernel, and their successors.
 
     A branch for diverged warps (BRA.DIV, and what it leads to) is not taken, and a call returns. A call with a
     predicate is how ptxas writes a jump out of a loop for sm_80: like a branch."""
@@ -87,7 +87,7 @@ class Flow:
         for i, (_, name, operands, predicate) in enumerate(code):
             base = name.split(".")[0]
             if base in ("BRX", "BRXU", "JMX", "JMP"):
-                raise ValueError(f"{name} {operands}: a jump that is not understood")
+                raise ValueError(f"{name} {operands}: an unknown jump")
             if (base == "BRA" and not name.startswith("BRA.DIV")) or (base == "CALL" and predicate):
                 target = re.search(r"0x([0-9a-f]+)\s*$", operands)
                 assert target, f"{name} {operands}"
@@ -110,7 +110,7 @@ class Flow:
 
     @cached_property
     def order(self) -> list[int]:
-        """Blocks that can be reached, each before those that follow, but for the ways back in loops."""
+        """Return the reachable blocks, each before its successors, except for back edges of loops."""
         done: list[int] = []
         seen = {0}
         stack = [(0, iter(self.after[0]))]
@@ -135,7 +135,7 @@ class Flow:
 
     @cached_property
     def dominators(self) -> dict[int, set[int]]:
-        """Of each block, those that every way to it passes; itself too."""
+        """Return for each block those that every path to it passes, itself included."""
         found = {block: set(self.order) for block in self.order} | {0: {0}}
         changed = True
         while changed:
@@ -148,7 +148,7 @@ class Flow:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """Outer ones first."""
+        """Return the loops, outer ones first."""
         bodies: dict[int, set[int]] = {}
         for block in self.order:
             for header in self.after[block]:
@@ -163,7 +163,7 @@ class Flow:
 
     @cached_property
     def everything(self) -> Loop:
-        """The kernel as if it were a loop, which ends where the kernel does."""
+        """Return the kernel as a loop that ends where the kernel does."""
         return Loop(0, frozenset(self.order))
 
     def inside(self, loop: Loop) -> list[Loop]:
@@ -173,7 +173,7 @@ class Flow:
         return [instruction for block in blocks for instruction in self.blocks[block]]
 
     def after_any(self, blocks: Iterable[int]) -> set[int]:
-        """What can follow any of these without going back in a loop."""
+        """Return the blocks that can follow any of these without a back edge."""
         found = set(blocks)
         for block in self.order:
             if block in found:
@@ -181,8 +181,8 @@ class Flow:
         return found
 
     def path(self, loop: Loop, worth: Callable[[int], int], avoid: Collection[int] = ()) -> list[int]:
-        """A way from the header to an end of the loop that passes no block twice: one that is worth most, and of those
-        the one of the fewest instructions."""
+        """Return a path from the header to an end of the loop that passes no block twice: one with the largest worth,
+        among equals that of the fewest instructions."""
         value = {block: (worth(block), -len(self.blocks[block])) for block in loop.blocks}
         best = {loop.header: (value[loop.header], [loop.header])}
         ends = []
@@ -200,10 +200,10 @@ class Flow:
                 if to not in best or new > best[to][0]:
                     best[to] = (new, [*way, to])
         if not ends:
-            raise ValueError("no way through the loop")
+            raise ValueError("no path through the loop")
         return max(ends)[1]
 
 
 def conditional(branch: Instruction) -> bool:
-    """Also BRA P1, target and BRA.U !UP0, target."""
+    """Return whether a branch is conditional, including BRA P1, target and BRA.U !UP0, target."""
     return branch.predicate not in ("", "PT") or "P" in branch.operands.rpartition("0x")[0]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far scores grow along a row, on real weights: what decides which softmax needs no running maximum.
+"""Measure how far scores grow along a row, on real weights: this decides whether softmax needs a running maximum.
 
     python -m tools.score_growth
 
 DINOv2-small on photographs at 518 px, all layers, heads and rows, in nats: the row's maximum above that of its first
-keys (the reference of attention.py), and above the row's own score (one that would need no tile). And the share of
-blocks of 128 queries for which that reference is not enough, so that the kernel computes them twice.
+keys (the reference of forward.py), and above the row's own score (a reference that needs no tile). And the share of
+blocks of 128 queries for which that reference does not suffice, so that the kernel computes them twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from spatial_pe.lab.checkpoints import assets
 
 SIZE, FIRST, BLOCK = 518, 64, 128
-ENOUGH = 1.5e26  # what a row's sum may be in spatial_pe/backends/triton/kernels/forward.py
+ENOUGH = 1.5e26  # limit of a row's sum in spatial_pe/backends/triton/kernels/forward.py
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     from transformers import AttentionInterface
 
-    found: list[tuple[float, float, float]] = []  # of each layer and photograph: above first keys, above own, twice
+    found: list[tuple[float, float, float]] = []  # for each layer and photograph: above first keys, above own, twice
 
     def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         scores = q @ k.transpose(-1, -2) * kwargs["scaling"]  # (B, H, N, N)

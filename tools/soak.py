@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls, patched towers and episodes of several threads for as long as asked, checked one by one: no error, no
-growth of memory, no crash.
+"""Run random calls, patched towers and episodes of several threads for a given time, each checked: no error, no growth
+of memory, no crash.
 
     python -m tools.soak --minutes 3 [--seed N]
 
-A failure names the case and the seed that draws it again.
+A failure names the case and the seed that reproduces it.
 
-Memory: torch and the libraries below it keep something for each new shape, on a CPU with AMX 2 MB for each call of its
-attention in 16 bits, and dynamo for each compilation. So the last third draws from what was drawn before, without
-compilations, and there nothing may grow. malloc has one arena: of its own accord it makes one for each thread, up to
-eight a core, and keeps them.
+Memory: torch and the libraries below it cache something for each new shape, on a CPU with AMX 2 MB for each call of its
+attention in 16 bits, and dynamo for each compilation. So the last third repeats earlier cases, without compilations,
+and there nothing may grow. malloc has one arena: by default it makes one for each thread, up to eight a core, and keeps
+them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GROWTH_MB = 48
 
 
 def draw(rng: random.Random) -> Case:
-    """A call that rope_attention must serve."""
+    """Return a random call that rope_attention must support."""
     dim = 8 * rng.randint(2, 32)
     kv_heads = rng.choice((1, 2, 3))
     heads = kv_heads * rng.choice((1, 1, 2, 4))
@@ -81,7 +81,7 @@ def attention(case: Case) -> None:
 
 
 def tower(name: str) -> None:
-    """Patched, unpatched, and as it was."""
+    """Check a tower patched, unpatched, and restored."""
     family = FAMILIES[name]
     model, inputs = family.make(), family.inputs()
     with torch.no_grad():
@@ -105,7 +105,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {"calls": attention, "towers": tower,
 
 
 def draw_any(rng: random.Random) -> tuple[int, str, Any]:
-    """Threads, the kind of check, and its case."""
+    """Return threads, the kind of check, and its case."""
     kind = rng.choices(("calls", "towers", "episodes"), (90, 10, 2))[0]
     if kind == "calls":
         return rng.randint(1, 4), kind, draw(rng)
@@ -117,7 +117,7 @@ def draw_any(rng: random.Random) -> tuple[int, str, Any]:
 
 
 def resident_mb() -> float:
-    """After garbage collection, and after malloc has given back what it can."""
+    """Return resident memory after garbage collection, and after malloc has released what it can."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()

@@ -23,7 +23,7 @@ TOWERS = ROOT / "docs/towers.md"
 
 
 def proven() -> dict[str, dict]:
-    """Family -> its row; those of this transformers only."""
+    """Return the row of each family, for those of this transformers."""
     from families import FAMILIES, GRIDS, HERE
 
     return {name: row(name, FAMILIES[name].make, name in GRIDS) for name in HERE}
@@ -36,7 +36,7 @@ def proven_of_timm() -> dict[str, dict]:
 
 
 def row(name: str, make: Callable[[], Any], added: bool) -> dict:
-    """Attention class, convention, kernels before and after; proven in float32 and bfloat16."""
+    """Return attention class, convention, kernels before and after; verified in float32 and bfloat16."""
     import torch
 
     from spatial_pe import inspect
@@ -57,7 +57,7 @@ def versions() -> dict[str, str]:
 
 
 def elsewhere(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
-    """The same with other packages first on the path."""
+    """Return the same with other packages first on the path."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
     command = [sys.executable, "-m", "tools.support_table", "--json"]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)

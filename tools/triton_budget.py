@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile launches for GPUs that are not there, and read what the compiler made of them.
+"""Compile launches for GPUs that are not present, and analyse the compiler's output.
 
     python -m tools.triton_budget --out report.json [--only "bf16 D=64 N=576"] [--targets sm_90]
     python -m tools.triton_budget --markdown docs/triton_budget.md --budget tests/backends/triton/budget.json
 
-In a process of its own: the other tests run the kernels in Triton's interpreter, which replaces the compiler, and a
-second Triton needs a second process anyway (PYTHONPATH says which one).
+In a separate process: the other tests run the kernels in Triton's interpreter, which replaces the compiler, and a
+second Triton needs a second process anyway (selected by PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from spatial_pe.backends.triton.tiles import Family
 from tools.sass import TENSOR_CORE, Instruction, cuobjdump, instructions, kind
 from tools.triton_hazards import hazards
 
-# name -> (what Triton compiles for, whose tiles)
+# name -> (Triton's target, family of its tiles)
 TARGETS: dict[str, tuple[GPUTarget, Family]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), "ampere"),
     "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
     "sm_100": (GPUTarget("cuda", 100, 32), "blackwell"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "cdna"),
-    # no budget of their own: see test_budget.py
+    # no separate budget: see test_budget.py
     "sm_89": (GPUTarget("cuda", 89, 32), "ampere"),
     "sm_120": (GPUTarget("cuda", 120, 32), "ampere"),
 }
@@ -50,7 +50,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Built:
-    """What a launch became. Zeros where a target does not say (gfx942: its main loop)."""
+    """Result of compiling a launch. Zeros where a target does not report (gfx942: its main loop)."""
 
     regime: str
     launch: str
@@ -61,17 +61,17 @@ class Built:
     tensor_core: dict[str, int]  # instructions by name
     loop: dict[str, int]  # instructions of the main loop by kind, "all" together
     per_score: float  # instructions that a lane of the main loop issues, for each score of the tile
-    hazards: int = 0  # registers touched while a product works on them, see hazards.py
+    hazards: int = 0  # registers touched while a product uses them, see triton_hazards.py
 
 
 def cases(family: Family) -> dict[str, list[Launch]]:
-    """Launches by regime, those of real calls: forward, backward, rotation and gradient of the angles."""
+    """Return launches by regime, those of real calls: forward, backward, rotation and gradient of the angles."""
     found: dict[str, list[Launch]] = {}
     for name, dtype in DTYPES.items():
         # every head_dim in bfloat16; float16 has the same tiles, float32 others for D <= 64 and above
         dims = (16, 24, 32, 64, 72, 80, 88, 96, 104, 112, 128) if name == "bf16" else (64, 80, 128)
         for dim in dims:
-            for tokens in (64, 128, 256, 576):  # a window, a larger one, k turned in the loop, and before
+            for tokens in (64, 128, 256, 576):  # a window, a larger one, k rotated in the loop, and before
                 found[f"{name} D={dim} N={tokens}"] = launches(family, dtype, dim, tokens)
     bf16 = torch.bfloat16
     for dim in (64, 72, 80, 88, 96, 104, 112, 128):  # tiles for a single image; windows with one head a program
@@ -86,7 +86,7 @@ def cases(family: Family) -> dict[str, list[Launch]]:
     for tokens in (64, 256, 576):
         found[f"bf16 D=64 N={tokens} interleaved"] = launches(family, bf16, 64, tokens, pairing="interleaved")
         found[f"bf16 D=72 N={tokens} axis_half"] = launches(family, bf16, 72, tokens, pairing="axis_half")
-        found[f"bf16 D=80 N={tokens}, 40 of them turned"] = launches(family, bf16, 80, tokens, rotary_dim=40)
+        found[f"bf16 D=80 N={tokens}, 40 of them rotated"] = launches(family, bf16, 80, tokens, rotary_dim=40)
         found[f"bf16 D=64 N={tokens} no rotary"] = launches(family, bf16, 64, tokens, rotary_dim=0)
     return found
 
@@ -95,7 +95,8 @@ def launches(
     family, dtype, dim, tokens, *,
     heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False, few=False,
 ) -> list[Launch]:  # fmt: skip
-    """Those of a call on views of a fused projection, four heads wide. Tensors without memory: none is read."""
+    """Return the launches of a call on views of a fused projection, four heads wide. Tensors without memory: none is
+    read."""
     batch = 1 if windows or few else 300
     tokens *= 300 if windows else 1
     with torch.device("meta"):
@@ -149,13 +150,13 @@ def build(regime: str, launch: Launch, name: str) -> Built:
 
 
 def scores(launch: Launch) -> int:
-    """Of a tile of the main loop."""
+    """Return the scores of a tile of the main loop."""
     constants = launch.constants
     return constants["BM"] * constants["BN"] if "BM" in constants else constants.get("BLOCK", 1) ** 2
 
 
 def main_loop(code: list[Instruction]) -> list[str]:
-    """Names of the innermost loop that multiplies on tensor cores and copies ahead, the first of several."""
+    """Return names of the innermost loop that multiplies on tensor cores and copies ahead, the first of several."""
     loops = []
     for address, name, operands, _ in code:
         if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands)):
@@ -168,7 +169,8 @@ def main_loop(code: list[Instruction]) -> list[str]:
 
 
 def source(launch: Launch) -> ASTSource:
-    """As the just-in-time compiler would specialise it: integers of 1, and what 16 divides. Addresses are aligned."""
+    """Return the source specialised as the just-in-time compiler would: integers of 1, and multiples of 16. Addresses
+    are aligned."""
     names = launch.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="regimes, as cases() names them")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="table to write")
-    parser.add_argument("--budget", type=Path, help="limits to write: what was found and a tenth more")
+    parser.add_argument("--budget", type=Path, help="limits to write: the results and a tenth more")
     arguments = parser.parse_args()
     if arguments.reports:
         reports = [json.loads(path.read_text()) for path in arguments.reports]
@@ -229,14 +231,14 @@ def compile_all(targets: list[str], only: list[str] | None) -> list[dict]:
 
 
 def unit(row: dict) -> str:
-    """What has a budget of its own: a kernel on a GPU, by dtype and head_dim, the forward also by where k is turned."""
+    """Return the key of a budget: a kernel on a GPU, by dtype and head_dim, the forward also by where k is rotated."""
     kernel, dtype, *options = row["launch"].split()
     shown = [option for option in options if option.startswith(("D=", "ROTATE_K=", "BLOCK="))]
     return " ".join([row["target"], kernel, dtype, *shown])
 
 
 def budget(report: dict) -> dict[str, dict[str, float]]:
-    """Limits by unit: registers that let as many programs fit an SM as do now, and a tenth more instructions."""
+    """Return limits by unit: registers for the same number of programs per SM, and a tenth more instructions."""
     limits: dict[str, dict[str, float]] = {}
     for row in report["rows"]:
         threads = 32 * int(re.search(r"warps=(\d+)", row["launch"])[1])
@@ -251,7 +253,7 @@ def budget(report: dict) -> dict[str, dict[str, float]]:
 
 
 def exceeded(report: dict, limits: dict[str, dict[str, float]]) -> list[str]:
-    """What is over its budget; a kernel without one, too."""
+    """Return what exceeds its budget, including kernels without one."""
     found = []
     for row in report["rows"]:
         limit = limits.get(unit(row))
@@ -273,8 +275,8 @@ def markdown(report: dict) -> str:
         "main loop, by kind; per score: what a lane issues there for each score of its tile (without rotation and",
         "running maximum, the arithmetic of the softmax alone is 3.5).",
         "",
-        "`tests/backends/triton/test_budget.py` fails if anything spills, exceeds its `budget.json`, needs more shared",
-        "memory than the chip has, or uses no tensor core (float32, which runs on the ordinary units, excepted).",
+        "`tests/triton/test_budget.py` fails if anything spills, exceeds `tests/triton/budget.json`, needs more shared",
+        "memory than the chip has, or uses no tensor core (float32, which does not use them, excepted).",
         "",
     ]
     for target in TARGETS:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers that are touched while a warp group's product still works on them, in the SASS of a Hopper kernel.
+"""Find registers that are touched while a warp group's product still uses them, in the SASS of a Hopper kernel.
 
     python -m tools.triton_hazards kernel.sass     # as cuobjdump --dump-sass writes it
 
 HGMMA returns at once. Until a WARPGROUP.DEPBAR says that its group is complete, the tensor cores read its operand A
 from registers and write its result D to registers; hardware does not guard them, the compiler must. ptxas 12.8 and 12.9
 are known to reuse operands too early (triton-lang/triton#11781, fla-org/flash-linear-attention#1262): results that are
-wrong now and then, on a GPU only. Found here without one:
+sometimes wrong, on a GPU only. Found here without one:
 
     writes A   an operand in flight is overwritten
     writes D   a result in flight is overwritten, but for a product that adds to the same one
     reads D    a result is used before the wait
 
-Every way through the kernel is walked, with what is in flight on it, until nothing new is found: loops too. What a
-predicate guards may happen, and may not. B, and A where it has a descriptor, are in shared memory: not looked at.
+Every path through the kernel is followed, with the products in flight, until nothing new is found: loops too.
+Predicated instructions may or may not be executed. B, and A with a descriptor, are in shared memory: not checked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tools.sass import Flow, Instruction, conditional, functions
 NO_RESULT = ("BAR", "BRX", "BSSY", "BSYNC", "CALL", "FCHK", "NANOSLEEP", "R2P", "RET", "WARPSYNC")
 LOADS = ("LD", "LDG", "LDS", "LDL", "LDC", "ATOM", "ATOMG", "ATOMS")
 STORES = ("ST", "STG", "STS", "STL", "RED", "ATOM", "ATOMG", "ATOMS")
-MOST_GROUPS = 8  # that are told apart; older ones count as one
+MOST_GROUPS = 8  # distinguished groups; older ones count as one
 
 
 class Hazard(NamedTuple):
@@ -53,7 +53,7 @@ class Product(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """Products by address, in groups, the oldest first; and those of the group that is not complete yet."""
+    """Products in flight by address, in groups, the oldest first; and those of the incomplete group."""
 
     groups: tuple[frozenset[int], ...] = ()
     group: frozenset[int] = frozenset()
@@ -82,13 +82,13 @@ def operands_of(one: Instruction) -> list[str]:
 
 
 def span(register: str, width: int) -> frozenset[int]:
-    """R8 and the width - 1 behind it; nothing of RZ or a number."""
+    """Return R8 and the width - 1 registers behind it; nothing for RZ or a number."""
     found = re.search(r"\bR(\d+)", register)
     return frozenset(range(int(found[1]), int(found[1]) + width)) if found else frozenset()
 
 
 def split(one: Instruction) -> tuple[str, list[str]]:
-    """The register that is the result, "" if there is none, and the other operands. A predicate may stand before it."""
+    """Return the result register, "" if there is none, and the other operands. A predicate may stand before it."""
     operands = operands_of(one)
     base = one.name.split(".")[0]
     while operands and re.fullmatch(r"U?P(\d|T|R)", operands[0]):
@@ -98,13 +98,13 @@ def split(one: Instruction) -> tuple[str, list[str]]:
 
 
 def bits(one: Instruction) -> int:
-    """Registers of what an instruction moves."""
+    """Return the width of an instruction's data in registers."""
     options = one.name.split(".")[1:]
     return 4 if "128" in options else 2 if {"64", "U64", "S64", "F64"} & set(options) else 1
 
 
 def matrices(one: Instruction) -> int:
-    """Of LDSM and STSM: a register each."""
+    """Return the registers of LDSM and STSM: one per matrix."""
     last = one.name.split(".")[-1]
     return int(last) if last in ("2", "4") else 1
 
@@ -153,14 +153,14 @@ def reads(one: Instruction) -> frozenset[int]:
 
 
 def product(one: Instruction) -> Product | None:
-    """Of HGMMA D, A, B, C: D and C are the same, C is RZ in a first product."""
+    """Return the operands of HGMMA D, A, B, C: D and C are the same, C is RZ in a first product."""
     base, *options = one.name.split(".")
     if not re.fullmatch(r"[A-Z]GMMA", base):
         return None
     shape = re.fullmatch(r"64x(\d+)x\d+", options[0]) if options else None
     operands = operands_of(one)
     if not shape or len(operands) < 3 or not re.fullmatch(r"R\d+", operands[0]):
-        raise ValueError(f"{one.name} {one.operands}: a product that is not understood")
+        raise ValueError(f"{one.name} {one.operands}: an unknown product")
     columns = int(shape[1])
     d = span(operands[0], columns // (4 if options[1:2] == ["F16"] else 2))
     a = span(operands[1], 4) if operands[1].startswith("R") else frozenset()
@@ -171,7 +171,7 @@ def product(one: Instruction) -> Product | None:
 
 
 def hazards(code: list[Instruction]) -> list[Hazard]:
-    """By address."""
+    """Return the hazards by address."""
     products = {found.address: found for one in code if (found := product(one))}
     if not products:
         return []

@@ -7,10 +7,10 @@
         --config benchmarks/spatial/configs/fsdp.yaml \\
         --data llava_v1_5_mix665k.json --images data --output out/finetune
 
-The first stage trains the projector on captions, the second the language model too, on conversations. An encoding that
-learns (``--start identity``) is trained in both, the rest of the tower only with ``--tune-tower``. What was saved is
-loaded again at the end, and must be patched as was asked and compute what the model in memory does; else the exit
-status is 1. README.md beside this file says more.
+The first stage trains the projector on captions, the second also the language model, on conversations. A learned
+encoding (``--start identity``) is trained in both, the rest of the tower only with ``--tune-tower``. The saved model is
+loaded again at the end, and must be patched as requested and compute what the model in memory does; else the exit
+status is 1. README.md in this folder says more.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from spatial_pe.towers.fused_attention import FusedAttention
 
 @dataclass(frozen=True)
 class Tower:
-    """``prefix``: tokens before the patches, which LLaVA leaves out."""
+    """Sizes of a tower. ``prefix``: tokens before the patches, which LLaVA drops."""
 
     checkpoint: str
     prefix: int = 0
@@ -66,12 +66,12 @@ TOWERS = {
     "siglip2": Tower("google/siglip2-base-patch16-256"),
     "aimv2": Tower("apple/aimv2-large-patch14-224"),
 }
-LAYER = -2  # whose output is projected
+LAYER = -2  # layer whose output is projected
 ROPES: dict[str, dict[str, Any]] = {
     "none": {},
     "axial": {"rope": "axial"},
     "mixed": {"rope": "mixed"},
-    "2601.09954": {"legacy": "2601.09954"},  # what that paper's public code computes, which is no rotation
+    "2601.09954": {"legacy": "2601.09954"},  # the paper's public code, which is no rotation
 }
 
 # LLaVA-1.5's settings for 8 GPUs (arXiv 2310.03744 and its scripts); --config overrides any of them
@@ -96,7 +96,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 class RecipeError(Exception):
-    """What the user can put right; the message says how."""
+    """An error that the user can fix; the message says how."""
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -122,8 +122,8 @@ def run(options: argparse.Namespace) -> None:
     last = get_last_checkpoint(str(options.output)) if options.output.is_dir() else None
     if options.resume and last is None:
         raise RecipeError(f"--resume: no checkpoint in --output {str(options.output)!r}")
-    # Trainer of transformers 5.24 goes on from a LLaVA checkpoint with the weights that it already has: it looks for
-    # the names of its own modules, the file has those of the hub. So the weights are loaded here.
+    # Trainer of transformers 5.24 resumes from a LLaVA checkpoint with its initial weights: it looks for the names of
+    # its own modules, the file has those of the hub. So the weights are loaded here.
     start = last if options.resume else options.model
     model, processor = _loaded(Path(start)) if start else _assembled(options)
     encoder = Encoder(
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
     )
     result = trainer.train(resume_from_checkpoint=last if options.resume else None)
     probe = collate([trainer.train_dataset[0]])
-    before = _logits(trainer.model_wrapped, probe, trainer)  # all processes: its weights may be spread over them
+    before = _logits(trainer.model_wrapped, probe, trainer)  # all processes: its weights may be sharded
     trainer.save_model(str(options.output))
     if trainer.is_world_process_zero():
         report = {
@@ -176,13 +176,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--encoder", choices=TOWERS, help="pretrain: the tower")
-    parser.add_argument("--encoder-path", metavar="M", help="a folder or hub id of that family, in place of the usual")
+    parser.add_argument("--encoder-path", metavar="M", help="a folder or hub id of that family, instead of the default")
     parser.add_argument("--lm", metavar="M", help="pretrain: the language model (default: lmsys/vicuna-7b-v1.5)")
-    parser.add_argument("--rope", choices=ROPES, help="pretrain: what is added to the tower (default: none)")
+    parser.add_argument("--rope", choices=ROPES, help="pretrain: 2D RoPE added to the tower (default: none)")
     parser.add_argument("--start", choices=("identity", "full"), help="see spatial_pe.patch (default: identity)")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="finetune: what --stage pretrain wrote")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="finetune: output of --stage pretrain")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="conversations in LLaVA's JSON format")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="what its picture files lie in")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its picture files")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML of transformers.TrainingArguments")
     parser.add_argument("--tune-tower", action="store_true", help="train the whole tower, not only an added encoding")
@@ -191,7 +191,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after so many steps")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --output")
     return parser.parse_args()
 
 
@@ -205,7 +205,7 @@ def _check(options: argparse.Namespace) -> None:
             raise RecipeError(f"--model {str(options.model)!r} holds no model (config.json)")
         given = [name for name, value in made.items() if value is not None]
         if given:
-            raise RecipeError(f"{given[0]} is settled by --model: leave it out")
+            raise RecipeError(f"{given[0]} is determined by --model: leave it out")
         return
     if options.model is not None:
         raise RecipeError("--model is for --stage finetune")
@@ -245,7 +245,7 @@ def _settings(path: Path | None) -> dict[str, Any]:
 
 
 def _assembled(options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A tower, a new projector and a language model."""
+    """Build a LLaVA model from a tower, a new projector and a language model."""
     row = TOWERS[options.encoder]
     source = options.encoder_path or row.checkpoint
     tower = _tower(source)
@@ -269,7 +269,7 @@ def _assembled(options: argparse.Namespace) -> tuple[LlavaForConditionalGenerati
         vision_feature_select_strategy="default" if row.prefix else "full",
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
-    with torch.device("meta"):  # it is made of what was loaded
+    with torch.device("meta"):  # no weights: it is built from the loaded parts
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
     model.model.language_model = language.model
@@ -290,13 +290,13 @@ def _assembled(options: argparse.Namespace) -> tuple[LlavaForConditionalGenerati
 
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
-    """For ``spatial_pe.patch``."""
+    """Return the arguments of ``spatial_pe.patch``."""
     how = ROPES[options.rope or "none"]
     return {**how, "start": options.start} if options.start else how
 
 
 def _tower(source: str) -> nn.Module:
-    """The vision tower alone, also of a checkpoint of two towers."""
+    """Return the vision tower alone, also of a checkpoint of two towers."""
     config = AutoConfig.from_pretrained(source)
     config = getattr(config, "vision_config", config)
     with torch.device("meta"):
@@ -310,7 +310,7 @@ def _loaded(path: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 
 
 def _freeze(model: LlavaForConditionalGeneration, options: argparse.Namespace, encoder: Encoder) -> list[str]:
-    """What the stage trains; returns what that is, shortened to the parts of the model."""
+    """Freeze all but the trained parts of the stage; return their names, shortened."""
     model.requires_grad_(False)
     tower = model.model.vision_tower
     for name, parameter in tower.named_parameters():
@@ -339,7 +339,7 @@ def _part(name: str) -> str:
 
 
 def _freeze_unused(tower: nn.Module, encoder: Encoder) -> None:
-    """LLaVA reads the last layer but one: what comes after gets no gradient, which data parallelism waits for."""
+    """Freeze layers after the last one that LLaVA reads: they get no gradient, which data parallelism waits for."""
     learning = [p for p in tower.parameters() if p.requires_grad]
     if not learning:
         return
@@ -360,7 +360,7 @@ class UnverifiedError(Exception):
 
 def _verify(options: argparse.Namespace, probe: dict[str, Tensor], before: Tensor, trainer: Trainer) -> dict[str, Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the paper's variant is no rotation was said
+        warnings.simplefilter("ignore")  # the warning that the paper's variant is no rotation was shown before
         try:
             model = spatial_pe.from_pretrained(LlavaForConditionalGeneration, options.output, dtype=torch.float32)
         except ValueError as error:
@@ -383,7 +383,7 @@ def _verify(options: argparse.Namespace, probe: dict[str, Tensor], before: Tenso
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """What the tower's config must say: in the second stage, what that of the first does."""
+    """Return what the tower's config must contain: in the second stage, that of the first."""
     if options.model:
         config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
         return config["vision_config"]["spatial_pe"]
@@ -393,7 +393,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, probe: dict[str, Tensor], trainer: Trainer) -> Tensor:
-    """(L, vocabulary) float32 on the CPU, of one example."""
+    """Return (L, vocabulary) float32 on the CPU, of one example."""
     model.eval()
     inputs = {name: tensor.to(trainer.args.device) for name, tensor in probe.items() if name != "labels"}
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():

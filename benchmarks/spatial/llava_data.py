@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA's conversations as training examples: read, tokenised as the model will see them later, collated.
+"""LLaVA's conversations as training examples: read, tokenised as for inference, collated.
 
 The format is that of LLaVA's own JSON files (blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json): a list of
 ``{"id", "image": file (absent: text only), "conversations": [{"from": "human" | "gpt", "value": text}]}``, where
@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORED = -100  # a label that takes no part in the loss
-# Chat of transformers' LLaVA-1.5 checkpoints, so that what evaluates those evaluates these. Pictures come first.
+IGNORED = -100  # a label without loss
+# Chat template of transformers' LLaVA-1.5 checkpoints, so that their evaluations apply. Pictures come first.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message names the example."""
+    """Data that cannot be used for training; the message names the example."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,16 @@ class Example:
 
 
 def read(path: Path, images: Path) -> list[Example]:
-    """The examples of a file, checked.
+    """Read the examples of a file and check them.
 
     Args:
         path: LLaVA's JSON.
         images: the folder that its "image" entries are relative to.
 
     Raises:
-        DataError: the file is not LLaVA's JSON, turns do not alternate, or a text has more or fewer ``<image>`` than
-            there are pictures.
+        DataError: the file is not LLaVA's JSON, human and gpt do not alternate, or the number of ``<image>`` in a text is not
+        the
+            number of pictures.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +76,7 @@ def _example(index: int, row: Any, images: Path) -> Example:
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f'{name} has no "conversations" of "from" and "value": {error}') from error
     if len(said) < 2 or [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
-        raise DataError(f"{name}: human and gpt must take turns, human first, got {[who for who, _ in said]}")
+        raise DataError(f"{name}: human and gpt must alternate, human first, got {[who for who, _ in said]}")
     files = [files] if isinstance(files, str) else list(files)
     held = sum(text.count("<image>") for _, text in said)
     if held != len(files):
@@ -86,7 +87,7 @@ def _example(index: int, row: Any, images: Path) -> Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples into tokens and pixels.
+    """Converter of examples to tokens and pixels.
 
     ``tokens``: the length of a picture; ``longest``: of a sequence; ``plain``: captions only, as LLaVA's first stage,
     else the chat of CHAT_TEMPLATE.
@@ -99,7 +100,8 @@ class Encoder:
     plain: bool
 
     def __call__(self, example: Example) -> dict[str, Any]:
-        """``input_ids`` (L,) and ``labels`` (L,) int64, IGNORED outside of the answers; ``pixels`` (images, 3, H, W).
+        """Return ``input_ids`` (L,) and ``labels`` (L,) int64, IGNORED outside of the answers; ``pixels`` (images, 3,
+        H, W).
 
         Raises:
             DataError: a picture cannot be read, or would be cut at ``longest``; no answer is left before it.
@@ -127,7 +129,7 @@ class Encoder:
         }
 
     def text(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
-        """What the model reads, and where in it the answers are; they include the token that ends them."""
+        """Return the model's input text, and the spans of the answers in it; they include the end token."""
         eos = self.tokenizer.eos_token
         text, answers = "", []
         for question, answer in example.turns:
@@ -145,13 +147,13 @@ class Encoder:
         return text.replace("<image>", "<image>" * self.tokens), answers
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """(3, H, W) float32; padded to a square with the processor's mean colour first, as LLaVA-1.5 does."""
+        """Return (3, H, W) float32; padded to a square with the processor's mean colour first, as LLaVA-1.5 does."""
         colour = tuple(int(255 * channel) for channel in self.image_processor.image_mean)
         return self.image_processor(squared(image, colour), return_tensors="pt")["pixel_values"][0]
 
 
 def _picture_first(question: str) -> str:
-    """LLaVA's files have it before or after the question; it is trained, and asked, before."""
+    """Move <image> before the question, as in training and inference; LLaVA's files have it before or after."""
     count = question.count("<image>")
     return "<image>\n" * count + question.replace("<image>", "").strip()
 
@@ -174,7 +176,7 @@ def squared(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 class Conversations(Dataset):
-    """Examples, encoded when they are asked for."""
+    """Examples, encoded on access."""
 
     def __init__(self, examples: Sequence[Example], encoder: Encoder) -> None:
         self.examples, self.encoder = examples, encoder
@@ -187,8 +189,9 @@ class Conversations(Dataset):
 
 
 class Collator:
-    """Pads on the right. A batch without a picture gets a grey one that nothing attends to and no loss is taken on:
-    all processes of a step must run the tower and the projector, or they wait for each other's gradients forever."""
+    """Collate with padding on the right. A batch without a picture gets a grey one that is not attended to and has no
+    loss: all processes of a step must run the tower and the projector, or they wait for each other's gradients
+    forever."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder

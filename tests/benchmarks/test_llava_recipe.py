@@ -124,7 +124,7 @@ def test_a_batch_without_pictures_runs_the_tower_and_changes_nothing(folder, enc
     ("change", "message"),
     [
         ({"image": ["0.png", "1.png"]}, "has 2 pictures and 1 <image>"),
-        ({"conversations": [{"from": "gpt", "value": "red"}]}, "human and gpt must take turns"),
+        ({"conversations": [{"from": "gpt", "value": "red"}]}, "human and gpt must alternate"),
         ({"conversations": None}, 'has no "conversations"'),
     ],
 )

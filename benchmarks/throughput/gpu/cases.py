@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which shapes are measured, in which order, and the inputs of one."""
+"""Measured shapes, in order, and the inputs of one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DIMS = (64, 72, 80)
 # 64 tokens are a window of Qwen2.5-VL: packed, and an image of 448 x 448 pixels has 16 of them.
 WINDOW, WINDOWS_OF_AN_IMAGE = 64, 16
 HEADS = 16
-# Tokens of all samples in the large batch: 80 MB for each of q, k, v at head_dim 64, more than an L2 holds.
+# Total tokens in the large batch: 80 MB for each of q, k, v at head_dim 64, more than an L2 holds.
 LARGE = 36_864
 # Images in the small batches.
 SMALL = (1, 8)
-# (tokens, head_dim) that the project has promised figures for (report.TARGETS); the windows and what is unlike the
-# others first, so that a run that ends early has one of each kind.
+# (tokens, head_dim) with targets (report.TARGETS); the windows and the most different ones first, so that a run that
+# ends early has one of each kind.
 TARGETS = (
     *((64, 80), (576, 64), (196, 64), (729, 72), (1024, 80)),
     *((64, 64), (1024, 64), (4096, 64), (256, 64), (1025, 64)),
@@ -32,7 +32,7 @@ ATTENTION = ("forward", "backward", "forward+backward")
 
 @dataclass(frozen=True)
 class Shape:
-    """batch: samples, or windows where tokens is WINDOW."""
+    """Shape of a call. batch: samples, or windows where tokens is WINDOW."""
 
     batch: int
     tokens: int
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of the forward: two matrix products."""
+        """FLOP of the forward: two matrix products."""
         return 4 * self.batch * self.heads * self.tokens**2 * self.dim
 
     def __str__(self) -> str:
@@ -59,8 +59,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """A shape, what is measured of it ("rotary" is the rotation alone), and which variants (see variants.py) take
-    part."""
+    """A shape, its measurements ("rotary" is the rotation alone), and its variants (see variants.py)."""
 
     shape: Shape
     directions: tuple[str, ...]
@@ -77,10 +76,10 @@ COMPILER = ("compiled-cudnn", "flex", "cudnn-rope")
 
 
 def plan(name: str) -> list[Work]:
-    """Most important first: a run does as many as it has time for, and lists the others.
+    """Return the work, most important first: a run does as much as it has time for, and lists the rest.
 
-    table: the shapes with targets, a large batch of each. small: one image, and eight. compiled: what torch.compile
-    makes, and cuDNN's own rotation.
+    table: the shapes with targets, a large batch of each. small: one image, and eight. compiled: torch.compile, and
+    cuDNN's own rotation.
     """
     if name == "table":
         return [Work(large(*pair), ("forward", "backward", "rotary"), 7, _names(pair, TABLE)) for pair in TARGETS]
@@ -125,7 +124,7 @@ class Inputs:
         coordinates = torch.stack([token // side, token % side], 1).float()
         rotary = spatial_pe.AxialRoPE(shape.dim)(coordinates.repeat(sequences if shape.packed else 1, 1))
         self.rotary = rotary.to(device)
-        # (N or T, D) float32, each angle twice: what rotate-half takes
+        # (N or T, D) float32, each angle twice: the format of rotate-half
         self.cos, self.sin = (table[0, :, 0].repeat(1, 2).to(device) for table in (rotary.cos, rotary.sin))
         self.cu_seqlens: Tensor | None = None
         self.max_seqlen: int | None = None
@@ -134,7 +133,7 @@ class Inputs:
             self.cu_seqlens, self.max_seqlen = bounds.to(device), tokens
 
     def call(self, rotated: bool = True) -> AttentionCall:
-        """What a backend receives; packed sequences are one sample."""
+        """Return the arguments of a backend; packed sequences are one sample."""
         q, k, v = (x[None] for x in self.qkv) if self.shape.packed else self.qkv
         rotary = self.rotary if rotated else None
         return AttentionCall(q, k, v, rotary, self.shape.dim**-0.5, self.cu_seqlens, self.max_seqlen, None)

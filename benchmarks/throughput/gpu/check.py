@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel of a backend, bfloat16 and float16, at the shapes that are measured, against float64 on the device.
+"""Check every kernel of a backend, bfloat16 and float16, at the measured shapes, against float64 on the device.
 
     python -m benchmarks.throughput.gpu.check --backend triton --out step1.json --until SECONDS --now FILE
 
-The worst row of each result, and two runs bit for bit. The backward comes first, with the forward's results taken from
-float64, so that a wrong forward does not make it wrong: the window backward, the key and the query kernel are where
-compilers for this GPU have had bugs (triton#11781, flash-linear-attention#640). It is started again behind what hung.
+The worst row of each result, and two runs bit for bit. The backward comes first, with the forward's results from
+float64, so that a wrong forward does not affect it: the window backward, the key and the query kernel are where
+compilers for this GPU have had bugs (triton#11781, flash-linear-attention#640). It is restarted after what hung.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"triton": triton, "cuda": cuda}
 DEVICE_LOST = 70
 Results = dict[str, Tensor]
-Unit = tuple[str, Callable[[], Results], Results]  # name, what runs it, what it must give
+Unit = tuple[str, Callable[[], Results], Results]  # name, function, expected results
 
 
 def units(backend: str, call: AttentionCall, dout: Tensor) -> Iterator[Unit]:
-    """The kernels that serve a call, most suspicious first; the rotation and the angles are Triton's alone."""
+    """Yield the kernels of a call, most suspicious first; the rotation and the angles are Triton's alone."""
     module = BACKENDS[backend]
     expected = guard.exact(call, dout)
     out, lse = expected["out"].to(call.q.dtype), expected["lse"]
@@ -50,8 +50,8 @@ def units(backend: str, call: AttentionCall, dout: Tensor) -> Iterator[Unit]:
     if backend != "triton" or call.rotary is None:
         return
     rotary, q, k = call.rotary, call.q, call.k
-    turned = {name: rotated(x.double(), rotary) for name, x in (("q", q), ("k", k))}
-    yield "rotate", lambda: dict(zip("qk", triton.rotation((q, k), rotary), strict=True)), turned
+    both = {name: rotated(x.double(), rotary) for name, x in (("q", q), ("k", k))}
+    yield "rotate", lambda: dict(zip("qk", triton.rotation((q, k), rotary), strict=True)), both
     grads = [expected[name].to(q.dtype) for name in ("dq", "dk")]
     angles = (rotary.pairing, None)
     dphi = {"dphi": reference.angle_gradient(q, k, *grads, rotary.cos.double(), *angles)}
@@ -59,7 +59,7 @@ def units(backend: str, call: AttentionCall, dout: Tensor) -> Iterator[Unit]:
 
 
 def kernels(backend: str, unit: str, call: AttentionCall) -> dict[str, str]:
-    """result -> the kernel that computes it, as the plan says."""
+    """Return result -> the kernel that computes it, according to the plan."""
     if backend == "triton" and unit in ("forward", "backward"):
         from spatial_pe.backends.triton import tiles
 
@@ -71,14 +71,14 @@ def kernels(backend: str, unit: str, call: AttentionCall) -> dict[str, str]:
 
 
 def name_of(backend: str, unit: str, dtype: str) -> str:
-    """As measure.py calls it, which leaves out what never came back here."""
+    """Return the name as in measure.py, which skips what hung here."""
     if dtype == "bf16" and unit in ("forward", "backward"):
         return {"triton": "ours", "cuda": "cuda"}[backend]
     return f"{backend} {unit} {dtype}"
 
 
 class Run:
-    """One process's part of the checks."""
+    """Part of the checks that one process runs."""
 
     def __init__(self, backend: str, out: Path, until: float, now: Path, shapes: list[Shape]) -> None:
         self.backend, self.out, self.until, self.now = backend, out, until, now
@@ -134,7 +134,7 @@ class Run:
 
 
 def checked(run: Callable[[], Results], expected: Results, dtype: torch.dtype, names: dict[str, str]) -> dict[str, Any]:
-    """{"worst_row": {result: error}, "kernels": ..., "wrong": why or None}"""
+    """Return {"worst_row": {result: error}, "kernels": ..., "wrong": why or None}."""
     first = {name: x.clone() for name, x in run().items()}
     errors = {name: guard.worst_row(x, expected[name]) for name, x in first.items()}
     return {

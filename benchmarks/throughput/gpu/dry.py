@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be checked of the three steps without a GPU, and how long they will take: `make gpu DRY=1`.
+"""Check the three steps without a GPU, as far as possible, and predict how long they will take: `make gpu DRY=1`.
 
 Every variant that a CPU can run is compared with the reference, forward and backward. Then each phase is timed:
-compiling by a sample of exactly those kernels, compiled here for sm_90 (CPU seconds, so that a busy machine does not
-matter), the rest by the model of model.py. Nothing that is printed was measured on a GPU.
+compiling by a sample of exactly those kernels, compiled here for sm_90 (CPU seconds, so that load on the machine does
+not matter), the rest by the model of model.py. Nothing that is printed was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from .cases import ATTENTION, COMPILER, DIMS, PACKED, TABLE, WINDOW, Inputs, Sha
 from .check import DTYPES
 
 ROOT = Path(__file__).parents[3]
-# The Triton of torch 2.11, if it is here: what the steps were planned for.
+# The Triton of torch 2.11, if installed: the steps were planned for it.
 TRITON = ROOT / ".venv/triton-3.6"
 FAMILY, TARGET = "hopper", ("cuda", 90, 32)
-# What a CPU cannot run: cuDNN, flash-attn, varlen_attn; FlexAttention has no backward there.
+# Variants that a CPU cannot run: cuDNN, flash-attn, varlen_attn; FlexAttention has no backward there.
 CANNOT = ("eager-cudnn", "compiled-cudnn", "rotary-cudnn", "rotary-varlen", "cudnn-rope", *variants.FLASH_ATTN)
 # torch.compile's front end; the code that inductor writes for a CPU says nothing about a GPU's.
 COMPILER_HERE = "aot_eager"
-# One of so many kernels is compiled here, of each kind: of those that are measured, and of those of the tests.
+# One of so many kernels is compiled here, of each kind: of the measured ones, and of those of the tests.
 SAMPLE, SAMPLE_OF_TESTS = 4, 20
 
 # ---- the machine that the steps are planned for, and what was never measured there: all of it modelled
 CORES = 16
-SLOWER = 1.5  # its cores against these, and everything that shares them
+SLOWER = 1.5  # its cores relative to these, and everything that shares them
 START, COLD_START = 8.0, 15.0  # of a process: importing torch, a CUDA context; the first one, from a cold disk
 TRANSFORMERS = 8.0  # importing two towers
 PIP, CONFIGURE = 6.0, 8.0
@@ -61,7 +61,7 @@ CANDIDATE, A_TEST = 0.15, 0.8
 
 
 def agree(shape: Shape, compiled: bool) -> list[str]:
-    """Every variant against float64; returns those that ran. Raises where one differs."""
+    """Compare every variant with float64; return those that ran. Raise if one differs."""
     torch._dynamo.reset()
     inputs = Inputs(shape, "cpu", torch.float16)
     exact = guard.exact(inputs.call(), inputs.batched_grad)
@@ -91,8 +91,8 @@ def agree(shape: Shape, compiled: bool) -> list[str]:
         checked.append(name)
     for name, rotation in variants.rotations(inputs).items():
         if name != "copy":
-            turned = [spatial_pe.apply_rotary(x.double(), inputs.rotary) for x in inputs.qkv[:2]]
-            if not all(guard.worst_row(x, y) < 0.005 for x, y in zip(rotation(), turned, strict=True)):
+            expected = [spatial_pe.apply_rotary(x.double(), inputs.rotary) for x in inputs.qkv[:2]]
+            if not all(guard.worst_row(x, y) < 0.005 for x, y in zip(rotation(), expected, strict=True)):
                 raise ArithmeticError(f"rotary {name} at {shape} differs from the reference")
     return checked
 
@@ -102,7 +102,7 @@ def agree(shape: Shape, compiled: bool) -> list[str]:
 
 
 class NoGpu:
-    """Triton's driver of a GPU that is not there: enough to compile for it."""
+    """Triton's driver of an absent GPU: sufficient to compile for it."""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -117,7 +117,7 @@ class NoGpu:
 
 
 def compile_sample() -> None:
-    """In a process of its own: prints how many kernels there are of each kind, and CPU seconds of some, a line each."""
+    """Print, in a separate process, how many kernels there are of each kind, and CPU seconds of some, one per line."""
     from triton.runtime.driver import driver
 
     driver.set_active(NoGpu())  # type: ignore[arg-type]
@@ -143,21 +143,21 @@ def compile_seconds(launch: Any) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it waited for: ptxas."""
+    """Return CPU seconds of this process and of its finished children: ptxas."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Kernels of one list, by kind: how many there are, and CPU seconds of those of a sample."""
+    """Kernels of one list, by kind: their number, and CPU seconds of a sample."""
 
     counts: Mapping[str, int]
     times: Mapping[str, list[float]]
 
     @property
     def total(self) -> float:
-        """Of all; a kind of which none was compiled is taken to be as the others."""
+        """Return the sum; a kind without a sample is taken to be like the others."""
         every = [x for found in self.times.values() for x in found]
         return sum(n * statistics.mean(self.times[kernel] or every) for kernel, n in self.counts.items())
 
@@ -171,7 +171,7 @@ class Compiled:
 
 
 def compiled_here() -> dict[str, Compiled]:
-    """The kernels that are measured, those of the tests, and those of the tuner (as long as the measured ones)."""
+    """Return the measured kernels, those of the tests, and those of the tuner (as long as the measured ones)."""
     path = os.pathsep.join([*([str(TRITON)] if TRITON.exists() else []), str(ROOT)])
     with tempfile.TemporaryDirectory() as cache:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -189,7 +189,7 @@ def compiled_here() -> dict[str, Compiled]:
 
 
 def nvcc_seconds() -> float | None:
-    """CPU seconds of the CUDA kernels of one head_dim, for sm_90; the six files are compiled at the same time."""
+    """Return CPU seconds of the CUDA kernels of one head_dim, for sm_90; the six files are compiled in parallel."""
     if shutil.which("nvcc") is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +203,7 @@ def nvcc_seconds() -> float | None:
 
 
 def tuned_kernels() -> dict[Any, Any]:
-    """Of `spatial-pe tune --quick`."""
+    """Return the kernels of `spatial-pe tune --quick`."""
     from spatial_pe import tuning
     from spatial_pe.backends.triton import tiles
 
@@ -223,7 +223,7 @@ def tuned_kernels() -> dict[Any, Any]:
 
 
 def tested_kernels() -> dict[Any, Any]:
-    """Of the cases of tests/backends/gpu, in every dtype, with the tiles of a large batch."""
+    """Return the kernels of tests/gpu, in every dtype, with the tiles of a large batch."""
     sys.path.insert(0, str(ROOT / "tests"))
     from oracles import make
     from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
@@ -257,7 +257,8 @@ def tested_kernels() -> dict[Any, Any]:
 
 
 def exact_seconds(size: list[int]) -> float:
-    """Float64, forward and backward: seven products, a dozen passes over the scores, forty launches a sequence."""
+    """Return the time of float64, forward and backward: seven products, a dozen passes over the scores, forty launches
+    a sequence."""
     batch, heads, tokens, dim = size
     scores = batch * heads * tokens * tokens
     return 14 * scores * dim / DOUBLE_FLOPS + 12 * 16 * scores / DOUBLE_BYTES + 40 * batch * LAUNCH * 3
@@ -283,7 +284,7 @@ def measure_seconds(name: str) -> float:
 
 
 def estimates(here: Mapping[str, Compiled], nvcc: float | None) -> dict[tuple[int, str], tuple[float, str]]:
-    """(step, phase) -> seconds on the machine that the steps are for, and how they are known."""
+    """Return (step, phase) -> seconds on the target machine, and the source of the estimate."""
     from spatial_pe import tuning
 
     workers = min(warm.MOST_PROCESSES, CORES - 2)
@@ -327,7 +328,7 @@ def _base(problem: Any) -> Any:
 
 
 def collected() -> int:
-    """How many tests need a GPU."""
+    """Return how many tests need a GPU."""
     command = [
         sys.executable,
         "-m",
@@ -350,7 +351,7 @@ def collected() -> int:
 
 @dataclass(frozen=True)
 class Planned:
-    """When a phase begins and ends, the most that it may take, and how that is known."""
+    """Begin and end of a phase, its limit, and the source of the estimate."""
 
     step: int
     name: str
@@ -367,7 +368,7 @@ class Planned:
 def timeline(
     number: int, step: Any, times: Mapping[tuple[int, str], tuple[float, str]], limit: Callable[..., float]
 ) -> list[Planned]:
-    """The phases of a step as gpu_session.py runs them, if each takes what is expected."""
+    """Return the phases of a step as gpu_session.py runs them, if each takes the expected time."""
     now, beside, found = 0.0, {}, []
     for index, phase in enumerate(step.phases):
         for name in phase.after:
@@ -383,7 +384,7 @@ def timeline(
 
 
 def run(steps: Mapping[int, Any], out: Path) -> int:
-    """Prints the plan of all steps, and leaves it in out/plan.json. Returns 1 where one does not fit."""
+    """Print the plan of all steps, and write it to out/plan.json. Return 1 if one does not fit."""
     from benchmarks.gpu_session import CLOSING_SECONDS, limit
 
     begin = time.monotonic()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer of real towers at their width, before and after spatial_pe.patch, called as users call them.
+"""Measure one layer of real towers at their width, before and after spatial_pe.patch, called as users call them.
 
     python -m benchmarks.throughput.gpu.layers --out step1.json --until SECONDS --now FILE
 
 transformers' own classes with random weights, on which speed does not depend: the whole tower, but one layer of it,
 on a batch of images. Nothing is passed by hand that a user would not: the lengths of the windows are found by the
-patched layer, as they are in a model. Says which kernels served.
+patched layer, as in a model. Reports which kernels ran.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Built = tuple[nn.Module, Callable[[nn.Module], Tensor], str]
 
 
 def qwen2_5_vl(scale: int = 8, width: int = 1280) -> Built:
-    """A layer with windows: `scale` images of 896 x 896 pixels, 4,096 tokens each in windows of 64."""
+    """Build a layer with windows: `scale` images of 896 x 896 pixels, 4,096 tokens each in windows of 64."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -50,7 +50,7 @@ def qwen2_5_vl(scale: int = 8, width: int = 1280) -> Built:
 
 
 def siglip(scale: int = 48, width: int = 1152) -> Built:
-    """SigLIP-so400m at 384 pixels: 729 tokens an image, 16 heads of 72. It does not rotate."""
+    """Build SigLIP-so400m at 384 pixels: 729 tokens an image, 16 heads of 72, no rotation."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(
@@ -70,7 +70,7 @@ def first(result: Any) -> Tensor:
 
 
 def measure(name: str, build: Callable[[], Built]) -> dict[str, Any]:
-    """Milliseconds of a forward, and of a forward with its backward; by how much the outputs differ."""
+    """Return milliseconds of a forward, and of a forward with its backward; and the difference of the outputs."""
     with torch.device(DEVICE):
         model, forward, what = build()
     before = model.eval().to(DTYPE)
@@ -91,8 +91,8 @@ def measure(name: str, build: Callable[[], Built]) -> dict[str, Any]:
         calls = {key: run(forward, tower) for key, tower in towers.items()}
         settings = {key: timing.calibrate(call) for key, call in calls.items()}
         samples: dict[str, list[float]] = {key: [] for key in calls}
-        for turn in range(ROUNDS):
-            for key in list(calls) if turn % 2 == 0 else reversed(list(calls)):
+        for index in range(ROUNDS):
+            for key in list(calls) if index % 2 == 0 else reversed(list(calls)):
                 samples[key].append(timing.sample(calls[key], settings[key]))
         found["median_ms"][direction] = {key: statistics.median(times) for key, times in samples.items()}
     return found
@@ -112,7 +112,7 @@ def training(forward: Callable[[nn.Module], Tensor], tower: nn.Module) -> timing
 
 
 def kept_kernels(call: Callable[[], Any]) -> list[str]:
-    """The Triton kernels that a call was served by: windows, or tiles for any length."""
+    """Return the Triton kernels of a call: windows, or tiles for any length."""
     if triton.unavailable() is not None:
         return []
     from spatial_pe.backends.triton import launch_cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session runs on, without torch: importing it takes ten seconds on a machine that has just started."""
+"""Description of the machine without torch: importing it takes ten seconds on a machine that has just started."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
 
 
 def architecture(machine: dict[str, Any]) -> str | None:
-    """As SPATIAL_PE_CUDA_ARCHS takes it: "90" for sm_90."""
+    """Return the architecture as for SPATIAL_PE_CUDA_ARCHS: "90" for sm_90."""
     found = re.fullmatch(r"(\d+)\.(\d)", machine["gpu"].get("compute_cap", ""))
     return f"{found[1]}{found[2]}" if found else None
 
@@ -47,7 +47,7 @@ def lines(machine: dict[str, Any]) -> list[str]:
 
 
 def _ptxas() -> str:
-    """Triton's own, which compiles its kernels: versions below 13.1 have had wrong results of wgmma (triton#11781)."""
+    """Return the version of Triton's ptxas: versions below 13.1 have had wrong results of wgmma (triton#11781)."""
     spec = importlib.util.find_spec("triton")
     own = Path(spec.origin).with_name("backends") / "nvidia/bin/ptxas" if spec and spec.origin else Path("ptxas")
     return os.environ.get("TRITON_PTXAS_PATH") or str(own)

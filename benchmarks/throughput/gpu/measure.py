@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that measures, until its time is up. It is started again where a variant has taken the device down.
+"""Measure until the time is up. This process is restarted if a variant has taken the device down.
 
     python -m benchmarks.throughput.gpu.measure --plan table --out step1.json --until SECONDS --now FILE
 
---until: a time of time.time(). --now: a file that always says what is being run, for whoever has to find out what
-broke. Exit status 70: the device does not answer any more.
+--until: a time of time.time(). --now: a file that always names the running call, to find out what broke. Exit status
+70: the device does not respond any more.
 
-Nothing is timed that is wrong: every row of every result, ours and others', is compared with float64 on the device, and
+Wrong results are not timed: every row of every result, ours and others', is compared with float64 on the device, and
 our kernels are run twice and compared bit for bit (spatial_pe/backends/guard.py).
 """
 
@@ -35,20 +35,20 @@ from .variants import rotations
 Row = dict[str, Any]
 DEVICE = "cuda"
 DEVICE_LOST = 70
-# FLOP of a direction by those of the forward.
+# FLOP of a direction relative to the forward.
 FLOPS = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
-# Of device time, while the clocks are read.
+# Device time while the clocks are read.
 LOAD_MS = 20.0
-# A shape is not begun with less time left.
+# A shape is not started with less time left.
 BEGIN_SECONDS = 4.0
 
 
 class DeviceLostError(RuntimeError):
-    """An illegal access, or the like: nothing can be computed in this process any more."""
+    """An illegal access, or the like: nothing more can be computed in this process."""
 
 
 class Run:
-    """One process's part of a run."""
+    """Part of a run that one process does."""
 
     def __init__(self, out: Path, until: float, now: Path, name: str) -> None:
         self.out, self.until, self.now = out, until, now
@@ -75,11 +75,11 @@ class Run:
                 self.shape(work)
             except DeviceLostError:
                 raise
-            except Exception as error:  # not one of the variants: no memory for the inputs, say
+            except Exception as error:  # not a variant's error, e.g. no memory for the inputs
                 why = self.survived(error)
                 entry = {"size": work.shape.size, "direction": "inputs", "variant": "inputs", "why": why}
                 self.state["broken"].append(entry)
-            torch._dynamo.reset()  # compiled code is kept by function, and only 8 shapes of it
+            torch._dynamo.reset()  # compiled code is cached by function, and only 8 shapes of it
             gc.collect()
             torch.cuda.empty_cache()
         self.save()
@@ -184,22 +184,23 @@ class Run:
         }
 
     def samples(self, work: Work, direction: str, calls: dict, settings: dict, refused: dict) -> dict[str, list[float]]:
-        """Milliseconds per call, in turns, every other round in reverse order. What fails now is refused after all."""
+        """Return milliseconds per call, interleaved, every other round in reverse order. Variants that fail now are
+        refused."""
         found: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(work.rounds):
-            for name in list(found) if turn % 2 == 0 else list(reversed(found)):
+        for index in range(work.rounds):
+            for name in list(found) if index % 2 == 0 else list(reversed(found)):
                 self.mark(work.shape.size, direction, name)
                 try:
                     found[name].append(timing.sample(calls[name], settings[name]))
                 except Exception as error:
                     refused[name] = self.survived(error)
                     del found[name]
-            if self.left() < 0 and turn >= 2:
+            if self.left() < 0 and index >= 2:
                 break
         return found
 
     def survived(self, error: Exception) -> str:
-        """The error in one line, if the device still answers."""
+        """Return the error in one line, if the device still responds."""
         line = (str(error).strip().splitlines() or [""])[0][:300]
         message = f"{type(error).__name__}: {line}"
         try:
@@ -216,7 +217,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------------- the host
 
     def host(self) -> dict[str, Any]:
-        """Microseconds of the host per forward of one image of 196 tokens, which the device computes in less."""
+        """Return microseconds of the host per forward of one image of 196 tokens, which the device computes faster."""
         shape = Shape(1, 196, 64)
         inputs = Inputs(shape, DEVICE)
         found: dict[str, Any] = {}
@@ -239,7 +240,7 @@ class Run:
 
 
 class Expected:
-    """What the variants must compute, in float64, with and without the rotation."""
+    """Expected results of the variants, in float64, with and without the rotation."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.found = inputs, dict[bool, dict[str, Tensor]]()
@@ -253,7 +254,7 @@ class Expected:
         return self.found[rotated]
 
     def checked(self, name: str, call: timing.Call) -> float:
-        """The error of the worst row. Raises ArithmeticError where it is too large, or two runs of ours differ."""
+        """Return the error of the worst row. Raise ArithmeticError if it is too large, or two runs of ours differ."""
         expected = self.of(name)
 
         def results() -> dict[str, Tensor]:
@@ -269,7 +270,7 @@ class Expected:
 
 
 def under_load(calls: dict[str, timing.Call], samples: dict[str, list[float]]) -> dict[str, float | None] | None:
-    """The clocks while the device works: it idles, and clocks differently, a moment after its last kernel."""
+    """Read the clocks under load: they change a moment after the last kernel."""
     name = "ours" if "ours" in samples else next(iter(samples), None)
     if name is None:
         return None
@@ -324,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def wrong(row: Row) -> list[str]:
-    """Variants of ours that compute something else."""
+    """Return variants of ours with wrong results."""
     return [n for n, why in row["refused"].items() if n in variants.OURS and why.startswith("ArithmeticError")]
 
 

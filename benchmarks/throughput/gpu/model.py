@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long things should take on an H200: a model, made before anything was measured. Needs no torch.
+"""Model of the expected times on an H200, made before anything was measured. Needs no torch.
 
-It fills the report where nothing was measured, beside the word "modelled", and plans the three steps (dry.py). Never
-used for anything that a user runs.
+Its numbers appear in the report where nothing was measured, marked "modelled", and plan the three steps (dry.py).
+Users' calls do not depend on it.
 """
 
 from __future__ import annotations
 
 LARGE = 36_864  # tokens, 16 heads; as cases.py
 HEADS = 16
-# Bytes a second of a kernel that only moves memory: 85 % of the 4.3e12 of a copy.
+# Bytes a second of a memory-bound kernel: 85 % of the 4.3e12 of a copy.
 BANDWIDTH = 3.65e12
 # (tokens, head_dim) -> microseconds of a forward of the large batch: our rotary kernel and cuDNN's attention; our
 # Triton kernels. From public rates of cuDNN and FlashAttention 3 on H100 (335, 373, 408 TFLOP/s at 512, 1k, 4k tokens
@@ -26,22 +26,23 @@ FORWARD = {
     (1024, 80): (670, 675),
     (4096, 64): (1600, 1540),
 }
-# FLOP of a backward are 2.5 times those of a forward, at a rate that is a little lower.
+# FLOP of a backward are 2.5 times those of a forward, at a slightly lower rate.
 BACKWARD = 2.7
 # The rotation in float32 with torch's operators moves twelve times the bytes of one kernel.
 EAGER = 12
-# Of a kernel that a host launches, however small.
+# Time of a launch by the host, however small the kernel.
 LEAST_MS = 0.02
 OURS = ("ours", "off", "cuda", "cuda-off", "auto")
 
 
 def rotary_ms(dim: int, tokens: int = LARGE) -> float:
-    """q and k read and written once, 2 bytes an element."""
+    """Return the time of reading and writing q and k once, 2 bytes an element."""
     return 1e3 * 4 * tokens * HEADS * dim * 2 / BANDWIDTH
 
 
 def milliseconds(variant: str, size: list[int], direction: str = "forward") -> float | None:
-    """Of one call; None for a shape or a variant that has no model. size: [batch, heads, tokens, head_dim]."""
+    """Return the time of one call; None for a shape or a variant without a model. size: [batch, heads, tokens,
+    head_dim]."""
     batch, _, tokens, dim = size
     if (tokens, dim) not in FORWARD:
         return None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the JSON files of the steps to report.md: what was measured, what is modelled, and which targets are met.
+"""Write report.md from the JSON files of the steps: measurements, models, and which targets are met.
 
     python -m benchmarks.throughput.gpu.report DIR
 
-Needs no torch and no GPU. A figure without a mark was measured; "modelled" stands beside what is not; a target is met,
-MISSED, or its row says "not run".
+Needs no torch and no GPU. A figure without a mark was measured; others are marked "modelled"; a target is met, MISSED,
+or its row says "not run".
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from . import model, state
 
-# Variants that stand for one thing, of which the best counts: what Hugging Face's towers do, with any SDPA; the same
-# compiled; our rotary kernel and any attention.
+# Groups of equivalent variants, of which the best counts: Hugging Face's towers, with any SDPA; the same compiled; our
+# rotary kernel and any attention.
 GROUPS = {
     "eager": ("eager-default", "eager-cudnn", "eager-flash"),
     "compiled": ("compiled", "compiled-cudnn"),
@@ -27,7 +27,7 @@ GROUPS = {
         *("flex", "fa2", "fa3", "fa4", "cudnn-rope"),
     ),
 }
-LOOP = "eager-loop"  # what Qwen2.5-VL's tower does for windows, on torch's SDPA
+LOOP = "eager-loop"  # Qwen2.5-VL's tower for windows, on torch's SDPA
 WINDOW = 64
 DIRECTIONS = ("forward", "backward", "forward+backward")
 Row = dict[str, Any]
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """What the forward of the large batch has been promised to reach; None where nothing has."""
+    """Target for the forward of the large batch; None where there is none."""
 
     tokens: int
     dim: int
@@ -61,8 +61,8 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """What the CUDA kernels have been promised to reach on an H200 with the large batch: times as fast as our rotary
-    kernel + the best attention. Rotation on against off: CUDA_ROTATION at most."""
+    """Target for the CUDA kernels on an H200 with the large batch: speed relative to our rotary kernel + the best
+    attention. Rotation on against off: CUDA_ROTATION at most."""
 
     tokens: int
     dim: int
@@ -87,7 +87,7 @@ def write(folder: Path) -> None:
 
 
 def merged(contents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all steps: their lists one behind the other, and of the rest what any of them has."""
+    """Merge all steps: concatenate their lists, and take the rest from any."""
     found: dict[str, Any] = state.new()
     for content in contents:
         for name, value in content.items():
@@ -104,13 +104,13 @@ def merged(contents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def best(row: Row, group: str) -> str | None:
-    """The fastest variant of a group, if any has run."""
+    """Return the fastest variant of a group that has run, if any."""
     found = [name for name in GROUPS[group] if name in row["median_ms"]]
     return min(found, key=row["median_ms"].get, default=None)
 
 
 def against(row: Row, name: str | None, mine: str = "ours") -> float | None:
-    """How many times as fast `mine` is; below 1 it is slower."""
+    """Return the speed of `mine` relative to another; below 1 it is slower."""
     times = row["median_ms"]
     return times[name] / times[mine] if name in times and mine in times else None
 
@@ -121,7 +121,7 @@ def rotation_cost(row: Row, mine: str = "ours", plain: str = "off") -> float | N
 
 
 def auto_ratio(row: Row) -> float | None:
-    """backend="auto" against the fastest of all paths that a user could choose."""
+    """Return backend="auto" relative to the fastest of all paths that a user could choose."""
     paths = ["ours", "cuda", *GROUPS["eager"], *GROUPS["separate"]]
     found = [row["median_ms"][name] for name in paths if name in row["median_ms"]]
     auto = row["median_ms"].get("auto")
@@ -129,7 +129,7 @@ def auto_ratio(row: Row) -> float | None:
 
 
 def large(rows: Iterable[Row]) -> dict[tuple[int, int], Row]:
-    """The rows with the largest batch of each (tokens, head_dim)."""
+    """Return the rows with the largest batch of each (tokens, head_dim)."""
     found: dict[tuple[int, int], Row] = {}
     for row in rows:
         batch, _, tokens, dim = row["size"]
@@ -172,7 +172,7 @@ def phases(found: list[Row]) -> str:
 
 
 def checks(found: list[Row]) -> str:
-    """By kernel and dtype: the worst row of all shapes, and whether it is within the limit, the same bits twice."""
+    """Format by kernel and dtype: the worst row of all shapes, and whether it is within the limit and deterministic."""
     groups: dict[tuple[str, str, str], list[tuple[float | None, str | None]]] = {}
     for row in found:
         errors = row.get("worst_row") or {row["unit"]: None}
@@ -196,7 +196,7 @@ def checks(found: list[Row]) -> str:
 
 
 def targets(rows: list[Row]) -> str:
-    """Every promise and what became of it, in the forward; the backward stands beside it, promised nothing."""
+    """Format every target and its result, in the forward; and the backward, which has none."""
     forward = large(row for row in rows if row["direction"] == "forward")
     backward = large(row for row in rows if row["direction"] == "backward")
     cells = []
@@ -223,7 +223,7 @@ def targets(rows: list[Row]) -> str:
 
 
 def modelled(target: Target) -> list[str]:
-    """What a model says of the two ratios of a target that was not measured."""
+    """Return the modelled ratios of a target that was not measured."""
     size = [model.LARGE // target.tokens, model.HEADS, target.tokens, target.dim]
     ours, others = (
         model.milliseconds("ours", size),
@@ -233,7 +233,7 @@ def modelled(target: Target) -> list[str]:
 
 
 def cuda_targets(rows: list[Row]) -> str:
-    """Nothing where the CUDA kernels have not run at all."""
+    """Format the CUDA targets, or nothing if the CUDA kernels have not run."""
     if not any("cuda" in row["median_ms"] for row in rows):
         return ""
     found = {name: large(row for row in rows if row["direction"] == name) for name in ("forward", "backward")}
@@ -349,7 +349,7 @@ def host(found: dict[str, Any]) -> str:
 
 
 def left_out(content: dict[str, Any]) -> str:
-    """What did not run, and why."""
+    """List what did not run, and why."""
     reasons: dict[tuple[str, str], int] = {}
     for row in content["rows"]:
         for name, why in row["refused"].items():

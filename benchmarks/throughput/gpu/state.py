@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON that a step leaves, which is also how a process that was started again goes on.
+"""The JSON of a step, from which a restarted process also resumes.
 
-``phases``: what ran, how long, how it ended. ``checks``: kernels against float64. ``rows``: what was measured.
-``layers``: of real towers. ``not_run``: [size, direction] of what was planned and was not reached. ``broken``: calls
-that ended their process or never came back; they are not tried again.
+``phases``: what ran, how long, how it ended. ``checks``: kernels against float64. ``rows``: measurements. ``layers``:
+of real towers. ``not_run``: [size, direction] that were planned and not reached. ``broken``: calls that killed their
+process or hung; they are not tried again.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: the process may be killed at any time."""
+    """Write atomically: the process may be killed at any time."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, path)
 
 
 def mark(now: Path, size: list[int] | None, direction: str | None, variant: str, error: str | None = None) -> None:
-    """Says what is about to run, or what ended this process."""
+    """Record what is about to run, or what ended this process."""
     save(now, {"size": size, "direction": direction, "variant": variant, "error": error})
 
 
 def why_not(broken: list[dict], size: list[int], direction: str, variant: str) -> str | None:
-    """Why a variant is left out here, or None. What breaks in the forward is not tried in the backward either."""
+    """Return why a variant is skipped here, or None. What breaks in the forward is not tried in the backward either."""
     mine = [entry for entry in broken if entry["variant"] == variant]
     for entry in mine:
         if entry["size"] == size and (entry["direction"] in (direction, "forward") or direction == "forward+backward"):

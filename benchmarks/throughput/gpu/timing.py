@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times on the device, and on the host, of functions that launch kernels.
+"""Times of functions that launch kernels, on the device and on the host.
 
 A sample on the device is that of `spatial-pe bench --device cuda` (spatial_pe/lab/bench/timing.py): CUDA events, behind
 a sleep that hides the host.
@@ -26,8 +26,8 @@ def calibrate(call: Call) -> Setting:
 
 
 def host_microseconds(call: Call, calls: int = 1000, chunk: int = 100) -> list[float]:
-    """Microseconds of the host per call, one sample for each chunk: the device is idle at the start of each, and its
-    queue, of 1,024 kernels, does not fill up."""
+    """Return microseconds of the host per call, one sample for each chunk: the device is idle at the start of each, and
+    its queue, of 1,024 kernels, does not fill up."""
     for _ in range(chunk):
         call()
     samples = []
@@ -42,7 +42,7 @@ def host_microseconds(call: Call, calls: int = 1000, chunk: int = 100) -> list[f
 
 
 def clocks() -> dict[str, float | None]:
-    """What the driver says now, None where it does not (no pynvml, a virtual machine that hides it)."""
+    """Return the driver's clocks, None if it does not report them (no pynvml, a virtual machine that hides them)."""
     found: dict[str, float | None] = {}
     for name, read, unit in (
         ("sm_mhz", torch.cuda.clock_rate, 1),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: a rotation and an attention, as functions of (q, k, v), and our kernel that does both.
+"""Compared variants: a rotation and an attention, as functions of (q, k, v), and our fused kernel.
 
 ours, off                the Triton kernels with and without rotation
 cuda, cuda-off           the CUDA kernels, likewise
-auto                     what backend="auto" takes
-eager-*                  what Hugging Face's towers do: rotate-half in float32, then torch's SDPA (default, cuDNN,
-                         flash); windows as one batch, which no tower does
+auto                     the choice of backend="auto"
+eager-*                  Hugging Face's towers: rotate-half in float32, then torch's SDPA (default, cuDNN, flash);
+                         windows as one batch, which no tower does
 eager-loop               the same with a call for each window, as transformers' Qwen2.5-VL does
 compiled, compiled-cudnn eager-default and eager-cudnn under torch.compile
 rotary-*                 our rotary kernel, then torch's SDPA, or its varlen_attn for windows
@@ -36,18 +36,18 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # name -> backend
 OURS = {"ours": "triton", "off": "triton", "cuda": "cuda", "cuda-off": "cuda", "auto": "auto"}
 PLAIN = ("off", "cuda-off")  # compute attention without rotation
-OUR_KERNELS = ("ours", "off", "cuda", "cuda-off")  # give the same bits every time; others' backward need not
+OUR_KERNELS = ("ours", "off", "cuda", "cuda-off")  # deterministic; others' backward need not be
 FLASH_ATTN = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 SDPA = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # of cuDNN itself, by its front end's package
 OLDEST_CUDNN_THAT_ROTATES = 92400
 
-# a compiled backward may reuse what the forward has saved, and then runs only once: "backward" runs it many times
+# a compiled backward may reuse saved tensors, and then runs only once: "backward" runs it many times
 torch._functorch.config.donated_buffer = False
 
 
 def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
-    """The variant for these inputs. Raises ImportError where it needs a package that is missing."""
+    """Build the variant for these inputs. Raise ImportError if a package is missing."""
     if name in OURS:
         return _fused(name, inputs)
     if name == "cudnn-rope":
@@ -77,7 +77,7 @@ def _fused(name: str, inputs: Inputs) -> Attention:
 
 
 def sdpa(inputs: Inputs, core: str) -> Attention:
-    """(B, N, H, D) or windows (T, H, D) -> the same, contiguous, as the output projection needs it."""
+    """Compute (B, N, H, D) or windows (T, H, D) -> the same, contiguous, as the output projection needs it."""
     packed, length, backend = inputs.shape.packed, inputs.shape.tokens, SDPA[core]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _flash_attn(inputs: Inputs, module: str) -> Attention:
 
 
 def _cudnn(inputs: Inputs) -> Attention:
-    """A graph of cuDNN's: it takes angles, and computes their cos and sin itself. Not run yet: needs cuDNN 9.24."""
+    """Build a cuDNN graph, which computes cos and sin from angles itself. Not run yet: needs cuDNN 9.24."""
     import cudnn
 
     if not hasattr(cudnn.pygraph, "rope") or cudnn.backend_version() < OLDEST_CUDNN_THAT_ROTATES:
@@ -158,13 +158,13 @@ def _cudnn(inputs: Inputs) -> Attention:
     kind = cudnn.data_type.BFLOAT16 if q.dtype == torch.bfloat16 else cudnn.data_type.HALF
     wide = cudnn.data_type.FLOAT
     graph = cudnn.pygraph(intermediate_data_type=wide, compute_data_type=wide)
-    turned = [torch.empty_like(x) for x in (q, k)]
+    rotated_out = [torch.empty_like(x) for x in (q, k)]
     out = torch.empty(inputs.qkv[0].shape, device=inputs.device, dtype=q.dtype).transpose(1, 2)
     nodes = [graph.tensor(dim=list(x.shape), stride=list(x.stride()), data_type=kind) for x in (q, k, v)]
     nodes.append(graph.tensor(dim=list(angles.shape), stride=list(angles.stride()), data_type=wide))
     rotated = [graph.rope(input=node, freqs=nodes[3]) for node in nodes[:2]]
     result, _ = graph.sdpa(q=rotated[0], k=rotated[1], v=nodes[2], is_inference=True, attn_scale=inputs.shape.dim**-0.5)
-    for node, x in zip((*rotated, result), (*turned, out), strict=True):
+    for node, x in zip((*rotated, result), (*rotated_out, out), strict=True):
         node.set_output(True).set_data_type(kind).set_dim(list(x.shape)).set_stride(list(x.stride()))
     graph.build([cudnn.heur_mode.A])
     handle = cudnn.create_handle()
@@ -175,7 +175,7 @@ def _cudnn(inputs: Inputs) -> Attention:
         if torch.is_grad_enabled():
             raise NotImplementedError("measured in the forward only")
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
-        tensors = (q, k, v, angles, *turned, out)
+        tensors = (q, k, v, angles, *rotated_out, out)
         pointers = {uid: x.data_ptr() for uid, x in zip(uids, tensors, strict=True)}
         graph.execute(pointers, workspace.data_ptr(), handle)
         return out.transpose(1, 2)
@@ -187,7 +187,7 @@ def _cudnn(inputs: Inputs) -> Attention:
 
 
 def call(function: Attention, inputs: Inputs, direction: str) -> Callable[[], Any]:
-    """What is timed. "backward" computes the forward now, and keeps its graph."""
+    """Return the timed call. "backward" computes the forward now, and keeps its graph."""
     if direction == "forward":
 
         def forward() -> Tensor:
@@ -202,7 +202,7 @@ def call(function: Attention, inputs: Inputs, direction: str) -> Callable[[], An
 
 
 def rotations(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """The rotation alone, and a copy of as many bytes, which is the least that any of them could take."""
+    """Return the rotation alone, and a copy of as many bytes, the lower limit for all of them."""
     q, k, _ = inputs.qkv
     source = torch.randn(2, q.numel(), device=inputs.device, dtype=q.dtype)
     target = torch.empty_like(source)
@@ -214,7 +214,7 @@ def rotations(inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 
 def rotation_bytes(inputs: Inputs) -> int:
-    """q and k read and written once, the tables read once: at most a thirty-second of the rest."""
+    """Return the bytes of q and k read and written once, and of the tables, at most a thirty-second of that."""
     q = inputs.qkv[0]
     tables = inputs.rotary.cos.nbytes + inputs.rotary.sin.nbytes
     return 4 * q.numel() * q.itemsize + tables

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what is going to run, in many processes, into the caches of Triton and inductor on the disk.
+"""Compile the kernels of a plan, in many processes, into the caches of Triton and inductor on the disk.
 
     python -m benchmarks.throughput.gpu.warm --plan table --out step1.json --seconds 60
 
 table: exactly the Triton kernels of check.py and measure.py, from tensors without memory: nothing is launched here, and
-`launches` says which kernels those are. compiled: what torch.compile and FlexAttention make of the shapes of that plan,
-which has to run. What fails here fails again where it is used, and is noted there.
+`launches` lists those kernels. compiled: torch.compile and FlexAttention for the shapes of that plan, which have to
+run. Failures here occur again in use, and are recorded there.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from . import state
 from .cases import TARGETS, Inputs, Shape, Work, large, plan
 
 MOST_PROCESSES = 14
-# The slowest task, a compilation by inductor, does not take as long: nothing comes back once a process has died.
+# The slowest task, a compilation by inductor, is faster: after the death of a process no results arrive.
 TASK_SECONDS = 50
 FORWARD = ("forward_kernel", "window_forward_kernel", "operands_kernel", "rotate_kernel")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def launches(shape: Shape, dtype: torch.dtype, family: str) -> Iterator[Any]:
-    """Of a shape at its full size: forward, backward, rotation and angles; in bfloat16 also without rotation."""
+    """Yield the launches of a shape at its full size: forward, backward, rotation and angles; in bfloat16 also without
+    rotation."""
     import spatial_pe
     from spatial_pe.backends.base import AttentionCall
     from spatial_pe.backends.triton import tiles
@@ -44,23 +45,23 @@ def launches(shape: Shape, dtype: torch.dtype, family: str) -> Iterator[Any]:
         grad = torch.empty(*lead, shape.heads, shape.dim, dtype=dtype)
         table = torch.empty(1, lead[1], 1, shape.dim // 2)
         bounds = torch.empty(shape.batch + 1, dtype=torch.int32) if shape.packed else None
-    turned = spatial_pe.Rotary(table, table)
+    rotary_table = spatial_pe.Rotary(table, table)
     longest = shape.tokens if shape.packed else None
-    for rotary in (turned, None) if dtype == torch.bfloat16 else (turned,):
+    for rotary in (rotary_table, None) if dtype == torch.bfloat16 else (rotary_table,):
         call = AttentionCall(*qkv, rotary, shape.dim**-0.5, bounds, longest, None)
-        # what was tuned on this GPU is not asked: a session starts without
+        # tuned tiles are not used: a session starts without
         bucket = tiles.bucket(call.longest)
         choice = tiles.prebuilt(family, dtype, shape.dim, bucket, tiles.few_programs(call))
         forward = plan_forward(call, choice)
         backward = plan_backward(call, *forward.results, grad, choice)
         yield from (*backward.launches, *forward.launches)
-    yield from plan_rotation(qkv[:2], turned).launches
+    yield from plan_rotation(qkv[:2], rotary_table).launches
     yield from plan_angles(qkv[0], qkv[1], *backward.results[:2], table.shape, "half", None).launches
 
 
 def kernels(family: str) -> list[tuple[Shape, str, int]]:
-    """(shape, dtype, index among its launches) of every distinct kernel, in the order of the plans: the large
-    batches, then the small ones, which have tiles of their own."""
+    """Return (shape, dtype, index among its launches) of every distinct kernel, in the order of the plans: the large
+    batches, then the small ones, which have different tiles."""
     found: dict[Any, tuple[Shape, str, int]] = {}
     wanted = [(large(*pair), name, True) for pair in TARGETS for name in DTYPES]
     wanted += [(work.shape, "bf16", False) for work in plan("small")]
@@ -72,7 +73,7 @@ def kernels(family: str) -> list[tuple[Shape, str, int]]:
 
 
 def specialised(launch: Any) -> tuple:
-    """What the just-in-time compiler tells kernels apart by: constants, dtypes, integers of 1 and multiples of 16."""
+    """Return the just-in-time compiler's key of a kernel: constants, dtypes, integers of 1 and multiples of 16."""
     kinds = tuple(
         str(x.dtype) if isinstance(x, torch.Tensor) else type(x) if isinstance(x, float) else (x == 1, x % 16 == 0)
         for x in launch.arguments
@@ -81,7 +82,7 @@ def specialised(launch: Any) -> tuple:
 
 
 def build(task: tuple[Shape, str, int], family: str) -> str | None:
-    """Compiles a kernel and what launches it; returns why it could not."""
+    """Compile a kernel and its launcher; return why it failed, or None."""
     shape, dtype, index = task
     launch = list(launches(shape, DTYPES[dtype], family))[index]
     try:
@@ -100,7 +101,7 @@ def build_for_this_gpu(task: tuple[Shape, str, int]) -> str | None:
 
 
 def run(task: tuple[Work, str]) -> str | None:
-    """Runs a variant once in both directions; returns what failed."""
+    """Run a variant once in both directions; return why it failed, or None."""
     from . import variants
 
     work, name = task

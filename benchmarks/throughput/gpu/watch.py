@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a command with a limit, its output here and in a log; ends one that hangs, and starts it again without what
-hung.
+"""Run a command with a time limit, its output here and in a log; kill it if it hangs, and restart it without what hung.
 
-A kernel that never ends, or takes the device down, ends the process that runs it. That process says in a file what it
-is about to run (`mark` of state.py), and reads in the step's JSON what broke before (`why_not`): it goes on with the
-rest.
+A kernel that never ends, or takes the device down, ends its process. That process records what it is about to run
+(`mark` of state.py), and reads in the step's JSON what broke before (`why_not`): it resumes with the rest.
 """
 
 from __future__ import annotations
@@ -22,31 +20,31 @@ from pathlib import Path
 
 from . import state
 
-# A call that has not come back by then never will; a compilation by inductor may take longer.
+# A call without result by then has hung; a compilation by inductor may take longer.
 STALL_SECONDS = 30.0
 MOST_RESTARTS = 6
-# What a process needs before it measures anything: not started again with less time left.
+# Start-up time of a process: it is not restarted with less time left.
 START_SECONDS = 15.0
-# An interrupted pytest sums up what it has.
+# An interrupted pytest prints its summary.
 GRACE_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    status: int | None  # None: ended at its limit, or because nothing moved
+    status: int | None  # None: killed at its limit, or because of no progress
     seconds: float
-    stalled: float | None = None  # seconds without a sign of life, where that ended it
+    stalled: float | None = None  # seconds without progress, if that ended it
 
     @property
     def why(self) -> str | None:
-        """What was wrong with it, or None where it ended well or its time was up."""
+        """Return what was wrong with it, or None if it ended well or its time was up."""
         if self.stalled is not None:
             return f"did not come back within {self.stalled:.0f} s"
         return f"ended with status {self.status}" if self.status else None
 
 
 class Running:
-    """A command in a process group of its own."""
+    """A command in its own process group."""
 
     def __init__(self, command: list[str], log: Path, **variables: str) -> None:
         self.begin = time.monotonic()
@@ -61,7 +59,7 @@ class Running:
         self.copier.start()
 
     def wait(self, seconds: float, alive: Path | None = None, stall: float = STALL_SECONDS) -> Ended:
-        """alive: a file that the command touches as it gets ahead; it is ended where it has not for `stall` seconds."""
+        """Wait. alive: a file that the command touches on progress; it is killed after `stall` seconds without."""
         status, stalled = None, None
         until = time.monotonic() + seconds
         try:
@@ -75,7 +73,7 @@ class Running:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         self.process.wait(GRACE_SECONDS)
                     break
-        finally:  # also where this process is asked to end
+        finally:  # also on termination of this process
             self.kill()
         return Ended(status, time.monotonic() - self.begin, stalled)
 
@@ -99,10 +97,10 @@ def run(command: list[str], log: Path, seconds: float, **variables: str) -> Ende
 
 
 def supervise(command: list[str], out: Path, log: Path, seconds: float, stall: float = STALL_SECONDS) -> Ended:
-    """Runs a command that marks what it does, until it is done, its time is up, or it has broken too often.
+    """Run a command that marks its calls, until it is done, its time is up, or it has broken too often.
 
     The command gets --out, --until (of time.time()) and --now; what broke is appended to "broken" of out. It ends with
-    status 1 where it is done and something was wrong; with another, or not at all, where it broke.
+    status 1 if it is done and something was wrong; with another, or not at all, if it broke.
     """
     begin = time.monotonic()
     until = time.time() + seconds
@@ -129,7 +127,7 @@ def supervise(command: list[str], out: Path, log: Path, seconds: float, stall: f
 
 
 def environment() -> dict[str, str]:
-    """One Triton cache for all: inductor would move it to a place of its own in the processes that it compiles in."""
+    """Return the environment, with one Triton cache for all: inductor would move it for its compile workers."""
     cache = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
     path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     # inductor's pool of compilers for each of many processes would be far more than there are cores

@@ -123,7 +123,7 @@ def case(row: dict) -> str:
     return f"{what}, {row['dtype']}, {row['direction']}, {threads} thread{'s' * (threads > 1)}"
 
 
-# -------------------------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _line(ax: Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:

@@ -227,7 +227,7 @@ def _memory(shapes: list[Shape], device: str) -> Iterator[Case]:
 PLANS: Mapping[str, Callable[[str], Iterator[Case]]] = {"quick": quick, "full": full}
 
 
-# -------------------------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _threads(count: int) -> str:

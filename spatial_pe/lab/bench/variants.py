@@ -138,7 +138,7 @@ def build(name: str, inputs: Inputs, direction: str, threads: int, level: str = 
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------------------------ helpers
 
 
 def _layer(name: str, inputs: Inputs) -> tuple[RoPE2DAttention, Callable[[Tensor], Tensor]]:

@@ -177,7 +177,7 @@ def distance(study: dict, part: str) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------------------------ helpers
 
 
 def _line(ax: Axes, row: Row, x: Sequence[float], means: Sequence[findings.Mean]) -> None:

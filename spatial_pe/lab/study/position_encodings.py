@@ -151,7 +151,7 @@ class Encoding:
 
     @property
     def stretches(self) -> bool:
-        """Whether it can be evaluated with and without stretched coordinates."""
+        """True if it can be evaluated with and without stretched coordinates."""
         return self.relative is not None or self.absolute is SinCos
 
 

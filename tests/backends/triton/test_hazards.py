@@ -134,5 +134,5 @@ def test_widths():
     assert registers(writes, "LOP3.LUT P1, RZ, R2, 0x1, RZ, 0xc0, !PT") == []
     half = product(listing("HGMMA.64x64x16.F16 R24, R8, gdesc[UR12], R24, gsb0")[0])
     assert half is not None and sorted(half.d) == list(range(24, 40)) and sorted(half.a) == [8, 9, 10, 11]
-    with pytest.raises(ValueError, match="not understood"):
+    with pytest.raises(ValueError, match="unknown"):
         hazards(listing("HGMMA.SP R24, R8, gdesc[UR12], R24, gsb0", "EXIT"))
