@@ -27,8 +27,7 @@
 #endif
 
 #ifdef SPE_FAST_SWITCH
-// Saves what a function has to keep for its caller on the stack, stores the stack's address, and returns on the other
-// stack.
+// Saves a function's callee-saved registers on the stack, stores the stack's address, and returns on the other stack.
 extern "C" void spe_emulator_switch(void** from, void* to);
 asm(R"(
   .text
@@ -62,7 +61,7 @@ using std::to_string;
 
 // -------------------------------------------------------------------------------------------------------------- fibers
 
-[[noreturn]] void enter();  // where a fiber starts
+[[noreturn]] void enter();  // entry point of a fiber
 
 #ifdef SPE_FAST_SWITCH
 
@@ -85,7 +84,7 @@ void prepare(Context& c, char* stack, size_t bytes) {
 
 struct Context {
   ucontext_t state;
-  void* fake;  // this and the rest are what the address sanitizer wants to be told
+  void* fake;  // this and the rest are for the address sanitizer
   const void* stack;
   size_t bytes;
 };
@@ -158,7 +157,7 @@ struct Fiber {
 };
 
 struct Warp {
-  uint32_t ready, testing;  // lanes that may run; those that may once nobody else can
+  uint32_t ready, testing;  // lanes that may run; those that may if no other can
   uint32_t arrived;         // at the collective
   Wait kind;
   float given[32], taken[32];     // of shuffle_xor
@@ -175,7 +174,7 @@ struct Barrier {
   bool awaited;
 };
 
-// What is known of four bytes of shared memory. A clock's entry names who did something: a thread, or its copies.
+// State of four bytes of shared memory. A clock's entry names the author of an access: a thread, or its copies.
 struct Granule {
   uint32_t write_clock;
   uint16_t writer;
@@ -251,7 +250,7 @@ uint32_t draw() {
 
 void make_ready(int thread) { m.warps[thread / 32].ready |= 1u << thread % 32; }
 
-// A thread that may run, which then counts as running; -1 if there is none.
+// Returns a thread that may run, which then counts as running; -1 if there is none.
 int pick() {
   const int warps = m.threads / 32;
   int w = m.current >= 0 ? m.current / 32 : 0;
@@ -270,7 +269,7 @@ int pick() {
   return -1;
 }
 
-// Lets others run until somebody makes this fiber ready and it is scheduled.
+// Lets others run until this fiber is made ready and scheduled.
 void pause() {
   Fiber& self = me();
   const int next = pick();
@@ -285,7 +284,7 @@ void pause_in(Wait place) {
   me().wait = Wait::none;
 }
 
-// With a random schedule a thread may be held up where it need not wait.
+// With a random schedule a thread may be delayed where it need not wait.
 void stumble() {
   if (!m.seed || (draw() & 0x30) != 0) return;
   make_ready(m.current);
@@ -307,7 +306,7 @@ void stumble() {
   m.idle = 0;
   m.current = -1;
   change(self.context, m.main);
-  std::abort();  // nobody comes back here
+  std::abort();  // never resumed
 }
 
 // -------------------------------------------------------------------------------------------------------------- clocks
@@ -319,7 +318,7 @@ void join(uint32_t* __restrict a, const uint32_t* __restrict b) {
     for (int j = i; j < i + 16; ++j) a[j] = std::max(a[j], b[j]);
 }
 
-// All of these threads have seen what any of them has done.
+// Marks that all of these threads have seen all accesses of the others.
 void meet(int first, int count) {
   uint32_t* all = clock_of(first);
   for (int i = 1; i < count; ++i) join(all, clock_of(first + i));
@@ -339,7 +338,7 @@ void check_place(int thread, uint32_t at, uint32_t bytes, const char* verb) {
     fail(thread, std::string(verb) + " " + to_string(bytes) + " bytes at " + shared_byte(at) + ", misaligned");
 }
 
-// That the last write came before what the thread does now.
+// Checks that the last write came before the thread's current access.
 void check_write_seen(int thread, uint32_t at, const Granule& g, const char* verb) {
   if (!g.written || clock_of(thread)[g.writer] >= g.write_clock) return;
   const std::string start = "race: thread " + to_string(thread) + " " + verb + " " + shared_byte(at);
@@ -361,7 +360,7 @@ void note_read(Granule& g, int thread) {
   if (!g.all_readers) {
     int i = 0;
     while (i < g.readers && g.reader[i] != thread) ++i;
-    if (i == kList) {  // forgets the reads that this thread has seen: what comes after it also comes after them
+    if (i == kList) {  // drops the reads that this thread has seen: later accesses also come after them
       i = 0;
       for (int j = 0; j < kList; ++j) {
         if (clock[g.reader[j]] >= g.read_clock[j]) continue;
@@ -427,8 +426,8 @@ Barrier& barrier_at(uint32_t at, const char* verb) {
   return m.barriers[g.barrier - 1];
 }
 
-// One of the arrivals that a phase is made of. What has been promised counts: were a thread to arrive early for the
-// phase after, the barrier could not tell.
+// One of the arrivals of a phase. Promised ones count: the barrier could not distinguish early arrivals for the next
+// phase.
 void check_count(const Barrier& b) {
   if (b.arrived + b.promised >= b.count)
     fail("arrives at the barrier at " + shared_byte(b.at) + " more often than its count, " + to_string(b.count) +
@@ -447,7 +446,7 @@ void pause_at(const Barrier& b, uint32_t parity, Wait place) {
   pause_in(place);
 }
 
-// The thread has seen what came before the phase.
+// Records that the thread has seen everything before the phase.
 void pass(const Barrier& b) {
   join(clock_of(m.current), b.done.data());
   stumble();
@@ -484,13 +483,13 @@ void land(Fiber& fiber) {
   arrive(b);
 }
 
-// ------------------------------------------------------------------------------------------------- when nobody can run
+// -------------------------------------------------------------------------------------------------- when none can run
 
 bool anybody_ready() {
   return std::any_of(m.warps, m.warps + m.threads / 32, [](const Warp& w) { return w.ready != 0; });
 }
 
-// Lands copies that somebody waits for, until one can go on. Whether any has landed.
+// Lands copies that are waited for, until one thread can continue. Returns whether any has landed.
 bool land_awaited() {
   for (Barrier& b : m.barriers) b.awaited = false;
   for (int t = 0; t < m.threads; ++t) {
@@ -583,7 +582,7 @@ void run_block() {
 
 // ---------------------------------------------------------------------------------------------------- warp collectives
 
-// Whether the lane is the last of its warp to arrive, which does the work and calls leave(). The others come back
+// Returns whether the lane is the last of its warp to arrive, which does the work and calls leave(). The others return
 // after that.
 bool last_to_meet(Wait kind) {
   Warp& w = my_warp();
@@ -660,7 +659,7 @@ Range& check_global(std::vector<Range>& ranges, uintptr_t at, size_t bytes, cons
                                                    to_string(below->end - below->begin)));
 }
 
-// That nothing was written there during the launch.
+// Checks that nothing was written there during the launch.
 void check_unwritten(const Range& r, uintptr_t at, size_t bytes, const char* what) {
   for (uintptr_t i = at / 4; i < (at + bytes) / 4; ++i)
     if (const uint32_t writer = r.writer[i - r.begin / 4]; writer && writer != kEarlierLaunch)
@@ -838,7 +837,7 @@ void barrier_arrive(uint32_t at) {
   stumble();
 }
 
-// Orders nothing but the copies: what the thread has done itself is not part of this arrival.
+// Orders only the copies: the thread's own accesses are not part of this arrival.
 void barrier_arrive_after_copies(uint32_t at) {
   Barrier& b = barrier_at(at, "arrives at the barrier at");
   check_count(b);
@@ -864,7 +863,7 @@ bool barrier_test(uint32_t at, uint32_t parity) {
 
 void barrier_wait(uint32_t at, uint32_t parity) {
   Barrier& b = barrier_at(at, "waits for the barrier at");
-  while (!passed(b, parity)) {  // again after each phase: the thread may have been too slow to see it, as on a GPU
+  while (!passed(b, parity)) {  // again after each phase: the thread may have missed it, as on a GPU
     b.waiting.push_back(m.current);
     pause_at(b, parity, Wait::barrier_wait);
   }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the CUDA kernels on the host, for tests, and is strict about it: what a GPU leaves undefined is an error here.
+// Runs the CUDA kernels on the host, for tests, with strict checks: undefined behaviour of a GPU is an error here.
 //
-// Each thread of a block is a fiber; a fiber runs until it has to wait for others. What is checked: every access lies
-// where it may, is aligned and, in shared memory, reads only what was written; accesses to the same shared bytes are
-// ordered by block_sync, warp_sync or a barrier (vector clocks: an access out of order is found in whichever order the
-// fibers ran); copies land as late as they may; warps stay together at their collectives; no byte of the output is
-// written twice.
+// Each thread of a block is a fiber, which runs until it has to wait for others. Checked are: every access is within
+// bounds and aligned; shared memory is written before it is read; accesses to the same shared bytes are ordered by
+// block_sync, warp_sync or a barrier (vector clocks: races are found whatever order the fibers ran in); copies land as
+// late as possible; warps are converged at their collectives; no byte of the output is written twice.
 //
-// One launch at a time in a process: nothing here is safe to be called by several threads of the host.
+// One launch at a time in a process: not thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -30,26 +29,26 @@ struct Error : std::runtime_error {
 };
 
 // Runs every block, one after another; `body` is one thread's code, a call of the kernel. Throws Error with kernel,
-// block, thread and what is wrong; the destructors of what the other threads had on their stacks do not run then.
+// block, thread and the fault; the destructors on the stacks of the other threads do not run then.
 void run(const Launch& launch, const std::function<void()>& body);
 
-// The global memory that kernels may read or write. To write does not imply to read.
+// The global memory that kernels may read or write. Write access does not imply read access.
 void allow_read(const void* p, size_t bytes);
 void allow_write(void* p, size_t bytes);
 void forget_ranges();
-// How many of these bytes, allowed to be written, no launch has written since they were allowed.
+// Returns how many of these bytes, allowed to be written, no launch has written since.
 size_t unwritten(const void* p, size_t bytes);
 
-// The order in which fibers run: 0 for the plain one (a warp goes on while it can), other values for random ones. The
+// The order in which fibers run: 0 for the default (a warp continues while it can), other values for random ones. The
 // default is the environment variable SPATIAL_PE_EMULATOR_SEED, as it was when the program started, or 0.
 void set_schedule(uint32_t seed);
 
-// Whether results may be written twice, as sequences that overlap do; not so from the start.
+// Sets whether results may be written twice, as overlapping sequences do; not allowed by default.
 void allow_rewrites(bool allowed);
 
 // ------------------------------------------------- for primitives.h: what the calling thread does, see ../primitives.h
 
-constexpr uint32_t kSharedBase = 1024;  // not 0, so that an address that nobody set is out of range
+constexpr uint32_t kSharedBase = 1024;  // not 0, so that an uninitialised address is out of range
 
 enum class Wait : uint8_t {
   none, any, shuffle, warp_sync, matrix2, matrix2_transposed, matrix4, matrix4_transposed, multiply_bf16, multiply_f16,
@@ -73,7 +72,7 @@ bool barrier_test(uint32_t at, uint32_t parity);
 void barrier_wait(uint32_t at, uint32_t parity);
 void copy_async(uint32_t to, const void* from, bool exists);
 
-// The place of an access of 4, 8 or 16 bytes, checked.
+// Returns the checked place of an access of 4, 8 or 16 bytes.
 const void* global_read(const void* p, size_t bytes);
 void* global_write(void* p, size_t bytes);
 const void* shared_read(uint32_t at, uint32_t bytes);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches on the emulator, on a device that tests choose; and its Python functions.
+// Launches on the emulator, for a device chosen by tests; and its Python functions.
 #include "../launch.h"
 
 #include <pybind11/pybind11.h>
@@ -31,7 +31,7 @@ size_t bytes_of(const Tensor& x, const Params& p, int heads) {
   return 2 * ((n.samples - 1) * x.batch + (n.tokens - 1) * x.token + (heads - 1) * x.head + p.head_dim);
 }
 
-// Lets a launch read and write what its kernel is there to read and write.
+// Allows a launch to read its kernel's inputs and to write its outputs.
 class Ranges {
  public:
   explicit Ranges(const Launch& launch) : p_(launch.params) {
@@ -117,9 +117,9 @@ void bind_emulator(py::module_& m) {
           current.shared_per_multiprocessor = shared_per_multiprocessor;
         },
         "multiprocessors"_a = 2, "shared_per_block"_a = 227 * 1024, "shared_per_multiprocessor"_a = 228 * 1024,
-        "The device that is emulated.");
-  m.def("allow_rewrites", &emulator::allow_rewrites, "allowed"_a, "Whether results may be written twice.");
-  m.def("set_schedule", &emulator::set_schedule, "seed"_a, "The order in which threads run; 0: the plain one.");
+        "Set the emulated device.");
+  m.def("allow_rewrites", &emulator::allow_rewrites, "allowed"_a, "Set whether results may be written twice.");
+  m.def("set_schedule", &emulator::set_schedule, "seed"_a, "Set the order in which threads run; 0: the default.");
 }
 
 }  // namespace spe::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The functions of ../primitives.h for the host: included by it, after its types. See there what they do.
+// The functions of ../primitives.h for the host: included by it, after its types, and documented there.
 #pragma once
 
 #include <cmath>
