@@ -115,10 +115,10 @@ def test_same_table_and_output_as_transformers(name):
     apply = module.apply_rotary_pos_emb_vision
     x = torch.randn(grid.num_tokens, 3, head_dim)
     if "freqs" in inspect.signature(apply).parameters:  # transformers 4, qwen2_5_omni
-        turned = apply(x[None], angles[:, : head_dim // 2])[0]
+        expected = apply(x[None], angles[:, : head_dim // 2])[0]
     else:
-        turned, _ = apply(x, x, cos, sin)
-    torch.testing.assert_close(apply_rotary(x, rotary), turned, **ROTATED)
+        expected, _ = apply(x, x, cos, sin)
+    torch.testing.assert_close(apply_rotary(x, rotary), expected, **ROTATED)
 
 
 def test_pixtral():
@@ -133,8 +133,8 @@ def test_pixtral():
         cos, sin = module.PixtralRotaryEmbedding(config)(x, row * (config.image_size // config.patch_size) + column)
     rotary = convention("pixtral", 48)(grid)
     assert_table(rotary, cos, sin)
-    turned, _ = module.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=0)
-    torch.testing.assert_close(apply_rotary(x.transpose(1, 2), rotary).transpose(1, 2), turned, **ROTATED)
+    expected, _ = module.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=0)
+    torch.testing.assert_close(apply_rotary(x.transpose(1, 2), rotary).transpose(1, 2), expected, **ROTATED)
 
 
 @pytest.mark.parametrize("head_dim", [32, 48])
@@ -155,9 +155,9 @@ def test_dinov3(name, class_name, config_name, head_dim):
     rotary = convention(name, head_dim)(grid)
     assert_table(Rotary(rotary.cos[:, 5:], rotary.sin[:, 5:]), cos, sin)
     x = torch.randn(2, 96 // head_dim, grid.num_tokens, head_dim)
-    turned, _ = module.apply_rotary_pos_emb(x, x, cos, sin)
+    expected, _ = module.apply_rotary_pos_emb(x, x, cos, sin)
     ours = apply_rotary(x.transpose(1, 2), rotary).transpose(1, 2)
-    torch.testing.assert_close(ours, turned, rtol=0, atol=5e-6)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=5e-6)
     assert torch.equal(ours[:, :, :5], x[:, :, :5])
 
 
@@ -172,8 +172,8 @@ def test_llama4():
     torch.testing.assert_close(rotary.cos[0, :, 0], freqs_ci.real[:, 0], **TABLE)
     torch.testing.assert_close(rotary.sin[0, :, 0], freqs_ci.imag[:, 0], **TABLE)
     x = torch.randn(2, 26, 2, 88)
-    turned, _ = module.vision_apply_rotary_emb(x, x, freqs_ci)
-    torch.testing.assert_close(apply_rotary(x, rotary), turned, **ROTATED)
+    expected, _ = module.vision_apply_rotary_emb(x, x, freqs_ci)
+    torch.testing.assert_close(apply_rotary(x, rotary), expected, **ROTATED)
 
 
 @pytest.mark.parametrize("window_size", [4, 0])
@@ -188,8 +188,8 @@ def test_sam3(window_size):
     rotary = convention("sam3", 80, scale=4 / side)(PatchGrid(side, side))
     assert_table(rotary, cos[0], sin[0])
     x = torch.randn(1, 2, side * side, 80)
-    turned, _ = module.apply_rotary_pos_emb_2d(x, x, cos, sin)
-    torch.testing.assert_close(apply_rotary(x.transpose(1, 2), rotary).transpose(1, 2), turned, **ROTATED)
+    expected, _ = module.apply_rotary_pos_emb_2d(x, x, cos, sin)
+    torch.testing.assert_close(apply_rotary(x.transpose(1, 2), rotary).transpose(1, 2), expected, **ROTATED)
 
 
 def test_sam2_video_memory_attention():
@@ -221,8 +221,8 @@ def test_gemma4():
     encoding = convention("gemma4", 72)
     rotary = encoding(points)
     assert rotary.cos.shape == (2, 12, 1, 36)
-    turned = module.apply_multidimensional_rope(x, cos, sin, position_ids)
-    torch.testing.assert_close(apply_rotary(x, rotary), turned, **ROTATED)
+    expected = module.apply_multidimensional_rope(x, cos, sin, position_ids)
+    torch.testing.assert_close(apply_rotary(x, rotary), expected, **ROTATED)
     assert_table(encoding(PatchGrid(3, 4)), cos[0], sin[0])
 
 
@@ -307,15 +307,15 @@ def test_rope_vit_mixed(rotary_dim):
     torch.manual_seed(3)
     encoding = convention("rope_vit_mixed", 32, num_heads=3, rotary_dim=rotary_dim)
     torch.manual_seed(3)
-    turns = (2 * math.pi * torch.rand(3, 1)).flatten().tolist()
+    directions = (2 * math.pi * torch.rand(3, 1)).flatten().tolist()
     row, column = grid.coordinates().double().unbind(1)
     rotary = encoding(grid)
     assert rotary.pairing == "interleaved" and rotary.cos.shape == (1, 21, 3, rotary_dim // 2)
-    for head, turn in enumerate(turns):
+    for head, direction in enumerate(directions):
         # deit/models_v2_rope.py: theta 10; the second half of the pairs looks at right angles to the first
         sizes = [10 ** (-4 * i / rotary_dim) for i in range(rotary_dim // 4)]
-        f_x = torch.tensor([m * math.cos(turn + q) for q in (0, math.pi / 2) for m in sizes], dtype=torch.float64)
-        f_y = torch.tensor([m * math.sin(turn + q) for q in (0, math.pi / 2) for m in sizes], dtype=torch.float64)
+        f_x = torch.tensor([m * math.cos(direction + q) for q in (0, math.pi / 2) for m in sizes], dtype=torch.float64)
+        f_y = torch.tensor([m * math.sin(direction + q) for q in (0, math.pi / 2) for m in sizes], dtype=torch.float64)
         angles = column[:, None] * f_x + row[:, None] * f_y
         torch.testing.assert_close(rotary.cos[0, :, head].double(), angles.cos(), rtol=0, atol=3e-6)
         torch.testing.assert_close(rotary.sin[0, :, head].double(), angles.sin(), rtol=0, atol=3e-6)

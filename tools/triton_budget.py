@@ -275,8 +275,8 @@ def markdown(report: dict) -> str:
         "main loop, by kind; per score: what a lane issues there for each score of its tile (without rotation and",
         "running maximum, the arithmetic of the softmax alone is 3.5).",
         "",
-        "`tests/triton/test_budget.py` fails if anything spills, exceeds `tests/triton/budget.json`, needs more shared",
-        "memory than the chip has, or uses no tensor core (float32, which does not use them, excepted).",
+        "`tests/backends/triton/test_budget.py` fails if anything spills, exceeds its `budget.json`, needs more shared",
+        "memory than the chip has, or uses no tensor core (except float32).",
         "",
     ]
     for target in TARGETS:

@@ -54,9 +54,8 @@ def read(path: Path, images: Path) -> list[Example]:
         images: the folder that its "image" entries are relative to.
 
     Raises:
-        DataError: the file is not LLaVA's JSON, human and gpt do not alternate, or the number of ``<image>`` in a text is not
-        the
-            number of pictures.
+        DataError: the file is not LLaVA's JSON, human and gpt do not alternate, or the number of ``<image>`` in a
+            text differs from that of pictures.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))

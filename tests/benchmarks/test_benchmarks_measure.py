@@ -140,13 +140,13 @@ def test_a_kernel_that_corrupts_one_row_of_one_image_is_not_timed(host, monkeypa
 
 
 def test_a_kernel_that_gives_other_bits_every_time_is_not_timed(host, monkeypatch):
-    build, turn = variants.build, iter(range(10_000))
+    build, calls = variants.build, iter(range(10_000))
 
     def unsteady(name, *rest):
         attention = build(name, *rest)
         if name != "ours":
             return attention
-        return lambda q, k, v: attention(q, k, v) * (1 + 0.01 * (next(turn) % 2))
+        return lambda q, k, v: attention(q, k, v) * (1 + 0.01 * (next(calls) % 2))
 
     monkeypatch.setattr(variants, "build", unsteady)
     row = next(row for row in host()["rows"] if row["direction"] == "forward")

@@ -140,7 +140,7 @@ REFUSED = {
     "padded samples": call_of(HALF, seqlens=torch.tensor([3], dtype=torch.int32)),
     "no tokens": call_of(HALF[:, :0], bounds=BOUNDS),
     "at most 65535": call_of(HALF, bounds=torch.zeros(65537, dtype=torch.int32)),
-    "computes on a GPU": call_of(HALF.to("meta")),
+    "runs on GPUs only": call_of(HALF.to("meta")),
     "as fast a kernel": call_of(HALF),
 }
 

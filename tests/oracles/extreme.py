@@ -109,7 +109,7 @@ def biased(bias: str, dtype: torch.dtype) -> tuple[Inputs, dict, Exact]:
     case = Case(tokens=300, dim=64, rotary_dim=32, dtype=dtype, scale=0.125)
     inputs = make(case)
     with torch.no_grad():
-        # one channel that is not turned carries the bias: q has 8, the scale is 1/8. Every third row is turned
+        # one channel that is not rotated carries the bias: q has 8, the scale is 1/8. Every third row is rotated
         # around, every third is indifferent, so that rows of a block differ in what they need
         inputs.q[..., 60] = 8 * torch.tensor([1.0, -1.0, 0.0]).repeat(100)[None, :, None]
         inputs.k[..., 60] = BIASES[bias](torch.arange(300.0))[None, :, None]
@@ -124,7 +124,7 @@ POISON = {
     "NaN in v": ("v", (0, 140, 1, 5), torch.nan),
     "inf in q": ("q", (0, 11, 1, 30), torch.inf),
     "-inf in q": ("q", (0, 11, 1, 30), -torch.inf),
-    "inf in a turned channel of q": ("q", (0, 11, 1, 5), torch.inf),
+    "inf in a rotated channel of q": ("q", (0, 11, 1, 5), torch.inf),
     "inf in k, first tile": ("k", (0, 3, 1, 30), torch.inf),
     "inf in k, later": ("k", (0, 140, 1, 30), torch.inf),
     "-inf in k": ("k", (0, 140, 1, 30), -torch.inf),
@@ -139,6 +139,6 @@ def poisoned(poison: str, dtype: torch.dtype, dim: int = 32) -> tuple[Inputs, Te
     name, at, value = POISON[poison]
     with torch.no_grad():
         getattr(inputs, name)[at] = value
-        turned = [apply_rotary(x.float(), inputs.rotary()) for x in (inputs.q, inputs.k)]
-        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (*turned, inputs.v.float())))
+        rotated = [apply_rotary(x.float(), inputs.rotary()) for x in (inputs.q, inputs.k)]
+        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (*rotated, inputs.v.float())))
     return inputs, expected.transpose(1, 2)

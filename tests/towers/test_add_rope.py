@@ -85,9 +85,9 @@ def coordinates(name, inputs):
 
 
 def by_hand(model, name, inputs):
-    """The unpatched model, q and k of every layer turned by a rotation written out here, between its own projections.
+    """The unpatched model, q and k of every layer rotated by a rotation written out here, between its own projections.
 
-    Axial: channels j and j + D/2 are a pair; the first D/4 pairs turn with the row, the others with the column, at
+    Axial: channels j and j + D/2 are a pair; the first D/4 pairs rotate with the row, the others with the column, at
     10000^(-i / (D/4)) radians per patch.
     """
     family = FAMILIES[name]
@@ -95,11 +95,11 @@ def by_hand(model, name, inputs):
     dim = family.options["hidden_size"] // family.options["num_attention_heads"]
     ladder = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
     angles = torch.cat([places[..., :1] * ladder, places[..., 1:] * ladder], dim=-1) * rotated[..., None]
-    turn = torch.polar(torch.ones_like(angles), angles)[:, :, None]  # (B|1, N, 1, D/2) complex
+    rotation = torch.polar(torch.ones_like(angles), angles)[:, :, None]  # (B|1, N, 1, D/2) complex
 
     def rotate(module, args, output):
         heads = output.unflatten(-1, (-1, dim))
-        pairs = torch.complex(*heads.chunk(2, dim=-1)) * turn
+        pairs = torch.complex(*heads.chunk(2, dim=-1)) * rotation
         return torch.cat([pairs.real, pairs.imag], dim=-1).flatten(-2)
 
     for module in model.modules():

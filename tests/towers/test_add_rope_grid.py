@@ -102,7 +102,7 @@ def test_a_recomputation_from_an_input_that_moved_is_refused():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
         loss = hidden(model, WIDE).sum()
-    with pytest.raises(RuntimeError, match="nothing tells its patch grid"):
+    with pytest.raises(RuntimeError, match="its patch grid is unknown"):
         loss.backward()
 
 
@@ -344,12 +344,12 @@ def test_tokens_that_are_not_the_grid_raise():
 
 @pytest.mark.parametrize("name", [name for name in ("qwen2_5_vl", "pixtral", "dinov3") if name in HERE])
 def test_a_tower_with_rope_gets_no_second_one(name):
-    with pytest.raises(ValueError, match="has RoPE of its own"):
+    with pytest.raises(ValueError, match="has RoPE already"):
         patch(FAMILIES[name].make(), rope="axial")
 
 
 def test_the_prefix_is_where_the_model_has_it():
-    """CLS and registers, then patches: the rows of the table that do not turn."""
+    """CLS and registers, then patches: the rows of the table that do not rotate."""
     model = FAMILIES["dinov2_with_registers"].make()
     patch(model, rope="axial", start="full")
     hidden(model, FAMILIES["dinov2_with_registers"].inputs())

@@ -391,16 +391,16 @@ def test_legacy_is_the_papers_public_code_and_warns():
     fh, fw = row.reshape(-1, 1) * ladder, column.reshape(-1, 1) * ladder
     angles = torch.cat([fh, fh, fw, fw], dim=-1)
 
-    def turn(module, args, output):
+    def rotate(module, args, output):
         heads = output.unflatten(-1, (2, dim))
         patches = heads[:, 1:]
         half = torch.cat([-patches[..., dim // 2 :], patches[..., : dim // 2]], dim=-1)
-        turned = patches * angles.cos()[:, None] + half * angles.sin()[:, None]
-        return torch.cat([heads[:, :1], turned], dim=1).flatten(-2)
+        rotated = patches * angles.cos()[:, None] + half * angles.sin()[:, None]
+        return torch.cat([heads[:, :1], rotated], dim=1).flatten(-2)
 
     for name, module in by_hand.named_modules():
         if name.endswith(("q_proj", "k_proj")):
-            module.register_forward_hook(turn)
+            module.register_forward_hook(rotate)
     for ours, theirs in zip(outputs(model, inputs), outputs(by_hand, inputs), strict=True):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
@@ -421,8 +421,8 @@ def test_legacy_fails_the_check_of_a_rotation():
     from spatial_pe import PatchGrid, verify_rotary
     from spatial_pe.towers.legacy import Mismatched2DRoPE
 
-    turn = Mismatched2DRoPE(64)(PatchGrid(16, 16))
-    report = verify_rotary(lambda x: turn(x[None, :, None])[0, :, 0], PatchGrid(16, 16))
+    mismatched = Mismatched2DRoPE(64)(PatchGrid(16, 16))
+    report = verify_rotary(lambda x: mismatched(x[None, :, None])[0, :, 0], PatchGrid(16, 16))
     assert not report.is_rotation and not report.is_relative
 
 

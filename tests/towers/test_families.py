@@ -134,7 +134,7 @@ def small_weights(model, bias):
 @pytest.mark.parametrize(
     "case", ["float32", "bfloat16 kernel, small weights", "bfloat16, biases outweigh the attention"]
 )
-@pytest.mark.parametrize("fault", ["turned the other way", "not turned", "bounds ignored"])
+@pytest.mark.parametrize("fault", ["inverse rotation", "not rotated", "bounds ignored"])
 def test_verification_notices_a_wrong_attention(name, fault, case, monkeypatch):
     if fault == "bounds ignored" and name in ONE_SEQUENCE:
         pytest.skip("one sequence has no bounds")
@@ -149,9 +149,9 @@ def test_verification_notices_a_wrong_attention(name, fault, case, monkeypatch):
         def wrong(q, k, v, rotary, *, original=original, **kwargs):
             if "kernel" in case and q.dtype != dtype:
                 pass  # right in float64: the module's own precision must show it
-            elif fault == "turned the other way":
+            elif fault == "inverse rotation":
                 rotary = rotary.inverse()
-            elif fault == "not turned":
+            elif fault == "not rotated":
                 rotary = None
             elif kwargs.get("cu_seqlens") is not None:
                 kwargs["cu_seqlens"] = kwargs["cu_seqlens"][[0, -1]]

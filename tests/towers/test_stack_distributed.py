@@ -98,7 +98,7 @@ def whole(x: Tensor) -> Tensor:
 
 def work(rank: int, folder: Path) -> None:
     """What a process does: train every case with every wrapper, and leave the results in a file."""
-    warnings.filterwarnings("error", message=".*the model's own attention")
+    warnings.filterwarnings("error", message=".*the original attention")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     results = {(name, wrapper): learn(name, wrapper, True, [rank]) for name, wrapper in TRAININGS}

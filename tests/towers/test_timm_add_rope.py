@@ -73,7 +73,7 @@ def turn_by_hand(
     sides: tuple[int, int] = (HEIGHT, WIDTH),
     places: Tensor | None = None,
 ) -> nn.Module:
-    """The unpatched model, q and k of its patches turned by row and column, written out here with complex numbers.
+    """The unpatched model, q and k of its patches rotated by row and column, written out here with complex numbers.
 
     places: (B, N, 2), of a padded batch.
     """
@@ -81,7 +81,7 @@ def turn_by_hand(
         places = torch.cartesian_prod(*map(torch.arange, sides))[None]
     rows, columns = places.unbind(-1)
 
-    def turned(x: Tensor, layer: int) -> Tensor:
+    def rotated(x: Tensor, layer: int) -> Tensor:
         """(B, N, H, D)"""
         wide = torch.promote_types(x.dtype, torch.float32)
         row, column = frequencies(layer).to(wide)
@@ -94,10 +94,10 @@ def turn_by_hand(
 
     def after_projection(module: nn.Module, args: Any, output: Tensor, layer: int) -> Tensor:
         q, k, v = output.unflatten(-1, (3, HEADS, DIM)).unbind(2)
-        return torch.stack([turned(q, layer), turned(k, layer), v], dim=2).flatten(2)
+        return torch.stack([rotated(q, layer), rotated(k, layer), v], dim=2).flatten(2)
 
     def after_norm(module: nn.Module, args: Any, output: Tensor, layer: int) -> Tensor:
-        return turned(output.transpose(1, 2), layer).transpose(1, 2)  # (B, H, N, D)
+        return rotated(output.transpose(1, 2), layer).transpose(1, 2)  # (B, H, N, D)
 
     for layer, module in enumerate(attentions(model, case)):
         if isinstance(module.q_norm, nn.Identity):
@@ -109,7 +109,7 @@ def turn_by_hand(
 
 
 def ladder(layer: int) -> Tensor:
-    """Axial: the first D/4 pairs turn with the row, the others with the column."""
+    """Axial: the first D/4 pairs rotate with the row, the others with the column."""
     powers = 10000.0 ** (-torch.arange(DIM // 4) / (DIM // 4))
     none = torch.zeros_like(powers)
     return torch.stack([torch.cat([powers, none]), torch.cat([none, powers])])[:, None]
@@ -142,7 +142,7 @@ def test_full_start_is_the_rotation_written_by_hand(name, rope):
 @DTYPES
 @pytest.mark.parametrize("name", ["vit, norms", "dinov2, registers", "vit, parallel"])
 def test_gradients_of_an_added_rope_follow_the_error_rule(name, dtype, calls):
-    """Those of its frequencies included, against the unpatched model turned by hand with the same ones."""
+    """Those of its frequencies included, against the unpatched model rotated by hand with the same ones."""
     case = PLAIN[name]
     inputs = case.inputs()
     model = case.build()
@@ -233,8 +233,8 @@ def test_a_rope_is_added_to_an_eva_without_one(name, calls):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("dinov3", "2 EvaAttention: has RoPE of its own"),
-        ("rope-vit mixed", "2 AttentionRope: has RoPE of its own"),
+        ("dinov3", "2 EvaAttention: has RoPE already"),
+        ("rope-vit mixed", "2 AttentionRope: has RoPE already"),
     ],
 )
 def test_a_rope_that_cannot_be_added_is_refused_and_nothing_changed(name, reason):
@@ -272,7 +272,7 @@ def test_no_rope_is_added_to_a_tower_that_keeps_its_own_under_another_name():
 
     model, x = randomize(Tower()), images(4, 4)["x"]
     before = model(x)
-    with pytest.raises(ValueError, match="has RoPE of its own"):
+    with pytest.raises(ValueError, match="has RoPE already"):
         patch(model, rope="axial")
     assert {row.convention for row in patch(model).patched} == {"own RoPE (interleaved)"}
     assert distance(model(x), before) <= 1e-5

@@ -76,7 +76,7 @@ def test_other_attention_is_skipped_with_the_reason(name):
     assert [type(m) for m in model.modules()] == classes
 
 
-@pytest.mark.parametrize("fault", ["turned the other way", "not turned", "scaled"])
+@pytest.mark.parametrize("fault", ["inverse rotation", "not rotated", "scaled"])
 @pytest.mark.parametrize("name", ["eva02_tiny", "rope-vit mixed", "dinov3", "vit"])
 def test_verification_notices_a_wrong_attention(name, fault, monkeypatch):
     from spatial_pe.towers import fused_attention
@@ -87,13 +87,13 @@ def test_verification_notices_a_wrong_attention(name, fault, monkeypatch):
         if fault == "scaled":
             scale = 1.01 * scale
         elif rotary is not None:
-            rotary = rotary.inverse() if "other way" in fault else None
+            rotary = rotary.inverse() if "inverse" in fault else None
         return original(q, k, v, rotary, scale=scale, **kwargs)
 
     monkeypatch.setattr(fused_attention, "rope_attention", wrong)
     model = CASES[name].build()
     if name == "vit" and fault != "scaled":
-        assert patch(model).patched  # there is nothing to turn
+        assert patch(model).patched  # there is nothing to rotate
         return
     with pytest.raises(RuntimeError, match="computes something else when patched"):
         patch(model)

@@ -289,7 +289,7 @@ WITH_ROPE = {
         _inkling,
         ("Inkling2VisionAttention",),
     ),
-    "minimax_m3_vl": Family(  # t, y and x turn 30 of 32 channels; the frames of a video are one sequence
+    "minimax_m3_vl": Family(  # t, y and x rotate 30 of 32 channels; the frames of a video are one sequence
         "minimax_m3_vl",
         "MiniMaxM3VLVisionModel",
         "MiniMaxM3VLVisionConfig",

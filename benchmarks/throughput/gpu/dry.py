@@ -223,7 +223,7 @@ def tuned_kernels() -> dict[Any, Any]:
 
 
 def tested_kernels() -> dict[Any, Any]:
-    """Return the kernels of tests/gpu, in every dtype, with the tiles of a large batch."""
+    """Return the kernels of tests/backends/gpu, in every dtype, with the tiles of a large batch."""
     sys.path.insert(0, str(ROOT / "tests"))
     from oracles import make
     from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS

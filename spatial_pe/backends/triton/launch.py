@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel launch as data: it can be run, compiled for a GPU that is not present (tests/triton), or cached for later
-calls (launch_cache.py)."""
+"""A kernel launch as data: it can be run, compiled for a GPU that is not present (tests/backends/triton), or cached for
+later calls (launch_cache.py)."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 """Tile sizes as data: by kernel, GPU family and head_dim. Results of `spatial-pe tune` override them.
 
 All rows are modelled, not measured yet: no GPU was at hand. Their constraints (no spills, shared memory within the chip,
-tensor cores used) are checked by compiling for each GPU offline: tests/triton/test_budget.py; docs/triton_budget.md has
-the table. Among tiles that meet them, rows are chosen by instructions per score in the main loop and by programs per SM:
-two are needed, so that one loads and exponentiates while the other multiplies.
+tensor cores used) are checked by compiling for each GPU offline: tests/backends/triton/test_budget.py;
+docs/triton_budget.md has the table. Among tiles that meet them, rows are chosen by instructions per score in the main
+loop and by programs per SM: two are needed, so that one loads and exponentiates while the other multiplies.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_layers_tell_positions(folder, pictures):
     with pretrained.constant(tower):
         blind = pretrained.layers(tower, pictures)
     for transform in pretrained.TRANSFORMS:
-        # the patch at the same place shows another colour: turning the picture back is what makes them equal
+        # the patch at the same place shows another colour: only the inverse transform makes them equal
         assert min(blind[transform]) > 0.999, transform
     with torch.no_grad(), pretrained.constant(tower):
         assert pretrained._hidden(tower, pictures)[-1].shape == (2, GRID, GRID, 32)

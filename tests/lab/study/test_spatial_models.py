@@ -162,8 +162,8 @@ def test_the_mismatched_one_is_no_rotation_and_axial_is():
         model = tower(name)
         q = torch.ones(1, 64, SIZE.heads, SIZE.width // SIZE.heads)
         how = model.position.layers(Where(8, 8, 8), SIZE.depth)[0]
-        turned = how(q) if callable(how) else spatial_pe.apply_rotary(q, how)
-        scores = torch.einsum("bnhd,bmhd->bhnm", turned, turned)[0, 0].reshape(8, 8, 8, 8)
+        rotated = how(q) if callable(how) else spatial_pe.apply_rotary(q, how)
+        scores = torch.einsum("bnhd,bmhd->bhnm", rotated, rotated)[0, 0].reshape(8, 8, 8, 8)
         diagonal = torch.stack([scores[i, i, i + 2, i + 3] for i in range(5)])
         return (diagonal.std() / diagonal.abs().mean()).item()
 
