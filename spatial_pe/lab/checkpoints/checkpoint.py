@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._utils.console import first_line
 from ..._utils.errors import UserError
 from . import assets
 
@@ -89,7 +90,7 @@ class Tower:
         try:
             features = self.features(torch.full((1, 3, size, size), 0.5))
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
-            return f"{type(error).__name__}: {_first_line(error)}"
+            return f"{type(error).__name__}: {first_line(error)}"
         side = size // self.patch_size
         if features.shape[1] < (side // self.merge) ** 2:
             return f"{features.shape[1]} features for {side * side} patches"
@@ -131,7 +132,7 @@ def load_tower(path: str) -> Tower:
     try:
         model = AutoModel.from_pretrained(str(Path(path).expanduser()) if Path(path).expanduser().exists() else path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{path!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{path!r} cannot be loaded: {first_line(error)}") from error
     module = next(_towers(model), None)
     if module is None:
         children = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
@@ -182,7 +183,3 @@ def _first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
 def _as_int(size: Any) -> int | None:
     """Sizes are ints or (height, width) in configurations."""
     return int(size[0]) if isinstance(size, list | tuple) else None if size is None else int(size)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,8 +7,6 @@ spatial-pe demo --out demo.png --json demo.json
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..._utils import environment
+from ..._utils.console import progress
 from ..._utils.errors import UserError
+from ..._utils.files import check_writable, write_whole
 from ..checkpoints import assets, checkpoint
 from ..checkpoints.checkpoint import Tower
 from . import figure, measure
@@ -92,7 +92,7 @@ def run(options: Options) -> dict:
         "rows": [row.as_json() for row in rows],
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     files = ", ".join(str(path) for path in (options.out, options.json) if path is not None)
     print(f"Wrote {files} ({time.monotonic() - began:.0f} s)")
     wrong = [row.name for row in rows if not row.within_rounding]
@@ -110,16 +110,9 @@ def check_options(options: Options) -> None:
             raise UserError(f"--{name} must be at least 1, got {value}")
     if options.out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, got {str(options.out)!r}")
-    for name, path in (("out", options.out), ("json", options.json)):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"--{name} {str(path)!r} is a folder: name a file")
-        try:  # asking for permissions says too little: root has all of them, also on read-only mounts
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise UserError(f"--{name} {str(path)!r} cannot be written: {error.strerror}") from error
+    check_writable("--out", options.out)
+    if options.json is not None:
+        check_writable("--json", options.json)
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -206,21 +199,6 @@ def time_both(
 
 
 # -------------------------------------------------------------------------------------------------------------- output
-
-
-def progress(label: str) -> Callable[[int, int], None]:
-    """A bar on a terminal; one line per stage elsewhere, so that a log stays readable."""
-    terminal = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        if terminal:
-            bar = "█" * (20 * done // total)
-            end = "\n" if done == total else ""
-            print(f"\r{label:<32} {bar:░<20} {done}/{total}", end=end, file=sys.stderr, flush=True)
-        elif done == total:
-            print(label, file=sys.stderr, flush=True)
-
-    return show
 
 
 def _headline(tower: Tower, rows: list[measure.Row], machine: dict, advice: str) -> tuple[str, str]:
