@@ -10,11 +10,12 @@ import pytest
 for package in ("transformers", "onnx", "onnxruntime", "skimage", "matplotlib"):
     pytest.importorskip(package, reason="the demo needs spatial_pe[demo]")
 
+import torch
 import transformers
 from matplotlib.colors import to_rgb
 
 from spatial_pe.lab.checkpoints import assets, checkpoint
-from spatial_pe.lab.demo import figure, measure
+from spatial_pe.lab.demo import figure, measure, towers
 
 
 def weights() -> bytes:
@@ -67,6 +68,27 @@ def as_tower(model) -> checkpoint.Tower:
     return checkpoint.Tower("t", model.eval(), config.patch_size, image_size, frames=frames, merge=merge)
 
 
+def small_cases() -> tuple[towers.Case, ...]:
+    """In place of the towers that rotate, with what is theirs: windows, images of two sizes, prefix tokens."""
+    patches = torch.randn(64, 3 * 2 * 14 * 14)  # 112 px: one window
+    images, sizes = torch.randn(2, 3, 64, 64), torch.tensor([[64, 64], [32, 64]])
+
+    def small_qwen(layers, sizes):
+        return qwen(), lambda m, dtype: m(patches.to(dtype), grid_thw=torch.tensor([[1, 8, 8]]))
+
+    def small_pixtral(layers, _):
+        return pixtral(), lambda m, dtype: m(images.to(dtype), sizes).last_hidden_state
+
+    def small_dinov3(layers, sizes):
+        return dinov3(), lambda m, dtype: m(images[:1].to(dtype)).last_hidden_state
+
+    return (
+        towers.Case("Qwen", "windows", small_qwen, 2, ((112, 112),)),
+        towers.Case("Pixtral", "images of two sizes", small_pixtral, 2, ((64, 64), (32, 64))),
+        towers.Case("DINOv3", "prefix tokens", small_dinov3, 2, ((64, 64),)),
+    )
+
+
 # ------------------------------------------------------------------------------------------- measurements and pictures
 
 
@@ -79,7 +101,7 @@ def panels(image: np.ndarray, lines: int) -> list[list[np.ndarray]]:
     """The four panels of each line: found as the areas that are not background, not by knowing the layout."""
     left = image[:, : int(0.63 * image.shape[1])]
     frame = np.all(np.abs(left - to_rgb(figure.FRAME)) < 0.02, axis=-1)
-    columns, rows = (np.flatnonzero(frame.mean(axis) > 0.4) for axis in (0, 1))
+    columns, rows = (np.flatnonzero(frame.mean(axis) > part) for axis, part in ((0, 0.2), (1, 0.4)))
     columns, rows = (np.split(x, np.flatnonzero(np.diff(x) > 3) + 1) for x in (columns, rows))
     assert (len(columns), len(rows)) == (8, 2 * lines), "a left and a right, an upper and a lower edge of each panel"
     spans = [[(a[-1] + 3, b[0] - 3) for a, b in zip(edges[::2], edges[1::2], strict=True)] for edges in (rows, columns)]

@@ -6,19 +6,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from statistics import geometric_mean
 
 import numpy as np
 import pytest
 import torch
-from demo_parts import SMALL, as_tower, cells, dinov3, panels, weights
+from demo_parts import SMALL, as_tower, cells, dinov3, panels, small_cases, weights
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
 from spatial_pe import cli
 from spatial_pe.lab.checkpoints import assets, checkpoint
-from spatial_pe.lab.demo import measure
+from spatial_pe.lab.demo import figure, measure, towers
 from spatial_pe.lab.demo import run as demo
 
 transformers = pytest.importorskip("transformers")
@@ -48,7 +49,7 @@ def fast(monkeypatch):
 
 def check_result(result: dict) -> None:
     """The numbers of the JSON file agree with each other."""
-    for made in result["rows"]:
+    for made in result["rows"] + result["towers"]:
         seconds, rate = made["seconds"], made["images_per_second"]
         assert len(seconds["before"]) == len(seconds["after"]) >= measure.FEWEST_PAIRS
         ratios = sorted(b / a for b, a in zip(seconds["before"], seconds["after"], strict=True))
@@ -59,7 +60,9 @@ def check_result(result: dict) -> None:
         assert ratios[0] <= interval["low"] <= made["speed_up"] <= interval["high"] <= ratios[-1]
         assert 0.87 < interval["coverage"] < 1
         assert made["within_rounding"]
-    assert result["too_noisy"] == any(made["too_noisy"] for made in result["rows"])
+        assert made["layer"]["kernels"]["after"] > 0 < made["layer"]["peak_bytes"]["after"]
+    assert result["too_noisy"] == any(made["too_noisy"] for made in result["rows"] + result["towers"])
+    assert all(made["error"]["relative"] < 1e-5 for made in result["towers"])
     for made in result["rows"]:
         if made["dtype"] == "fp32":
             assert made["error"]["relative"] < 1e-5
@@ -85,13 +88,14 @@ def test_a_checkpoint_from_the_command_line(model, tmp_path, capsys, fast, threa
         ("fp32", 96, 39, 3),
         ("bf16", 96, 39, 3),
     ]
-    for line in panels(imread(out)[..., :3], lines=len(assets.PHOTOS)):
+    for line in panels(imread(out)[..., :3], lines=figure.SHOWN):
         assert line[0].std() > 0.05 and cells(line[1], 6).std() > 0.05
         assert np.abs(cells(line[1], 6) - cells(line[2], 6)).max() < 0.01
     printed = capsys.readouterr().out
     for made in result["rows"]:
         assert ("too noisy" if made["too_noisy"] else f"{made['speed_up']:.2f}x") in printed
     assert "DINOv3ViTAttention" in printed
+    assert result["towers"] == [] and "Towers that rotate" not in printed, "another model was asked for"
 
 
 @pytest.fixture
@@ -172,16 +176,53 @@ def test_a_tower_that_cannot_be_patched(model, tmp_path, capsys, fast, monkeypat
     assert str(raised) in capsys.readouterr().err
 
 
-def test_another_model_than_the_graph_is_noticed(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def small_default(monkeypatch) -> list[float]:
+    """A small model in place of the default one, and small towers that rotate. The list: by how much its graph is
+    larger."""
     torch.manual_seed(0)
     config = transformers.Dinov2Config(**SMALL, image_size=224, patch_size=14)
-    tower = as_tower(transformers.Dinov2Model(config))
+    tower, factor = replace(as_tower(transformers.Dinov2Model(config)), name="DINOv2-small"), [1.0]
     monkeypatch.setattr(assets, "is_local", lambda: True)
     monkeypatch.setattr(assets, "onnx_file", lambda: b"")
     monkeypatch.setattr(checkpoint, "default_tower", lambda graph: tower)
     monkeypatch.setattr(
-        assets, "onnx_features", lambda graph, pixels: 1.001 * tower.module(pixels).last_hidden_state.detach()
+        assets, "onnx_features", lambda graph, pixels: factor[0] * tower.module(pixels).last_hidden_state.detach()
     )
+    monkeypatch.setattr(towers, "CASES", small_cases())
+    return factor
+
+
+def test_the_default_model_stands_beside_towers_that_rotate(small_default, tmp_path, capsys, fast, texts):
+    numbers = tmp_path / "d.json"
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "d.png"), "--json", str(numbers)]) == 0
+    result, printed = json.loads(numbers.read_text()), capsys.readouterr().out
+    check_result(result)
+    assert [(made["name"], made["images"], made["tokens"]) for made in result["towers"]] == [
+        ("Qwen", 1, 64),
+        ("Pixtral", 2, 24),
+        ("DINOv3", 1, 19),
+    ]
+    drawn = "\n".join(texts)
+    for made in result["towers"]:
+        kernels, speed_up = made["layer"]["kernels"], "too noisy" if made["too_noisy"] else f"{made['speed_up']:.2f}x"
+        assert kernels["after"] < kernels["before"]
+        for text in (printed, drawn.replace("→", "->")):
+            for part in (made["name"], made["what"], speed_up, f"{kernels['before']} -> {kernels['after']} kernels"):
+                assert part in text
+    assert "4 vision towers, patched in place" in drawn and "DINOv2-small with its real weights" in drawn
+
+
+def test_a_tower_that_changes_fails_the_demo(small_default, tmp_path, capsys, fast, monkeypatch):
+    compare = towers.compare
+    wrong = measure.Error(max=1.0, relative=1e-3, cosine_mean=1.0, cosine_min=1.0)
+    monkeypatch.setattr(towers, "compare", lambda seconds: [replace(compare(seconds)[1], error=wrong)])
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "d.png")]) == 1
+    assert "differ by more than rounding: Pixtral" in capsys.readouterr().err
+
+
+def test_another_model_than_the_graph_is_noticed(small_default, tmp_path, capsys):
+    small_default[0] = 1.001
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "d.png")]) == 1
     assert "not that of the ONNX graph: relative error 1.0e-03" in capsys.readouterr().err
 
@@ -239,4 +280,5 @@ def test_the_default_model_end_to_end(tmp_path):
     assert result["model"]["onnx_relative_error"] < 1e-5
     assert [(r["dtype"], r["size"], r["tokens"]) for r in result["rows"]] == [("fp32", 224, 257), ("bf16", 224, 257)]
     assert all(r["error"]["cosine_min"] > 0.99 for r in result["rows"])
-    assert len(panels(imread(out)[..., :3], lines=4)) == 4
+    assert [made["name"] for made in result["towers"]] == ["Qwen2.5-VL", "Pixtral", "DINOv3-L"]
+    assert len(panels(imread(out)[..., :3], lines=figure.SHOWN)) == figure.SHOWN

@@ -60,7 +60,7 @@ class Tower:
             extra["interpolate_pos_encoding"] = True
         if "image_sizes" in accepted:
             extra["image_sizes"] = [(height, width)] * batch
-        out = _first_tensor(self.module(pixels, **extra))
+        out = first_tensor(self.module(pixels, **extra))
         return out.reshape(batch, -1, out.shape[-1])  # Pixtral packs its images: (1, B N, C)
 
     def _call_packed(self, pixels: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Tower:
         x = x.unflatten(3, (-1, m)).unflatten(2, (-1, m))  # (B, 3, h/m, m, w/m, m, p, p)
         x = x.permute(0, 2, 4, 3, 5, 1, 6, 7).unsqueeze(6).expand(*[-1] * 6, frames, -1, -1)
         grid = torch.tensor([[1, height // p, width // p]] * batch)
-        out = _first_tensor(self.module(x.flatten(5).flatten(0, 4), grid_thw=grid), prefer="pooler_output")
+        out = first_tensor(self.module(x.flatten(5).flatten(0, 4), grid_thw=grid), prefer="pooler_output")
         return out.reshape(batch, -1, out.shape[-1])  # one feature per merge block, row-major
 
     def tokens(self, features: Tensor, size: int) -> int:
@@ -172,7 +172,7 @@ def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(options.get("image_mean", assets.IMAGENET_MEAN)), tuple(options.get("image_std", assets.IMAGENET_STD))
 
 
-def _first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
+def first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
     """The tower's features, whether it returns a tensor, a tuple or a model output."""
     if isinstance(output, Tensor):
         return output
