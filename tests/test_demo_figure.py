@@ -10,10 +10,11 @@ import pytest
 import torch
 from demo_parts import cells, panels, row
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from spatial_pe.lab.checkpoints import assets
-from spatial_pe.lab.demo import figure, measure
+from spatial_pe.lab.demo import figure, measure, scores
 
 
 def test_equal_features_have_equal_colours_and_others_do_not():
@@ -36,8 +37,8 @@ def test_colours_are_the_principal_components():
     assert min((red - expected).abs().max(), (red - expected.flip(0)).abs().max()) < 0.05
 
 
-def drawn(path: Path, pictures: figure.Pictures, rows: list[measure.Row]) -> np.ndarray:
-    figure.draw(path, "A title", "a subtitle", pictures, rows)
+def drawn(path: Path, pictures: figure.Pictures, rows: list[measure.Row], towers=()) -> np.ndarray:
+    figure.draw(path, "A title", "a subtitle", pictures, rows, towers)
     return imread(path)[..., :3]
 
 
@@ -74,3 +75,38 @@ def test_bars_are_as_high_as_the_throughput(tmp_path):
         heights.append(np.median(column[column > 0.6 * column.max()]))  # a bar; text has narrow columns
     assert heights[0] > 50
     assert heights[1] / heights[0] == pytest.approx(1.5, rel=0.03)
+
+
+def test_bars_of_towers_are_as_long_as_they_are_fast(tmp_path):
+    photos, features = torch.rand(3, 3, 32, 32), torch.randn(3, 4, 4, 8)
+    pictures = figure.Pictures(photos, features, features, 32, "fp32")
+    towers = [
+        measure.TowerRow(name, "", 2, 1, 64, row().error, measure.Timing([ratio] * 4, [1.0] * 4), None)
+        for name, ratio in (("a", 1.5), ("b", 0.75))
+    ]
+    image = drawn(tmp_path / "a.png", pictures, [row()], towers)
+    lower = image[int(0.62 * len(image)) :, int(0.55 * image.shape[1]) :]
+    lengths = []
+    for colour in (figure.BEFORE, figure.AFTER):
+        line = np.all(np.abs(lower - to_rgb(colour)) < 0.004, axis=-1).sum(1)
+        bars = np.split(line, np.flatnonzero(line < 30))  # a bar's lines are longer than those of any text
+        lengths.append([np.median(bar[1:]) for bar in bars if len(bar) > 5])
+    before, after = lengths
+    assert len(before) == len(after) == 2 and before[0] == pytest.approx(before[1], abs=2)
+    assert [b / a for a, b in zip(before, after, strict=True)] == pytest.approx([1.5, 0.75], rel=0.03)
+
+
+def test_heat_maps_are_the_scores_on_one_scale(tmp_path, monkeypatch):
+    found = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: found.extend(self.axes) or save(self, *args, **kwargs)
+    )
+    photos, features = torch.rand(3, 3, 32, 32), torch.randn(3, 4, 4, 8)
+    drawn(tmp_path / "a.png", figure.Pictures(photos, features, features, 32, "fp32"), [row()])
+    maps = [image for axis in found for image in axis.images if image.get_array().shape == (scores.SIDE,) * 2]
+    for image, values in zip(maps, (scores.axial(), scores.flattened()), strict=True):
+        assert np.array_equal(image.get_array(), values.numpy())
+        low, high = image.get_clim()
+        assert low <= values.min() and values.max() <= high + 1e-6
+    assert maps[0].get_clim() == maps[1].get_clim()

@@ -61,10 +61,11 @@ def test_a_patch_that_changes_a_tower_is_seen(monkeypatch):
     def wrong(module):
         report = patch(module)
         attention = next(m for m in module.modules() if type(m).__name__.endswith("PixtralAttention"))
-        forward = attention.forward
-        attention.forward = lambda *args, position_embeddings, **kwargs: forward(
-            *args, position_embeddings=tuple(x.flip(-2) for x in position_embeddings), **kwargs
-        )
+
+        def turn(module, args, kwargs):
+            return args, kwargs | {"position_embeddings": tuple(x.flip(-2) for x in kwargs["position_embeddings"])}
+
+        attention.register_forward_pre_hook(turn, with_kwargs=True)
         return report
 
     monkeypatch.setattr(spatial_pe.towers, "patch", wrong)

@@ -209,7 +209,7 @@ def _draw_scores(axes: list[Axes]) -> None:
         shown = axis.imshow(
             values.numpy(),
             cmap="viridis",
-            vmin=-0.3,
+            vmin=-0.35,
             vmax=1.0,
             interpolation="nearest",
             extent=(-half, half, half, -half),
