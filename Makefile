@@ -10,7 +10,9 @@ export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
 .PHONY: demo test test-quick test-all lint sanitize races soak gate bench spatial gpu triton-budget cuda-budget support-table wheel clean
 
-demo: $(VENV)/installed
+# Four vision towers before and after patch(), on the CPU. Installs what it needs and no more; where the environment of
+# the tests is there, that one serves: a build without CUDA kernels would take theirs away.
+demo: $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/demo)
 	$(BIN)/spatial-pe demo --out demo.png --json demo.json
 
 # Two processes: the tests of one thread each. The towers once more with the oldest transformers that is supported.
@@ -175,14 +177,23 @@ $(VENV)/lmms-eval: $(VENV)/installed
 wheel: $(VENV)/installed
 	$(BIN)/pip wheel --no-deps -w dist .
 
-# torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
-$(VENV)/installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy
-	$(BIN)/pip install --quiet -c constraints.txt "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77"
-	SPATIAL_PE_REQUIRE_EXT=1 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
+SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+
+$(VENV)/installed: $(SOURCES)
+	$(call install,test)
 	touch $@
+
+# Compiling every module of torch and transformers takes 40 s, those that are imported a few; CUDA kernels take minutes.
+$(VENV)/demo: export SPATIAL_PE_CUDA := 0
+$(VENV)/demo: $(SOURCES)
+	test -e $(VENV)/installed || { $(call install,demo,--no-compile); }
+	touch $@
+
+# Of an extra, with options of pip; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
+install = { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
+  $(BIN)/python -m pip install --quiet --upgrade pip && \
+  $(BIN)/pip install --quiet $(2) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
+  SPATIAL_PE_REQUIRE_EXT=1 $(BIN)/pip install --quiet $(2) -c constraints.txt --no-build-isolation -e ".[$(1)]"
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]" --no-build-isolation

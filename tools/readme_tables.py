@@ -13,6 +13,7 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from spatial_pe.lab.bench import result as bench
@@ -51,7 +52,35 @@ def demo() -> str:
         for row in result["rows"]
     ]
     header = ["", "relative error", "bf16's own", "cosine", "images/s before", "after", "speed-up"]
-    return table(header, rows) + f"\n\n`make demo`; {machine(result['environment'])}."
+    parts = [table(header, rows)]
+    if result.get("towers"):  # since schema 3
+        parts += [
+            "Towers that rotate, at their real widths, with few layers and random weights, float32.",
+            rotating(result),
+        ]
+    return "\n\n".join([*parts, f"`make demo`; {machine(result['environment'])}."])
+
+
+def rotating(result: dict) -> str:
+    rows = [
+        [
+            f"{row['name']}, {row['what']}",
+            f"{row['tokens']:,}",
+            f"{row['error']['relative']:.1e}",
+            *(measure.significant(row["images_per_second"][when]) for when in ("before", "after")),
+            "too noisy" if row["too_noisy"] else f"**{row['speed_up']:.2f}x**",
+            before_after(row, "kernels", str),
+            before_after(row, "peak_bytes", lambda size: f"{size / 2**20:.1f}"),
+        ]
+        for row in result["towers"]
+    ]
+    header = ["", "tokens", "relative error", "images/s before", "after", "speed-up", "kernels a layer", "MiB a layer"]
+    return table(header, rows)
+
+
+def before_after(row: dict, what: str, shown: Callable[[int], str]) -> str:
+    """Of an attention layer, if it was counted."""
+    return "" if row["layer"] is None else " → ".join(shown(row["layer"][what][when]) for when in ("before", "after"))
 
 
 # (suite, row, dtype, label): the README's numbers, wins and near-losses

@@ -4,21 +4,51 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from typing import Protocol
 
 
-def progress() -> Callable[[int, int, str], None]:
-    """Return a function of (done, total, label) that reports on stderr: a bar on a terminal, a line elsewhere."""
-    terminal = sys.stderr.isatty()
+class Show(Protocol):
+    """Show that ``done`` of ``total`` steps are done; ``step`` names the one that begins or has ended."""
 
-    def show(done: int, total: int, label: str) -> None:
-        if terminal:
-            bar = "█" * (30 * done // max(1, total))
-            print(f"\r\033[K{bar:░<30} {done}/{total} {label}", end="", file=sys.stderr, flush=True)
-            if done == total:
-                print(file=sys.stderr)
-        else:
-            print(f"{done}/{total} {label}", file=sys.stderr, flush=True)
+    def __call__(self, done: int, total: int, step: str = "", /) -> None: ...
+
+
+def progress(label: str = "") -> Show:
+    """Return a function that shows progress on stderr: a bar of tqdm on a terminal, lines elsewhere.
+
+    The lines are the steps; where a label says what all steps are, one line at their end: a log stays readable.
+    """
+    return _bar(label) if sys.stderr.isatty() else _lines(label)
+
+
+def _bar(label: str) -> Show:
+    from tqdm import tqdm  # comes with transformers, which all that takes long needs
+
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread beside what is measured
+
+    bar: Bar | None = None
+
+    def show(done: int, total: int, step: str = "", /) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = Bar(total=total, desc=f"{label:<28}" if label else None, bar_format=BAR, dynamic_ncols=True)
+        bar.n = done
+        bar.set_postfix_str(step)  # draws it
+        if done == total:
+            bar.close()
+            bar = None  # the next call begins another
+
+    return show
+
+
+BAR = "{desc}{bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def _lines(label: str) -> Show:
+    def show(done: int, total: int, step: str = "", /) -> None:
+        if not label or done == total:
+            print(label or f"{done}/{total} {step}", file=sys.stderr, flush=True)
 
     return show
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import UserError
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: a process that is killed while it writes leaves the old file."""
+    """Write a file whole or not at all: a process that is killed meanwhile leaves it as it was. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -18,16 +20,19 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def refusal(path: Path) -> str | None:
-    """Return why a file cannot be written, or None, so that long runs fail early."""
-    if path.is_dir():
-        return "is a folder: name a file"
+def check_writable(option: str, path: Path) -> None:
+    """Raise UserError if no file can be written there: before hours of work, not after. Makes its folder.
+
+    By trying: permissions say too little, root has all of them, also on read-only mounts.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"{option} {str(path)!r} is a folder: name a file")
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         existed = path.exists()
         path.open("a").close()
         if not existed:
             path.unlink()
     except OSError as error:
-        return f"cannot be written: {error.strerror}"
-    return None
+        raise UserError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error

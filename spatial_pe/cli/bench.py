@@ -11,7 +11,7 @@ import torch
 from .._utils import environment
 from .._utils.console import first_line, progress
 from .._utils.errors import UserError
-from .._utils.files import refusal, write_whole
+from .._utils.files import check_writable, write_whole
 from ..backends import cpu
 from ..lab.bench import machine, report, result, suites
 
@@ -31,8 +31,7 @@ def run(options: argparse.Namespace) -> int:
         UserError: a file that cannot be written, a device or a model that cannot be used.
     """
     for name in ("json", "out"):
-        if (why := refusal(getattr(options, name))) is not None:
-            raise UserError(f"--{name} {str(getattr(options, name))!r} {why}")
+        check_writable(f"--{name}", getattr(options, name))
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:

@@ -14,7 +14,7 @@ from . import require
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="another checkpoint (default: DINOv2-small)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--batch", type=int, default=4, metavar="N", help="images per run when timing (default: 4)")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="images per run when timing (default: 2)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo.png"), metavar="FILE", help="picture (default: demo.png)"
     )

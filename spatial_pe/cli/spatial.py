@@ -12,7 +12,7 @@ import torch
 
 from .._utils.console import first_line, progress
 from .._utils.errors import UserError
-from .._utils.files import refusal
+from .._utils.files import check_writable, write_whole
 from ..lab.captions import zero_shot
 from ..lab.study import study
 from ..lab.study.study import BUDGETS, STUDIES
@@ -71,7 +71,7 @@ def run_study(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     path = options.out or Path(f"spatial-{options.study}-{options.budget}.json")
-    _writable(path)
+    check_writable("--out", path)
     _usable(options.device)
     try:
         result = study.run(
@@ -99,12 +99,12 @@ def run_study(options: argparse.Namespace) -> int:
 def run_report(options: argparse.Namespace) -> int:
     from ..lab.study import report
 
-    _writable(options.out)
+    check_writable("--out", options.out)
     studies = [study.load(path) for path in options.files]
     empty = [str(path) for path, it in zip(options.files, studies, strict=True) if not it["runs"]]
     if empty:
-        raise UserError(f"{empty[0]!r} holds no finished run yet: `spatial-pe spatial run` resumes it")
-    options.out.write_text(report.html(studies), encoding="utf-8")
+        raise UserError(f"{empty[0]!r} holds no finished run yet: `spatial-pe spatial run` goes on with it")
+    write_whole(options.out, report.html(studies))
     print(f"Wrote {options.out}")
     return 0
 
@@ -114,8 +114,3 @@ def _usable(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from None
-
-
-def _writable(path: Path) -> None:
-    if (why := refusal(path)) is not None:
-        raise UserError(f"--out {str(path)!r} {why}")

@@ -6,9 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 
 from ..._utils.cache import cache_folder
 from ..._utils.dispatcher import assume_constant
+from ..._utils.files import write_whole
 
 if TYPE_CHECKING:
     from .tiles import Choice
@@ -106,15 +105,11 @@ def _checked(content: dict[str, Any]) -> Tuned:
 
 
 def save(rows: dict[str, dict[str, Any]], file: Path) -> None:
-    """Merge the rows into the file, atomically, also with several processes at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Over the rows that are there; whole or not at all, also with several processes at once."""
     before = {}
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a broken file is replaced
         before = _checked(json.loads(file.read_text(encoding="utf-8"))).rows
-    content = {"format": FORMAT, "rows": before | rows}
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as part:
-        json.dump(content, part, indent=1)
-    os.replace(part.name, file)
+    write_whole(file, json.dumps({"format": FORMAT, "rows": before | rows}, indent=1))
 
 
 def plain(config: Any) -> dict[str, Any] | None:

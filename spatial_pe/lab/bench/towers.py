@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...towers import patch
+from .. import random_towers
 from ..checkpoints import checkpoint
+from ..random_towers import Built
 from . import timing
-
-Built = tuple[nn.Module, Callable[[nn.Module, torch.dtype], Tensor]]
 
 
 def dinov2_small_518() -> Built:
@@ -31,15 +31,7 @@ def dinov2_small_518() -> Built:
 
 def qwen2_5_vl() -> Built:
     """Qwen2.5-VL's tower, 4 of its layers, one of them with full attention: 4,500 tokens of one 1260 x 700 image."""
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-    config = Qwen2_5_VLVisionConfig(
-        hidden_size=1280, num_heads=16, intermediate_size=3420, depth=4, fullatt_block_indexes=[3], out_hidden_size=2048
-    )
-    model = Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
-    patches, grid = torch.randn(50 * 90, 3 * 2 * 14 * 14), torch.tensor([[1, 50, 90]])
-    return model, lambda m, dtype: m(patches.to(dtype), grid_thw=grid)
+    return random_towers.qwen2_5_vl(4, [(700, 1260)])
 
 
 def qwen3_vl() -> Built:
@@ -54,23 +46,12 @@ def qwen3_vl() -> Built:
 
 def pixtral() -> Built:
     """Pixtral's tower, 4 of its layers: four images in one sequence, 2,816 tokens."""
-    from transformers import PixtralVisionConfig, PixtralVisionModel
-
-    config = PixtralVisionConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=4)
-    pixels = torch.randn(4, 3, 512, 512)
-    sizes = torch.tensor([[512, 512], [512, 384], [384, 512], [256, 256]])
-    return PixtralVisionModel._from_config(config), lambda m, dtype: m(pixels.to(dtype), sizes).last_hidden_state
+    return random_towers.pixtral(4, [(512, 512), (512, 384), (384, 512), (256, 256)])
 
 
 def dinov3_large() -> Built:
     """DINOv3-L, 4 of its layers, 512 px: 1,029 tokens, batch 2."""
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel
-
-    config = DINOv3ViTConfig(
-        hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=4, num_register_tokens=4
-    )
-    pixels = torch.randn(2, 3, 512, 512)
-    return DINOv3ViTModel._from_config(config), lambda m, dtype: m(pixels.to(dtype)).last_hidden_state
+    return random_towers.dinov3_large(4, [(512, 512)] * 2)
 
 
 def siglip_so400m() -> Built:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..._utils.console import first_line
 from ..._utils.errors import UserError
 
 COLUMNS = ("image_options", "caption_options")
@@ -110,8 +111,7 @@ def _download(name: str, split: str) -> Path:
             huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=[f"**/{split}-*.parquet"])
         )
     except Exception as error:  # no network, no such data set, no permission: each has its own class
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name!r} is no folder, and cannot be loaded from the hub: {first}") from error
+        raise UserError(f"{name!r} is no folder, and cannot be had from the hub: {first_line(error)}") from error
 
 
 def _need(package: str) -> None:

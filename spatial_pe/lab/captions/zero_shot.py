@@ -31,6 +31,8 @@ import torch
 from torch import nn
 
 from ..._utils import environment
+from ..._utils.console import first_line, progress
+from ..._utils.files import check_writable, write_whole
 from ...towers import from_pretrained, patch, unpatch
 from ...towers.config_entry import noted
 from ...towers.fused_attention import FusedAttention
@@ -280,7 +282,7 @@ def run_eval(options: argparse.Namespace) -> int:
     if options.out:
         command = getattr(options, "command", None)
         result = {"model": options.model, "command": command, **result, "environment": environment.describe()}
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.out, json.dumps(result, indent=1) + "\n")
         print(f"written to {options.out}")
     return 0
 
@@ -291,25 +293,15 @@ def _result(options: argparse.Namespace) -> dict:
     if options.start == "full" and not options.rope:
         raise ValueError("--start full is for an added RoPE: pass --rope axial or --rope mixed")
     if options.out:
-        _make_room(options.out)
-    task = load(options.benchmark, options.data, limit=options.limit)  # first: reports missing data
+        check_writable("--out", options.out)
+    task = load(options.benchmark, options.data, limit=options.limit)  # first: says what is missing
     model, processor = _load_model(options.model, options.device)
-    scorer, bar = Scorer(model, processor, options.batch), _bar(options.benchmark)
+    scorer, bar = Scorer(model, processor, options.batch), progress(f"{options.benchmark}, images")
     if not (options.rope or options.legacy):
         return _evaluate(scorer, task, bar)
     if noted(model):
         raise ValueError(f"{options.model} is a patched model: measure it as it is, without --rope and --legacy")
     return _compare(scorer, task, options.rope, options.start, LEGACY[0] if options.legacy else None, options.seed, bar)
-
-
-def _make_room(out: Path) -> None:
-    """Check that the result can be written, so that long runs fail early."""
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out}: no folder {out.parent} can be made: {error.strerror}") from error
 
 
 def _load_model(name: str, device: str | None) -> tuple[nn.Module, Callable[..., Any]]:
@@ -324,19 +316,7 @@ def _load_model(name: str, device: str | None) -> tuple[nn.Module, Callable[...,
         processor = transformers.AutoProcessor.from_pretrained(name)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
     except Exception as error:  # transformers and torch raise OSError, ValueError, KeyError, RuntimeError, ...
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"no model and processor could be loaded from {name!r}: {first}") from error
-
-
-def _bar(label: str) -> Progress:
-    """Return a progress bar on a terminal; silent in a log."""
-
-    def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\r{label}: {done}/{total} images", end=end, file=sys.stderr, flush=True)
-
-    return show
+        raise ValueError(f"no model and processor could be loaded from {name!r}: {first_line(error)}") from error
 
 
 def _lines(result: dict) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._utils.console import first_line
 from ..._utils.errors import UserError
 from . import assets
 
@@ -59,7 +60,7 @@ class Tower:
             extra["interpolate_pos_encoding"] = True
         if "image_sizes" in accepted:
             extra["image_sizes"] = [(height, width)] * batch
-        out = _first_tensor(self.module(pixels, **extra))
+        out = first_tensor(self.module(pixels, **extra))
         return out.reshape(batch, -1, out.shape[-1])  # Pixtral packs its images: (1, B N, C)
 
     def _call_packed(self, pixels: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Tower:
         x = x.unflatten(3, (-1, m)).unflatten(2, (-1, m))  # (B, 3, h/m, m, w/m, m, p, p)
         x = x.permute(0, 2, 4, 3, 5, 1, 6, 7).unsqueeze(6).expand(*[-1] * 6, frames, -1, -1)
         grid = torch.tensor([[1, height // p, width // p]] * batch)
-        out = _first_tensor(self.module(x.flatten(5).flatten(0, 4), grid_thw=grid), prefer="pooler_output")
+        out = first_tensor(self.module(x.flatten(5).flatten(0, 4), grid_thw=grid), prefer="pooler_output")
         return out.reshape(batch, -1, out.shape[-1])  # one feature per merge block, row-major
 
     def tokens(self, features: Tensor, size: int) -> int:
@@ -92,7 +93,7 @@ class Tower:
         try:
             features = self.features(torch.full((1, 3, size, size), 0.5))
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
-            return f"{type(error).__name__}: {_first_line(error)}"
+            return f"{type(error).__name__}: {first_line(error)}"
         side = size // self.patch_size
         if features.shape[1] < (side // self.merge) ** 2:
             return f"{features.shape[1]} features for {side * side} patches"
@@ -134,7 +135,7 @@ def load_tower(path: str) -> Tower:
     try:
         model = AutoModel.from_pretrained(str(Path(path).expanduser()) if Path(path).expanduser().exists() else path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{path!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{path!r} cannot be loaded: {first_line(error)}") from error
     module = next(_towers(model), None)
     if module is None:
         children = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
@@ -175,8 +176,8 @@ def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(options.get("image_mean", assets.IMAGENET_MEAN)), tuple(options.get("image_std", assets.IMAGENET_STD))
 
 
-def _first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
-    """Return the tower's features from a tensor, a tuple or a model output."""
+def first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
+    """The tower's features, whether it returns a tensor, a tuple or a model output."""
     if isinstance(output, Tensor):
         return output
     named = getattr(output, prefer, None)
@@ -186,7 +187,3 @@ def _first_tensor(output: object, prefer: str = "last_hidden_state") -> Tensor:
 def _as_int(size: Any) -> int | None:
     """Return a size as int: sizes are ints or (height, width) in configurations."""
     return int(size[0]) if isinstance(size, list | tuple) else None if size is None else int(size)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two towers' features lie apart, and how fast each is."""
+"""How far two towers' features lie apart, how fast each is, and what an attention layer of each costs."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...towers.report import PatchReport
 
 # Pairs of runs per configuration. Of ten, the interval leaves out the smallest and the largest ratio, so that one
 # disturbed pair does not widen it. Ten may take three times the seconds that were asked for; where runs are slower,
@@ -90,6 +94,16 @@ class Timing:
         product = geometric_median([b * a for b, a in zip(self.before, self.after, strict=True)])
         return batch / math.sqrt(product * self.speed_up), batch / math.sqrt(product / self.speed_up)
 
+    def as_json(self, batch: int) -> dict:
+        before, after = self.images_per_second(batch)
+        return {
+            "seconds": {"before": self.before, "after": self.after},
+            "images_per_second": {"before": before, "after": after},
+            "speed_up": self.speed_up,
+            "speed_up_interval": asdict(self.interval),
+            "too_noisy": self.interval.too_wide,
+        }
+
     @property
     def interval(self) -> Interval:
         """Of the median of the ratios, whatever their distribution: the sign test's, about 95 %.
@@ -143,8 +157,39 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """An attention layer as ``inspect`` counts it on 960 tokens, before and after."""
+
+    kernels: tuple[int, int]
+    peak: tuple[int, int]  # bytes
+
+    @classmethod
+    def of(cls, report: PatchReport) -> Layer | None:
+        """Of the first layer that was counted."""
+        for row in report.patched:
+            if row.own_cost is not None and row.cost is not None:
+                return cls((row.own_cost.kernels, row.cost.kernels), (row.own_cost.peak, row.cost.peak))
+        return None
+
+    def __str__(self) -> str:
+        before, after = (f"{peak / 2**20:.1f}" for peak in self.peak)
+        return f"{self.kernels[0]} -> {self.kernels[1]} kernels, {before} -> {after} MiB"
+
+    def as_json(self) -> dict:
+        names = ("before", "after")
+        return {
+            "kernels": dict(zip(names, self.kernels, strict=True)),
+            "peak_bytes": dict(zip(names, self.peak, strict=True)),
+        }
+
+
+# Of two float32 towers that compute the same: their features lie 1e-6 apart.
+SAME = 1e-4
+
+
+@dataclass(frozen=True)
 class Row:
-    """One configuration: a dtype and an image size."""
+    """One configuration of the tower with real weights: a dtype and an image size."""
 
     dtype: str
     size: int
@@ -153,6 +198,7 @@ class Row:
     error: Error  # patched against unpatched, both in this dtype
     rounding: tuple[float, float] | None  # relative error against float32 of (unpatched, patched); None for float32
     timing: Timing
+    layer: Layer | None = None
 
     @property
     def name(self) -> str:
@@ -162,12 +208,10 @@ class Row:
     def within_rounding(self) -> bool:
         """The error rule: a patched low-precision tower is at most 1.5 times as far from float32 as it was."""
         if self.rounding is None:
-            return self.error.relative <= 1e-4
+            return self.error.relative <= SAME
         return self.rounding[1] <= 1.5 * self.rounding[0] + 1e-6
 
     def as_json(self) -> dict:
-        before, after = self.timing.images_per_second(self.batch)
-        interval = self.timing.interval
         return {
             "dtype": self.dtype,
             "size": self.size,
@@ -178,15 +222,48 @@ class Row:
                 None if self.rounding is None else {"before": self.rounding[0], "after": self.rounding[1]}
             ),
             "within_rounding": self.within_rounding,
-            "seconds": {"before": self.timing.before, "after": self.timing.after},
-            "images_per_second": {"before": before, "after": after},
-            "speed_up": self.timing.speed_up,
-            "speed_up_interval": asdict(interval),
-            "too_noisy": interval.too_wide,
+            "layer": self.layer and self.layer.as_json(),
+            **self.timing.as_json(self.batch),
         }
 
 
-def noise(rows: list[Row], advice: str) -> str:
+@dataclass(frozen=True)
+class TowerRow:
+    """A tower that rotates, with random weights."""
+
+    name: str
+    what: str  # is special in it
+    layers: int
+    images: int  # of one forward
+    tokens: int  # of all of them
+    error: Error  # patched against unpatched
+    timing: Timing
+    layer: Layer | None
+    dtype: str = "fp32"
+
+    @property
+    def within_rounding(self) -> bool:
+        return self.error.relative <= SAME
+
+    def as_json(self) -> dict:
+        return {
+            "name": self.name,
+            "what": self.what,
+            "dtype": self.dtype,
+            "layers": self.layers,
+            "images": self.images,
+            "tokens": self.tokens,
+            "error": asdict(self.error),
+            "within_rounding": self.within_rounding,
+            "layer": self.layer and self.layer.as_json(),
+            **self.timing.as_json(self.images),
+        }
+
+
+AnyRow = Row | TowerRow
+
+
+def noise(rows: Sequence[AnyRow], advice: str) -> str:
     """The noisiest row, what was measured, and the advice; empty where each row has a verdict."""
     noisy = {row.name: row.timing.interval for row in rows if row.timing.interval.too_wide}
     if not noisy:
@@ -200,36 +277,66 @@ def significant(rate: float) -> str:
     return f"{rate:.{max(0, 3 - math.floor(math.log10(rate)))}f}"
 
 
-def table(rows: list[Row], advice: str) -> str:
-    """Two plain-text tables: what changed, and how fast it is. ``advice``: what to do about noise."""
-    accuracy: list[tuple[str, ...]] = [
-        ("", "max error", "rel. error", "cosine", "smallest", "unpatched vs fp32", "patched vs fp32")
+def table(rows: list[Row], advice: str, towers: Sequence[TowerRow] = ()) -> str:
+    """Plain-text tables: what changed, how fast it is, what a layer costs. ``advice``: what to do about noise."""
+    why = noise([*rows, *towers], advice)
+    parts = [
+        "Features, patched against unpatched (last columns: what bf16 itself costs)\n" + _columns(_accuracy(rows)),
+        "Throughput, by pairs of neighbouring runs: the median ratio, and where it lies\n"
+        + _columns(_throughput(rows)),
+        _towers(towers),
+        _layers(rows, towers),
+        f"Timing {TOO_NOISY}. {why}" if why else "",
     ]
-    speed: list[tuple[str, ...]] = [
-        ("", "tokens", "batch", "pairs", "before, img/s", "after, img/s", "speed-up", "interval", "coverage")
+    return "\n\n".join(filter(None, parts))
+
+
+def _accuracy(rows: list[Row]) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [
+        ("", "max error", "rel. error", "cosine", "smallest", "unpatched vs fp32", "patched vs fp32")
     ]
     for row in rows:
         e = row.error
         rounding = ["", ""] if row.rounding is None else [f"{value:.2e}" for value in row.rounding]
-        accuracy.append(
+        lines.append(
             (row.name, f"{e.max:.1e}", f"{e.relative:.1e}", f"{e.cosine_mean:.7f}", f"{e.cosine_min:.7f}", *rounding)
         )
-        interval = row.timing.interval
-        rates = map(significant, row.timing.images_per_second(row.batch))
-        ratio = "too noisy" if interval.too_wide else f"{row.timing.speed_up:.2f}x"
-        sizes = map(str, (row.tokens, row.batch, len(row.timing.ratios)))
-        speed.append((row.name, *sizes, *rates, ratio, str(interval), f"{100 * interval.coverage:.0f} %"))
-    why = noise(rows, advice)
-    return (
-        "Features, patched against unpatched (last columns: what bf16 itself costs)\n"
-        + _columns(accuracy)
-        + "\n\nThroughput, by pairs of neighbouring runs: the median ratio, and where it lies\n"
-        + _columns(speed)
-        + (f"\nTiming {TOO_NOISY}. {why}" if why else "")
-    )
+    return lines
 
 
-def _columns(lines: list[tuple[str, ...]]) -> str:
+SPEED = ("pairs", "before, img/s", "after, img/s", "speed-up", "interval", "coverage")
+
+
+def _throughput(rows: list[Row]) -> list[tuple[str, ...]]:
+    head = ("", "tokens", "batch", *SPEED)
+    return [head, *((row.name, str(row.tokens), str(row.batch), *_speed(row.timing, row.batch)) for row in rows)]
+
+
+def _speed(timing: Timing, batch: int) -> tuple[str, ...]:
+    interval = timing.interval
+    ratio = "too noisy" if interval.too_wide else f"{timing.speed_up:.2f}x"
+    rates = map(significant, timing.images_per_second(batch))
+    return (str(len(timing.ratios)), *rates, ratio, str(interval), f"{100 * interval.coverage:.0f} %")
+
+
+def _towers(towers: Sequence[TowerRow]) -> str:
+    if not towers:
+        return ""
+    speed: list[tuple[str, ...]] = [("", "layers", "images", "tokens", "rel. error", *SPEED)]
+    for row in towers:
+        sizes = (row.name, *map(str, (row.layers, row.images, row.tokens)))
+        speed.append((*sizes, f"{row.error.relative:.1e}", *_speed(row.timing, row.images)))
+    return "Towers that rotate, at their real widths, with random weights, fp32\n" + _columns(speed)
+
+
+def _layers(rows: list[Row], towers: Sequence[TowerRow]) -> str:
+    found = {row.dtype: (row.layer, "") for row in rows} | {row.name: (row.layer, row.what) for row in towers}
+    lines = [(name, str(layer), what) for name, (layer, what) in found.items() if layer is not None]
+    head = "An attention layer, as `spatial-pe inspect` counts it on 960 tokens, before and after"
+    return f"{head}\n{_columns(lines)}" if lines else ""
+
+
+def _columns(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

@@ -7,8 +7,6 @@ spatial-pe demo --out demo.png --json demo.json
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,26 +16,24 @@ import torch
 from torch import Tensor
 
 from ..._utils import environment
+from ..._utils.console import progress
 from ..._utils.errors import UserError
+from ..._utils.files import check_writable, write_whole
 from ..checkpoints import assets, checkpoint
 from ..checkpoints.checkpoint import Tower
-from . import figure, measure
+from . import figure, measure, towers
+from .towers import ResultError
 
-# Of the JSON file; counts up when a field changes its meaning. 2: images_per_second are those of pairs of runs, as
-# speed_up is; 1: medians of each side on its own.
-SCHEMA = 2
+# Of the JSON file; counts up when a field changes its meaning. 3: "towers", those that rotate; the "layer" of each row;
+# "report" is that of inspect. 2: images_per_second are those of pairs of runs, as speed_up is; 1: medians of each side.
+SCHEMA = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES, QUICK_SIZES = (224, 518), (224,)
-# Seconds of timing per configuration (float32 at 518 px takes 45: ten pairs). Four configurations and their first runs
-# stay under three minutes on two cores, quick ones under half a minute.
-SECONDS, QUICK_SECONDS = 20.0, 5.0
+# Seconds of timing per configuration and tower; slow ones take up to three times as long (STRETCH).
+SECONDS, QUICK_SECONDS = 4.0, 1.0
 ADVICE = "Close other programs and run again"
 # The default model against its own ONNX graph: 1e-6 is float32 rounding, 1e-4 is another model.
 MODEL_TOLERANCE = 1e-4
-
-
-class ResultError(RuntimeError):
-    """A result that must not be passed over in silence."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Options:
     model: str | None = None
     out: Path = Path("demo.png")
     json: Path | None = None
-    batch: int = 4
+    batch: int = 2
     threads: int | None = None
     quick: bool = False
     command: str = ""
@@ -74,10 +70,13 @@ def run(options: Options) -> dict:
     print(f"Model    {tower.name}, attention before: {implementation or 'its own'}")
 
     rows, pictures, report = compare(tower, sizes, options)
+    # of a user's own tower the user asks nothing of others
+    rotating = towers.compare(_seconds(options)) if options.model is None else []
+    every: list[measure.AnyRow] = [*rows, *rotating]
     advice = f"{ADVICE}, without --quick" if options.quick else ADVICE
-    print(f"\n{report}\n\n{measure.table(rows, advice)}\n")
+    print(f"\n{report}\n\n{measure.table(rows, advice, rotating)}\n")
 
-    figure.draw(options.out, *_headline(tower, rows, machine, advice), pictures, rows)
+    figure.draw(options.out, *_headline(tower, rows, rotating, machine, advice), pictures, rows, rotating)
     result = {
         "schema": SCHEMA,
         "kind": "demo",
@@ -88,14 +87,15 @@ def run(options: Options) -> dict:
         "attention_before": implementation,
         "photos": list(assets.PHOTOS),
         "report": str(report),
-        "too_noisy": any(row.timing.interval.too_wide for row in rows),
+        "too_noisy": any(row.timing.interval.too_wide for row in every),
         "rows": [row.as_json() for row in rows],
+        "towers": [row.as_json() for row in rotating],
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     files = ", ".join(str(path) for path in (options.out, options.json) if path is not None)
     print(f"Wrote {files} ({time.monotonic() - began:.0f} s)")
-    wrong = [row.name for row in rows if not row.within_rounding]
+    wrong = [row.name for row in every if not row.within_rounding]
     if wrong:
         raise ResultError(
             f"the patched tower's features differ by more than rounding: {', '.join(wrong)} (table above)"
@@ -110,16 +110,9 @@ def check_options(options: Options) -> None:
             raise UserError(f"--{name} must be at least 1, got {value}")
     if options.out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, got {str(options.out)!r}")
-    for name, path in (("out", options.out), ("json", options.json)):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"--{name} {str(path)!r} is a folder: name a file")
-        try:  # asking for permissions says too little: root has all of them, also on read-only mounts
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise UserError(f"--{name} {str(path)!r} cannot be written: {error.strerror}") from error
+    check_writable("--out", options.out)
+    if options.json is not None:
+        check_writable("--json", options.json)
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -152,21 +145,13 @@ def load(options: Options) -> tuple[Tower, dict]:
 
 def compare(tower: Tower, sizes: list[int], options: Options) -> tuple[list[measure.Row], figure.Pictures, object]:
     """Patch a copy of the tower in each dtype and run both: errors on the photographs, then time."""
-    from ...towers import patch
-
-    seconds = QUICK_SECONDS if options.quick else SECONDS
     exact: dict[int, Tensor] = {}  # unpatched float32 features by size
     rows, pictures, report = [], None, None
     for dtype, torch_dtype in DTYPES.items():
         before = tower.copy(torch_dtype)
         after = before.sharing_copy()
-        try:
-            patched = patch(after.module)
-        except ValueError as error:  # nothing in this tower that patch knows
-            raise UserError(f"{tower.name}: {error}") from error
-        except RuntimeError as error:  # a layer computes something else when patched
-            raise ResultError(f"{tower.name}: {error}") from error
-        report = report or patched
+        inspected = towers.patch(tower.name, after.module)
+        report = report or inspected
         for size in sizes:
             photos = torch.stack([assets.photo(name, size) for name in assets.PHOTOS])
             show = progress(f"Features {dtype} {size} px")
@@ -180,18 +165,29 @@ def compare(tower: Tower, sizes: list[int], options: Options) -> tuple[list[meas
             if dtype != "fp32":
                 rounding = measure.error(old, exact[size]).relative, measure.error(new, exact[size]).relative
             elif size == max(sizes):
-                pictures = figure.Pictures(
-                    photos, tower.patch_grid(old, size), tower.patch_grid(new, size), size, dtype
-                )
-            timing = time_both(before, after, photos, options.batch, seconds, progress(f"Timing   {dtype} {size} px"))
+                grids = [tower.patch_grid(features, size)[: figure.SHOWN] for features in (old, new)]
+                pictures = figure.Pictures(photos[: figure.SHOWN], grids[0], grids[1], size, dtype)
+            show = progress(f"Timing   {dtype} {size} px")
+            timing = time_both(before, after, photos, options.batch, _seconds(options), show)
             rows.append(
                 measure.Row(
-                    dtype, size, tower.tokens(old, size), options.batch, measure.error(new, old), rounding, timing
+                    dtype,
+                    size,
+                    tower.tokens(old, size),
+                    options.batch,
+                    measure.error(new, old),
+                    rounding,
+                    timing,
+                    measure.Layer.of(inspected),
                 )
             )
     assert pictures is not None
     rows.sort(key=lambda row: row.size)
     return rows, pictures, report
+
+
+def _seconds(options: Options) -> float:
+    return QUICK_SECONDS if options.quick else SECONDS
 
 
 def time_both(
@@ -208,34 +204,27 @@ def time_both(
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def progress(label: str) -> Callable[[int, int], None]:
-    """A bar on a terminal; one line per stage elsewhere, so that a log stays readable."""
-    terminal = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        if terminal:
-            bar = "█" * (20 * done // total)
-            end = "\n" if done == total else ""
-            print(f"\r{label:<32} {bar:░<20} {done}/{total}", end=end, file=sys.stderr, flush=True)
-        elif done == total:
-            print(label, file=sys.stderr, flush=True)
-
-    return show
-
-
-def _headline(tower: Tower, rows: list[measure.Row], machine: dict, advice: str) -> tuple[str, str]:
+def _headline(
+    tower: Tower, rows: list[measure.Row], rotating: list[measure.TowerRow], machine: dict, advice: str
+) -> tuple[str, str]:
     """Title and subtitle of the picture. A run with a row that is too noisy has no speed-up in either."""
-    largest = max((row for row in rows if row.dtype == "fp32"), key=lambda row: row.size)
-    why = measure.noise(rows, advice)
-    ratios = sorted({f"{row.timing.speed_up:.2f}x" for row in rows}, key=lambda text: float(text[:-1]))
+    every: list[measure.AnyRow] = [*rows, *rotating]
+    largest = max(row.error.relative for row in every if row.dtype == "fp32")
+    why = measure.noise(every, advice)
+    ratios = sorted({f"{row.timing.speed_up:.2f}x" for row in every}, key=lambda text: float(text[:-1]))
     speed = f"{' to '.join(dict.fromkeys((ratios[0], ratios[-1])))} the images per second"
     if why:
         speed, why = f"timing {measure.TOO_NOISY}", f"{why}\n"
-    title = f"{tower.name}, patched in place: {speed}"
+    name, what = tower.name, ""
+    if rotating:
+        name, what = (
+            f"{1 + len(rotating)} vision towers",
+            f"{tower.name} with its real weights, and towers that rotate: ",
+        )
     versions = machine["versions"]
     subtitle = (
-        f"{why}float32 features differ by {largest.error.relative:.0e} ({largest.size} px).  "
+        f"{why}{what}float32 features differ by {largest:.0e} at most; medians of pairs of runs.\n"
         f"{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, "
-        f"transformers {versions.get('transformers', '?')}; medians of pairs of runs."
+        f"transformers {versions.get('transformers', '?')}"
     )
-    return title, subtitle
+    return f"{name}, patched in place: {speed}", subtitle

@@ -519,7 +519,7 @@ def test_command_says_what_is_wrong(checkpoint, files, tmp_path, capsys):
         ((checkpoint, *where, "--legacy", "--rope", "axial"), 2, "leave --rope out"),
         ((checkpoint, *where, "--start", "full"), 2, "pass --rope axial or --rope mixed"),
         ((checkpoint, *where, "--out", tmp_path), 2, "is a folder"),
-        ((checkpoint, *where, "--out", checkpoint / "config.json/r.json"), 2, "can be made"),
+        ((checkpoint, *where, "--out", checkpoint / "config.json/r.json"), 2, "cannot be written"),
     ]
     for arguments, code, message in cases:
         assert run(*arguments) == code
