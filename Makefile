@@ -8,7 +8,7 @@ TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
 
-.PHONY: demo test test-quick test-all lint sanitize races soak gate bench spatial gpu triton-budget cuda-budget support-table wheel clean
+.PHONY: demo test test-quick test-all lint sanitize races soak gate bench spatial docs gpu triton-budget cuda-budget support-table wheel clean
 
 # Four vision towers before and after patch(), on the CPU. Installs what it needs and no more; where the environment of
 # the tests is there, that one serves: a build without CUDA kernels would take theirs away.
@@ -80,10 +80,10 @@ soak: $(VENV)/installed
 gate: $(VENV)/installed
 	PYTHONPATH=. $(BIN)/python -m tools.gate
 
-# The numbers of speed in the README and docs, and the report; not the accuracy studies. An hour on two cores, with nothing beside it.
+# The numbers of speed in the README and docs; not the accuracy studies. An hour on two cores, with nothing beside it.
 BENCH := benchmarks/results/cpu
 bench: $(VENV)/bench
-	$(BIN)/spatial-pe bench --json $(BENCH)/bench.json --out $(BENCH)/report.html
+	$(BIN)/spatial-pe bench --json $(BENCH)/bench.json --out build/bench.html
 	$(BIN)/python -m tools.instructions --out $(BENCH)/instructions.json
 	$(BIN)/spatial-pe demo --out docs/demo.png --json $(BENCH)/demo.json
 	$(BIN)/python -m tools.readme_tables
@@ -97,8 +97,20 @@ spatial: $(VENV)/installed
 	$(BIN)/spatial-pe spatial run --study llava --seeds 5 --out $(SPATIAL)/llava.json
 	$(BIN)/spatial-pe spatial run --study data --seeds 5 --out $(SPATIAL)/data.json
 	$(BIN)/spatial-pe spatial run --study pretrained --seeds 3 --out $(SPATIAL)/pretrained.json
-	$(BIN)/spatial-pe spatial report $(SPATIAL)/*.json --out $(SPATIAL)/report.html
 	$(BIN)/python -m tools.readme_tables
+
+# The docs as a site in build/site, with the reports of speed and accuracy drawn from the results. Strict: a broken link or a
+# name that is gone fails. Two minutes, most of it the reports.
+docs: $(VENV)/installed $(VENV)/docs/installed
+	$(BIN)/python -m tools.reports --out docs/reports
+	$(VENV)/docs/bin/mkdocs build --strict
+
+# A small environment: the API reference reads the sources, and imports nothing of them
+$(VENV)/docs/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 \
+	  griffelib==2.4.1 ruff
+	touch $@
 
 # On a machine with a GPU, with its own Python packages and no network, in three steps: STEP=1 builds, checks every
 # kernel against float64 and measures the shapes with targets (285 s), STEP=2 tests, tunes and measures small batches

@@ -186,14 +186,15 @@ def rest(result: dict) -> str:
     ]
     (start,) = bench.rows(result, "start")
     took = ", ".join(f"{name} {bench.seconds(start, name):.2g} s" for name in start["seconds"])
+    command = re.sub(" --out .*", "", result["command"])
     parts = [
         "Whole towers, all cores, patched against unpatched.",
         table(["tower", "", "SDPA's share before", "speed-up"], towers),
         "Peak memory of the forward in MiB beside inputs and output, 8 heads of 64, float32.",
         table(["tokens", "spatial_pe", "eager rotation, SDPA", "eager attention"], memory),
         f"What a process pays once: {took}; nothing is built or tuned at first use.",
-        f"`{result['command']}`; {machine(result)}. How it grows with tokens, batch, heads, windows and threads, "
-        "layers and the roofline are in the report beside it.",
+        f"`{command}`; {machine(result)}. How it grows with tokens, batch, heads, windows "
+        "and threads, layers and the roofline are in the report, which `make docs` draws.",
     ]
     return "\n\n".join(parts)
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from families import randomize
+from pages import story
 from timm_path import import_timm
 from towers_without_rope import HOLDERS
 
@@ -19,14 +18,6 @@ from tools import support_table as support
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-
-ROOT = Path(__file__).parents[2]
-TEXT = "\n".join(path.read_text() for path in (ROOT / "README.md", ROOT / "docs/patching.md"))
-
-
-def story(name: str) -> str:
-    (code,) = set(re.findall(rf"<!-- story: {name} -->\n```python\n(.*?)```", TEXT, re.DOTALL))  # copies are alike
-    return code
 
 
 def qwen(path):
