@@ -169,11 +169,11 @@ def tune(
         for place in (file, copy):
             if place is not None:
                 tuning_store.save(rows, place)
-    tiles.forget()
+    tiles.clear_cache()
     if has_tiles:
         from .backends.triton import launch_cache
 
-        launch_cache.forget()
+        launch_cache.clear_cache()
     return rows
 
 

@@ -199,7 +199,7 @@ def _functions(provider: Provider) -> Functions | str:
     return Functions(dense, packed, options, plain_only)
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Clear the cache, so that packages are looked for again."""
     _functions.cache_clear()
     _choose.cache_clear()
@@ -236,7 +236,7 @@ def attention(call: AttentionCall, row: Row) -> Tensor | None:
     except Exception as error:  # a kernel left out of the build, a missing compiler: any error is possible
         _FAILED[provider.name] = f"{provider.name} failed ({type(error).__name__}: {first_line(error)})"
         warnings.warn(f"spatial_pe: {_FAILED[provider.name]}; torch's own attention is used instead", stacklevel=2)
-        forget()
+        clear_cache()
         return None
     out = out[0] if isinstance(out, tuple) else out  # some releases return lse, too
     _refuse_second_derivatives(out, (q, k, v))

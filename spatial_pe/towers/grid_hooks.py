@@ -193,7 +193,7 @@ class Grids:
             raise RuntimeError(
                 "attention with an added RoPE was called outside of a forward of its tower, or is recomputed from "
                 "an input that was cast or moved since, so its patch grid is unknown. Call the tower; checkpoint whole "
-                "blocks, and keep what they save where it is"
+                "blocks, and do not move or cast the tensors that they save"
             )
         if next(rope.parameters(), None) is not None or needs_dispatcher((x,)):
             # tensors made in a trace belong to the trace

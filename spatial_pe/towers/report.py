@@ -64,7 +64,7 @@ class PatchReport:
         for row in self.patched:
             groups.setdefault((row.tower, row.attention, row.convention, row.backend, row.note), []).append(row)
         counted = any(row.cost for row in self.patched)
-        head = ("tower", "attention", "layers", "convention", "backend", "error", "its own")
+        head = ("tower", "attention", "layers", "convention", "backend", "error", "original")
         cells: list[tuple[str, ...]] = [(*head, "kernels", "memory") if counted else head]
         for (tower, attention, convention, backend, note), rows in groups.items():
             errors = [max((e for e in column if e is not None), default=None) for column in _columns(rows)]

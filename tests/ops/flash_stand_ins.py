@@ -175,12 +175,12 @@ def gpu(monkeypatch):
             if made.__name__ == "flash_attn.cute" and sys.modules["flash_attn"] is None:
                 monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # a namespace
             monkeypatch.setitem(sys.modules, made.__name__, made)
-        flash.forget()
+        flash.clear_cache()
         CALLS.clear()
 
     yield pretend
     monkeypatch.undo()
-    flash.forget()
+    flash.clear_cache()
 
 
 def call_of(q: Tensor, k: Tensor | None = None, bounds: Tensor | None = None, **others) -> AttentionCall:

@@ -117,7 +117,7 @@ def kept_kernels(call: Callable[[], Any]) -> list[str]:
         return []
     from spatial_pe.backends.triton import launch_cache
 
-    launch_cache.forget()
+    launch_cache.clear_cache()
     with torch.no_grad():
         call()
     names = {step.kernel.name for kept in launch_cache._KEPT.values() for step in kept.steps}

@@ -50,7 +50,7 @@ def run(signature: Hashable, inputs: tuple[Tensor, ...], plan: Callable[..., Pla
     return made.results
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Clear the cache, after other tiles were chosen."""
     _KEPT.clear()
 

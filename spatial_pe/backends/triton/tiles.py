@@ -264,7 +264,7 @@ def _choice(device: torch.device, dtype: torch.dtype, dim: int, longest: int, fe
     return choice if few or device.type != "cuda" else tuning_store.load(device).over(choice, dtype, dim, longest)
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Clear the cache, so that tuned tiles are read again."""
     _choice.cache_clear()
     tuning_store.load.cache_clear()

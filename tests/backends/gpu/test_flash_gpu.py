@@ -40,11 +40,11 @@ def provider(request, monkeypatch):
     packed = flash.Row(True, (major,), provider, "for this test")
     monkeypatch.setattr(flash, "ROWS", (packed, replace(packed, packed=False)) if provider.dense else (packed,))
     monkeypatch.setattr(flash, "_FAILED", {})
-    flash.forget()
+    flash.clear_cache()
     yield provider
     assert flash._FAILED == {}
     monkeypatch.undo()
-    flash.forget()
+    flash.clear_cache()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

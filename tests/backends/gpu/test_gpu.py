@@ -48,11 +48,11 @@ def large(monkeypatch):
     from spatial_pe.backends.triton import launch_cache, tiles
 
     monkeypatch.setattr(tiles, "SMS", 0)
-    tiles.forget()
-    launch_cache.forget()
+    tiles.clear_cache()
+    launch_cache.clear_cache()
     yield
-    tiles.forget()
-    launch_cache.forget()
+    tiles.clear_cache()
+    launch_cache.clear_cache()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,14 +171,14 @@ def test_every_candidate_of_the_tuner(unit, dim, monkeypatch, large):
     base = tiles.prebuilt(tiles.family_of(torch.device("cuda", 0)), case.dtype, dim, tiles.bucket(tokens))
     for config in tuning.candidates(unit, tuning.Problem(tokens, dim), base):
         monkeypatch.setattr(tiles, "choice_of", lambda call, config=config: replace(base, **{unit: config}))
-        launch_cache.forget()
+        launch_cache.clear_cache()
         try:
             got = on_gpu(case, "triton")
         except Exception as error:  # too much shared memory for this GPU: the tuner leaves it out
             assert "resource" in str(error).lower(), f"{config}: {error}"
             continue
         check(got, eager, truth, inputs)
-    launch_cache.forget()
+    launch_cache.clear_cache()
 
 
 def test_tuning(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_tuning(tmp_path, monkeypatch):
     from spatial_pe.backends.triton import tiles, tuning_store
 
     monkeypatch.setenv("SPATIAL_PE_CACHE", str(tmp_path))
-    tiles.forget()
+    tiles.clear_cache()
     device = torch.device("cuda", torch.cuda.current_device())
     problem = tuning.Problem(196, 64, budget=1960)
     rows = tuning.tune([problem], device, workers=4)
@@ -198,7 +198,7 @@ def test_tuning(tmp_path, monkeypatch):
     assert tuning_store.plain(tiles.choice_of(call).forward) == row["forward"]
     assert select.select(call, "auto") == row["faster"]["training"]
     monkeypatch.undo()
-    tiles.forget()
+    tiles.clear_cache()
 
 
 # ------------------------------------------------------------------------------------------------------ rotation alone
@@ -236,11 +236,11 @@ def test_auto_takes_triton(tmp_path, monkeypatch):
     from spatial_pe.backends.triton import tiles
 
     monkeypatch.setenv("SPATIAL_PE_CACHE", str(tmp_path))  # nothing was tuned
-    tiles.forget()
+    tiles.clear_cache()
     inputs = make(Case(dtype=torch.bfloat16), "cuda")
     assert select.select(AttentionCall(inputs.q, inputs.k, inputs.v, None, 1.0, None, None, None), "auto") == "triton"
     monkeypatch.undo()
-    tiles.forget()
+    tiles.clear_cache()
 
 
 def test_gradients_are_the_same_every_time():

@@ -47,10 +47,10 @@ def main() -> None:
 
     for name in CASES if len(sys.argv) == 1 else sys.argv[1:]:
         case = CASES[name]
-        launch_cache.forget()
+        launch_cache.clear_cache()
         first, second = Calls(case), Calls(case)
         planned = launched(second)  # what this call is told without anything kept
-        launch_cache.forget()
+        launch_cache.clear_cache()
         launched(first)
         assert runs_of_triton(first) == 0, f"{name}: planned again"
         replayed = launched(second)
@@ -99,7 +99,7 @@ def alike(x: torch.Tensor, y: torch.Tensor, inputs: set[int]) -> bool:
 
 def the_same_tensor_three_times(launched) -> None:
     """rope_attention(x, x, x), then three tensors: the same signature, other places."""
-    launch_cache.forget()
+    launch_cache.clear_cache()
     x, y, z = (torch.randn(1, 70, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     launched(lambda: rope_attention(x, x, x, backend="triton"))
     (told,) = launched(lambda: rope_attention(x, y, z, backend="triton"))
@@ -107,7 +107,7 @@ def the_same_tensor_three_times(launched) -> None:
 
 
 def another_shape_is_planned(runs_of_triton) -> None:
-    launch_cache.forget()
+    launch_cache.clear_cache()
     rotary = Rotary.from_angles(torch.randn(70, 32))
     q = torch.randn(2, 70, 4, 64, dtype=torch.bfloat16)
     calls = {
@@ -135,7 +135,7 @@ def unaligned_is_planned(runs_of_triton) -> None:
     """Kernels that are kept were compiled for addresses that 16 divides."""
     aligned = torch.randn(1, 70, 2, 64, dtype=torch.bfloat16)
     unaligned = torch.randn(70 * 2 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 70, 2, 64)
-    launch_cache.forget()
+    launch_cache.clear_cache()
     rope_attention(aligned, aligned, aligned, backend="triton")
     for _ in range(2):
         assert runs_of_triton(lambda: rope_attention(unaligned, aligned, aligned, backend="triton")) > 0

@@ -282,13 +282,13 @@ def tuned_row():
     (row,) = tuning.tune([problem], torch.device("cpu"), clock=clock, say=lambda line: None).values()
     return row
 
-def served_by():
+def selected_backend():
     tuning_store.load.cache_clear()
     with FakeTensorMode():
         q = torch.empty(132, 20, 1, 64, device="cuda:0", dtype=torch.float16)  # a program for each SM
         return select.select(AttentionCall(q, q, q, None, 0.125, None, None, None), "auto")
 
-found = {"triton": triton.unavailable(), "before": served_by(), "row": tuned_row(), "after": served_by()}
+found = {"triton": triton.unavailable(), "before": selected_backend(), "row": tuned_row(), "after": served_by()}
 found["file"] = tuning_store.path(torch.device("cuda", 0)).name
 def corrupted(call):  # one row of 20: 11 % of the norm of all
     out, lse = reference.forward(call)
@@ -297,7 +297,7 @@ def corrupted(call):  # one row of 20: 11 % of the norm of all
 
 calls = iter(range(100))
 cuda.forward = corrupted
-found |= {"wrong": tuned_row(), "after wrong": served_by()}
+found |= {"wrong": tuned_row(), "after wrong": selected_backend()}
 cuda.forward = lambda call: [x * (1 + 5e-4 * next(calls)) for x in reference.forward(call)]
 found |= {"unsteady": tuned_row()}
 print(json.dumps(found))

@@ -83,7 +83,7 @@ def test_the_numbers_are_those_of_the_file(result, written):
 
 def test_it_opens_offline_without_a_complaint(result, written):
     with browser.opened(written) as chrome:
-        assert chrome.title == "What it gains on this machine"
+        assert chrome.title == "Speed on this machine"
         assert [entry for entry in chrome.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
         assert browser.requests(chrome) == []
         headings = [element.text for element in chrome.find_elements("css selector", "h2")]
