@@ -12,7 +12,6 @@ FILES = [
     for folder in ("spatial_pe", "benchmarks", "examples", "tools")
     for file in sorted((ROOT / folder).rglob("*.py"))
 ]
-FILES = [file for file in FILES if file.parent.name != "demo"]  # TODO: once the demo is rewritten
 # a docstring begins with a verb ("Return ...") or a noun phrase, not with a question or half a sentence
 FIRST = re.compile(r'[`" ]*(What|Which|Who|Whose|Where|Whether|How|Why|When|If|That|Those|Of|As|For|It)\b')
 BANNED = re.compile(r"\b(turn(s|ed|ing)?|in place of|goes on)\b", re.IGNORECASE)

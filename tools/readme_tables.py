@@ -79,7 +79,7 @@ def rotating(result: dict) -> str:
 
 
 def before_after(row: dict, what: str, shown: Callable[[int], str]) -> str:
-    """Of an attention layer, if it was counted."""
+    """Return a count of an attention layer before and after, empty if it was not counted."""
     return "" if row["layer"] is None else " → ".join(shown(row["layer"][what][when]) for when in ("before", "after"))
 
 

@@ -103,7 +103,7 @@ def run_report(options: argparse.Namespace) -> int:
     studies = [study.load(path) for path in options.files]
     empty = [str(path) for path, it in zip(options.files, studies, strict=True) if not it["runs"]]
     if empty:
-        raise UserError(f"{empty[0]!r} holds no finished run yet: `spatial-pe spatial run` goes on with it")
+        raise UserError(f"{empty[0]!r} holds no finished run yet: `spatial-pe spatial run` resumes it")
     write_whole(options.out, report.html(studies))
     print(f"Wrote {options.out}")
     return 0
