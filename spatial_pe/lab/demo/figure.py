@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's picture: photographs, what a tower sees in them before and after, how fast it and others are, and what
-2D RoPE does to a score."""
+"""The picture of the demo: photographs, a tower's features of them before and after, throughput of all towers, and the
+effect of 2D RoPE on a score."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHOWN = 3  # photographs
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """What is drawn of the features, all at one size and dtype."""
+    """Features to draw, all at one size and dtype."""
 
     photos: Tensor  # (P, 3, S, S) in 0..1
     before: Tensor  # (P, h, w, C) features of the patches
@@ -85,7 +85,7 @@ def draw(
         FigureCanvasAgg(figure)
 
         def grid(lines: int, columns: int, left: float, right: float, top: float, bottom: float, **space: float) -> Any:
-            """Of axes, placed in inches from the upper left corner."""
+            """Return a grid of axes, placed in inches from the upper left corner."""
             at = {"left": left / WIDTH, "right": right / WIDTH, "top": 1 - top / height, "bottom": 1 - bottom / height}
             return figure.add_gridspec(lines, columns, **at, **space)
 
@@ -236,7 +236,7 @@ def _draw_scores(axes: list[Axes]) -> None:
 
 
 def _draw_towers(axis: Axes, rows: Sequence[TowerRow]) -> None:
-    """Of each tower a pair of bars, images per second with those before as 1, and what a layer costs."""
+    """Draw a pair of bars for each tower, images per second with those before as 1, and the cost of a layer."""
     widest = max(max(1.0, row.timing.speed_up) for row in rows)
     for i, row in enumerate(rows):
         rates = row.timing.images_per_second(row.images)
@@ -257,7 +257,7 @@ def _draw_towers(axis: Axes, rows: Sequence[TowerRow]) -> None:
 
 
 def _verdict(row: AnyRow) -> tuple[str, str]:
-    """What is said of the speed, and in which colour."""
+    """Return the text for the speed, and its colour."""
     return ("too noisy", MUTED) if row.timing.interval.too_wide else (f"{row.timing.speed_up:.2f}x", AFTER)
 
 

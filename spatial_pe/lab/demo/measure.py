@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two towers' features lie apart, how fast each is, and what an attention layer of each costs."""
+"""Distance between the features of two towers, speed of each, and cost of an attention layer of each."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Interval:
 
     @property
     def too_wide(self) -> bool:
-        """Whether nothing can be said of the speed-up, not even that there is none."""
+        """True if nothing can be said of the speed-up, not even that there is none."""
         around_one = self.low < 1 < self.high
         return not self.high / self.low <= (WIDEST_AROUND_ONE if around_one else WIDEST)
 
@@ -83,7 +83,7 @@ class Timing:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as fast ``after`` was, in each pair."""
+        """Speed of ``after`` relative to ``before`` in each pair."""
         return [b / a for b, a in zip(self.before, self.after, strict=True)]
 
     @property
@@ -106,7 +106,7 @@ class Timing:
 
     @property
     def interval(self) -> Interval:
-        """Of the median of the ratios, whatever their distribution: the sign test's, about 95 %.
+        """Return the sign test's interval of the median ratio, about 95 % for any distribution.
 
         The k-th smallest and the k-th largest of n ratios miss the median only if fewer than k lie on one of its sides,
         each of which is as likely as k heads in n throws. With few pairs it is their whole range, and less sure.
@@ -136,7 +136,7 @@ def interleaved(
     for done in range(pairs):
         progress(done, pairs)
         runs = [(before, timing.before), (after, timing.after)]
-        # who runs second finds warmer caches and a hotter core: take turns
+        # the second to run finds warmer caches and a hotter core: alternate
         for run, into in runs if done % 2 == 0 else reversed(runs):
             into.append(_seconds(run))
     progress(pairs, pairs)
@@ -165,7 +165,7 @@ class Layer:
 
     @classmethod
     def of(cls, report: PatchReport) -> Layer | None:
-        """Of the first layer that was counted."""
+        """Return the counts of the first layer that was counted."""
         for row in report.patched:
             if row.own_cost is not None and row.cost is not None:
                 return cls((row.own_cost.kernels, row.cost.kernels), (row.own_cost.peak, row.cost.peak))

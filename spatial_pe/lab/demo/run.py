@@ -38,7 +38,7 @@ MODEL_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """Arguments of the command line."""
 
     model: str | None = None
     out: Path = Path("demo.png")
@@ -104,7 +104,7 @@ def run(options: Options) -> dict:
 
 
 def check_options(options: Options) -> None:
-    """What can be wrong with the arguments is said now, not after minutes of work."""
+    """Raise for wrong arguments now, not after minutes of work."""
     for name, value in (("threads", options.threads), ("batch", options.batch)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")

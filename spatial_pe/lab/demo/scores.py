@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rotation does to an attention score, by the offset of key and query in the grid."""
+"""Attention scores of rotated vectors by the offset of key and query in the grid."""
 
 from __future__ import annotations
 
