@@ -16,7 +16,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from spatial_pe.lab.bench import report as bench_report
 from spatial_pe.lab.bench import result as bench
+from spatial_pe.lab.bench import tower_peers
 from spatial_pe.lab.bench.cases import DIRECTIONS, SPEED
 from spatial_pe.lab.bench.variants import PEERS, VARIANTS
 from spatial_pe.lab.demo import measure
@@ -176,10 +178,6 @@ def peers(result: dict) -> str:
 
 def rest(result: dict) -> str:
     """Return towers, memory, and the first call."""
-    towers = [
-        [row["what"], row["dtype"], f"{row['sdpa_share']:.0%}", f"**{bench.speedup(row, 'before', of='after'):.2f}x**"]
-        for row in bench.rows(result, "towers")
-    ]
     memory = [
         [str(row["shape"]["tokens"]), *(f"{row['bytes'][name] / 2**20:.1f}" for name in ("ours", "eager", "naive"))]
         for row in bench.rows(result, "memory")
@@ -188,8 +186,7 @@ def rest(result: dict) -> str:
     took = ", ".join(f"{name} {bench.seconds(start, name):.2g} s" for name in start["seconds"])
     command = re.sub(" --out .*", "", result["command"])
     parts = [
-        "Whole towers, all cores, patched against unpatched.",
-        table(["tower", "", "SDPA's share before", "speed-up"], towers),
+        whole_towers(result),
         "Peak memory of the forward in MiB beside inputs and output, 8 heads of 64, float32.",
         table(["tokens", "spatial_pe", "eager rotation, SDPA", "eager attention"], memory),
         f"What a process pays once: {took}; nothing is built or tuned at first use.",
@@ -197,6 +194,31 @@ def rest(result: dict) -> str:
         "and threads, layers and the roofline are in the report, which `make docs` draws.",
     ]
     return "\n\n".join(parts)
+
+
+def whole_towers(result: dict) -> str:
+    """Return the table of whole towers, beside the engines that were measured with them."""
+    found = bench_report.towers_table(result)
+    return f"{found.caption} All cores.\n\n" + table(list(found.header), [list(row) for row in found.rows])
+
+
+def engines() -> str:
+    """Return the tables of the machines on which whole towers were measured beside compilers and engines."""
+    found = [bench.load(path) for path in sorted(RESULTS.glob("towers*.json"))]
+    return "\n\n".join(
+        f"**{result['cpu']}, {result['cores']} cores, {result['cpu_features']['isa']}.** {whole_towers(result)}\n\n"
+        f"{left_out(result)}`{result['command']}`; {machine(result)}."
+        for result in found
+    )
+
+
+def left_out(result: dict) -> str:
+    """Return a sentence on the engines that took no part, with their reasons."""
+    reasons: dict[str, list[str]] = {}
+    for row in bench.rows(result, "towers"):
+        for name, why in row["refused"].items():
+            reasons.setdefault(f"{tower_peers.PEERS[name][0]}: {why}", []).append(f"{row['name']} {row['dtype']}")
+    return "".join(f"– in the table: {why} ({', '.join(where)}). " for why, where in reasons.items())
 
 
 def by_case(result: dict) -> dict[tuple, dict]:
@@ -299,7 +321,7 @@ def machine(result: dict) -> str:
 # file -> its blocks
 BLOCKS = {
     "README.md": {"numbers": numbers},
-    "docs/benchmarks.md": {"demo": demo, "results": results},
+    "docs/benchmarks.md": {"demo": demo, "results": results, "engines": engines},
     "docs/spatial-study.md": {"accuracy": accuracy},
 }
 

@@ -19,6 +19,7 @@ from ..lab.bench import machine, report, result, suites
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="two minutes on two cores, instead of an hour")
     parser.add_argument("--model", metavar="M", help="the tower of a checkpoint folder or hub id, and nothing else")
+    parser.add_argument("--suite", metavar="NAME", help="one of attention, layers, growth, memory, towers, start")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="default: bench.json")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
@@ -40,6 +41,11 @@ def run(options: argparse.Namespace) -> int:
         cases = list(suites.of_model(options.model, options.device))
     else:
         cases = list(suites.PLANS["quick" if options.quick else "full"](options.device))
+        if options.suite:
+            names = dict.fromkeys(case.suite for case in cases)
+            if options.suite not in names:
+                raise UserError(f"--suite: {options.suite!r} is not one of {', '.join(names)}")
+            cases = [case for case in cases if case.suite == options.suite]
     found = {
         "schema": result.SCHEMA,
         "kind": "spatial-bench",

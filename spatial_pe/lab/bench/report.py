@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..report import page
 from ..report.page import Chart, Section, Table
-from . import charts
+from . import charts, tower_peers
 from . import result as results
 from .variants import PEERS, VARIANTS
 
@@ -93,11 +93,21 @@ def memory_table(result: dict) -> Table:
 
 
 def towers_table(result: dict) -> Table:
+    found = list(results.rows(result, "towers"))
+    peers = [name for name in tower_peers.PEERS if any(name in row["seconds"] for row in found)]
     rows = [
-        [row["what"], row["dtype"], f"{row['sdpa_share']:.0%}", _ratio(results.speedup(row, "before", of="after"))]
-        for row in results.rows(result, "towers")
+        [
+            row["what"],
+            row["dtype"],
+            f"{row['sdpa_share']:.0%}",
+            *(_ratio(results.speedup(row, name, of="after")) for name in ("before", *peers)),
+        ]
+        for row in found
     ]
-    return Table("Whole towers, patched against unpatched.", ["tower", "dtype", "SDPA's share before", "x"], rows)
+    header = ["tower", "dtype", "SDPA's share before", "unpatched", *(tower_peers.PEERS[name][0] for name in peers)]
+    return Table(
+        "Whole towers: how many times as fast the patched one is, run eagerly, as each of these.", header, rows
+    )
 
 
 def start_table(result: dict) -> Table:

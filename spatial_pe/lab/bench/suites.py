@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -82,6 +83,8 @@ class Memory:
     dtype: str
     variants: tuple[str, ...]
 
+    suite: ClassVar[str] = "memory"
+
     def __str__(self) -> str:
         return f"memory of {self.shape}, {self.dtype}"
 
@@ -104,6 +107,9 @@ class Tower:
     dtype: str
     threads: int
     rounds: int
+    peers: bool = False  # also in the engines of tower_peers
+
+    suite: ClassVar[str] = "towers"
 
     def __str__(self) -> str:
         return f"{self.name}, {self.dtype}, {_threads(self.threads)}"
@@ -111,7 +117,7 @@ class Tower:
     def run(self, device: str) -> Row:
         torch.set_num_threads(self.threads)
         row = {"suite": "towers", "name": self.name, "dtype": self.dtype, "threads": self.threads}
-        return row | towers.measure(self.name, DTYPES[self.dtype], self.rounds, device)
+        return row | towers.measure(self.name, DTYPES[self.dtype], self.rounds, device, self.peers)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class Start:
     """One-time costs of a process: the import, and the first call of a shape."""
 
     rounds: int
+
+    suite: ClassVar[str] = "start"
 
     def __str__(self) -> str:
         return "the first call"
@@ -203,7 +211,7 @@ def full(device: str) -> Iterator[Case]:
     yield from _memory(MEMORY, device)
     for name in towers.TOWERS:
         for dtype in dense_dtypes(device):
-            yield Tower(name, dtype, cores, 7)
+            yield Tower(name, dtype, cores, 7, peers=device == "cpu")
     yield Start(5)
 
 

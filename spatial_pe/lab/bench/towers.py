@@ -17,7 +17,7 @@ from ...towers import patch
 from .. import random_towers
 from ..checkpoints import checkpoint
 from ..random_towers import Built
-from . import timing
+from . import timing, tower_peers
 
 
 def dinov2_small_518() -> Built:
@@ -110,7 +110,7 @@ def sdpa_share(run: Callable[[], object]) -> float:
     return sum(e.cpu_time_total for e in events if e.key == "aten::scaled_dot_product_attention") / total
 
 
-def measure(name: str, dtype: torch.dtype, rounds: int, device: str) -> dict:
+def measure(name: str, dtype: torch.dtype, rounds: int, device: str, peers: bool = False) -> dict:
     """Return seconds of a forward before and after; the number of patched modules; the kind of tower; and the share of
     the unpatched tower's time that torch's profiler finds in scaled_dot_product_attention: the upper limit of the gain.
     """
@@ -119,12 +119,16 @@ def measure(name: str, dtype: torch.dtype, rounds: int, device: str) -> dict:
     before = module.eval().to(dtype)
     after = copy.deepcopy(before)
     report = patch(after)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "before": functools.partial(run, forward, before, dtype),
         "after": functools.partial(run, forward, after, dtype),
     }
-    samples = timing.interleaved(calls, rounds, device=device)
-    found = {"what": what, "seconds": samples, "refused": {}, "patched": len(report.patched)}
+    refused: dict[str, str] = {}
+    if peers:
+        others, refused = tower_peers.build(before, after, forward, dtype, torch.get_num_threads())
+        calls |= others
+    samples = timing.interleaved(calls, rounds, timing.SETTLE_SECONDS if peers else 0.0, device=device)
+    found = {"what": what, "seconds": samples, "refused": refused, "patched": len(report.patched)}
     return found | {"sdpa_share": sdpa_share(calls["before"])}
 
 

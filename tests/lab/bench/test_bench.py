@@ -17,7 +17,7 @@ from benchmarks.throughput.gpu import timing as gpu_timing
 from spatial_pe import cli
 from spatial_pe._utils.errors import UserError
 from spatial_pe.backends import cpu
-from spatial_pe.lab.bench import machine, memory, report, suites, timing, towers, variants
+from spatial_pe.lab.bench import machine, memory, report, suites, timing, tower_peers, towers, variants
 from spatial_pe.lab.bench import result as results
 from spatial_pe.lab.bench.cases import SPEED, Inputs, Shape
 
@@ -231,7 +231,8 @@ def test_no_extension_no_peaks(monkeypatch):
     assert machine.peaks() is None
 
 
-def test_a_tower(monkeypatch):
+@pytest.fixture
+def tiny_tower(monkeypatch):
     def tiny() -> towers.Built:
         """A tiny DINOv2."""
         from transformers import Dinov2Config, Dinov2Model
@@ -248,9 +249,33 @@ def test_a_tower(monkeypatch):
         return Dinov2Model(config), lambda m, dtype: m(pixels.to(dtype)).last_hidden_state
 
     monkeypatch.setitem(towers.TOWERS, "tiny", tiny)
+
+
+def test_a_tower(tiny_tower):
     row = suites.Tower("tiny", "fp32", 1, 2).run("cpu")
     assert row["patched"] == 2 and row["what"] == "A tiny DINOv2."
     assert set(row["seconds"]) == {"before", "after"} and 0 < row["sdpa_share"] < 1
+
+
+@pytest.mark.slow
+def test_a_tower_in_the_engines_of_others(tiny_tower):
+    row = suites.Tower("tiny", "fp32", 1, 2, peers=True).run("cpu")
+    assert set(row["seconds"]) | set(row["refused"]) == {"before", "after", *tower_peers.PEERS}
+    assert {"before, compiled", "after, compiled", "before, frozen", "after, frozen"} <= set(row["seconds"])
+    assert set(row["refused"]) <= {"openvino", "onnxruntime"}  # not installed
+
+
+def test_an_engine_that_computes_something_else_takes_no_part(tiny_tower, monkeypatch):
+    def wrong(module, forward, dtype, threads):
+        return lambda: 2 * forward(module, dtype)
+
+    def broken(*arguments):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(tower_peers, "PEERS", {"wrong": ("", wrong, False), "broken": ("", broken, True)})
+    row = suites.Tower("tiny", "fp32", 1, 2, peers=True).run("cpu")
+    assert set(row["seconds"]) == {"before", "after"}
+    assert row["refused"] == {"wrong": "differs from the tower by 1", "broken": "RuntimeError: no such operator"}
 
 
 def test_what_a_process_pays_once():
