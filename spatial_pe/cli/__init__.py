@@ -33,7 +33,7 @@ COMMANDS = {
     "doctor": Command("list the backends of this machine, test each, and explain why any is missing"),
     "inspect": Command("show what patch() would do to a model, without its weights", ("transformers",), "hf"),
     "demo": Command(
-        "compare a real tower before and after patch(), on photographs",
+        "compare vision towers before and after patch(): one with real weights, three that rotate",
         ("transformers", "skimage", "matplotlib"),
         "demo",
     ),

@@ -330,8 +330,8 @@ def _towers(towers: Sequence[TowerRow]) -> str:
 
 
 def _layers(rows: list[Row], towers: Sequence[TowerRow]) -> str:
-    found = {row.dtype: (row.layer, "") for row in rows} | {row.name: (row.layer, row.what) for row in towers}
-    lines = [(name, str(layer), what) for name, (layer, what) in found.items() if layer is not None]
+    found = {row.dtype: row.layer for row in rows} | {f"{row.name}, {row.what}": row.layer for row in towers}
+    lines = [(name, str(layer)) for name, layer in found.items() if layer is not None]
     head = "An attention layer, as `spatial-pe inspect` counts it on 960 tokens, before and after"
     return f"{head}\n{_columns(lines)}" if lines else ""
 
