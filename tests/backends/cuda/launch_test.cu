@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <exception>
 
-#include "../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/launch.h"
 
 namespace spe::cuda {
 
