@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision towers that rotate: real classes of transformers at the widths of their checkpoints, with few layers, random
-weights and random pixels, on which neither speed nor rounding depends."""
+weights and random pixels (speed does not depend on them)."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Error:
 
 
 def error(features: Tensor, against: Tensor) -> Error:
-    """Both (B, N, C)."""
+    """Compare features, both (B, N, C) or (N, C)."""
     a, b = features.double(), against.double()
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
     return Error(

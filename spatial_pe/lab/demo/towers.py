@@ -80,7 +80,7 @@ def _compare(case: Case, seconds: float) -> measure.TowerRow:
         layers=case.layers,
         images=len(case.sizes),
         tokens=random_towers.tokens(before, case.sizes),
-        error=measure.error(new[None] if new.ndim == 2 else new, old[None] if old.ndim == 2 else old),
+        error=measure.error(new, old),
         timing=timing,
         layer=measure.Layer.of(report),
     )
