@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """2D rotary position encoding fused into attention, for vision transformers."""
 
-__version__ = "0.1.0"
-
+from ._version import __version__ as __version__
 from .conventions import CONVENTIONS, convention
 from .encodings import AxialRoPE, MixedRoPE
 from .grid import PatchGrid

@@ -205,6 +205,8 @@ def whole_towers(result: dict) -> str:
 def engines() -> str:
     """Return the tables of the machines on which whole towers were measured beside compilers and engines."""
     found = [bench.load(path) for path in sorted(RESULTS.glob("towers*.json"))]
+    if not found:
+        return "Not measured yet."
     return "\n\n".join(
         f"**{result['cpu']}, {result['cores']} cores, {result['cpu_features']['isa']}.** {whole_towers(result)}\n\n"
         f"{left_out(result)}`{result['command']}`; {machine(result)}."

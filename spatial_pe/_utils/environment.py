@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .. import __version__
+from .._version import __version__
 
 # Packages whose version can change a result or a timing; those that are not installed are left out.
 PACKAGES = (

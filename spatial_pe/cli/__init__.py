@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import __version__
 from .._utils.errors import UserError
+from .._version import __version__
 
 
 @dataclass(frozen=True)

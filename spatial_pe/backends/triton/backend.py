@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,31 +12,17 @@ from ..._utils.dispatcher import assume_constant
 from ...rotary import Rotary
 from ..base import AttentionCall, float32_tables
 from . import tuning_store
+from .installed import VERSION, numbers
 from .tiles import INTERPRETED, bucket, capability, few_programs
-
-
-def _installed_version() -> str | None:
-    """Return the version that `import triton` would report, or None. The import takes 0.3 s, also without a GPU; the
-    distribution has another name in each build of torch (pytorch-triton, triton-rocm, triton-windows)."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    found = re.search(r"""^__version__ = ['"](.+)['"]""", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else "of unknown version"
 
 
 def _unusable(version: str | None) -> str | None:
     """Return why the kernels cannot be compiled with this version, or None."""
     if version is None:
         return "triton is not installed: pip install triton (Linux; comes with torch's CUDA and ROCm builds)"
-    if (numbers := _numbers(version)) and numbers < OLDEST:
+    if (found := numbers(version)) and found < OLDEST:
         return f"triton {version} is installed, the kernels need 3.5 or newer (as torch 2.9 has): pip install -U triton"
     return None
-
-
-def _numbers(version: str | None) -> tuple[int, int] | None:
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    return (int(found[1]), int(found[2])) if found else None
 
 
 # constexpr_function in its top level
@@ -49,7 +32,6 @@ OLDEST = (3, 5)
 # sm_103 still in 3.7, fixed in its main branch). sm_120, consumer Blackwell, has no tensor memory: it uses mma.sync, as
 # sm_80 does, and no such case is known.
 SOUND_PRODUCTS = {(10, 0): (3, 7), (10, 1): (3, 7), (10, 3): (3, 8), (11, 0): (3, 7)}
-VERSION = _installed_version()
 # Computed once: unavailable() is called for every call, also while one is traced.
 UNUSABLE = _unusable(VERSION)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,8 +58,8 @@ def _unsound_products(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     major, minor = capability(device.index)
-    wanted, numbers = SOUND_PRODUCTS.get((major, minor)), _numbers(VERSION)
-    if wanted is None or numbers is None or numbers >= wanted:
+    wanted, found = SOUND_PRODUCTS.get((major, minor)), numbers(VERSION)
+    if wanted is None or found is None or found >= wanted:
         return None
     return (
         f"triton {VERSION} compiles products for sm_{major}{minor} that differ from run to run (triton#9871, #10590): "

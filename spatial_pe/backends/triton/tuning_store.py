@@ -10,16 +10,16 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..._utils.cache import cache_folder
 from ..._utils.dispatcher import assume_constant
 from ..._utils.files import write_whole
-
-if TYPE_CHECKING:
-    from .tiles import Choice
+from ..._version import __version__
+from .choice import Choice, Tile, Window
+from .installed import VERSION
 
 # Increased when a row changes its meaning.
 FORMAT = 3
@@ -29,9 +29,6 @@ UNITS = ("forward", "window_forward", "query", "key", "window_backward")
 
 def path(device: torch.device) -> Path:
     """Return the file for this GPU and compiler: the best tiles differ between them."""
-    from ... import __version__
-    from .backend import VERSION
-
     name = f"{torch.cuda.get_device_name(device)}-triton-{VERSION or 'none'}-spatial_pe-{__version__}"
     return cache_folder() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
@@ -50,8 +47,6 @@ class Tuned:
 
     def over(self, choice: Choice, dtype: torch.dtype, dim: int, longest: int) -> Choice:
         """Return the choice, overridden by what was measured for its regime."""
-        from .tiles import Tile, Window
-
         row = self.rows.get(regime(dtype, dim, longest), {})
         found: dict[str, Any] = {}
         for unit in UNITS:
@@ -92,8 +87,6 @@ def load(device: torch.device) -> Tuned:
 
 
 def _checked(content: dict[str, Any]) -> Tuned:
-    from .tiles import Tile, Window
-
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, not {FORMAT}")
     for name, row in content["rows"].items():

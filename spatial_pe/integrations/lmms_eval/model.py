@@ -11,8 +11,8 @@ from lmms_eval.models.chat.llava_hf import LlavaHf as LlavaHfChat
 from lmms_eval.models.simple.llava_hf import LlavaHf, model_map
 from loguru import logger
 
-from ... import from_pretrained, patch
 from ...ops.select import check_backend
+from ...towers import from_pretrained, patch
 from ...towers.config_entry import NOTE
 from ...towers.fused_attention import FusedAttention
 from ...towers.options import PatchOptions

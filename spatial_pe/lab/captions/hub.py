@@ -111,7 +111,7 @@ def _download(name: str, split: str) -> Path:
             huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=[f"**/{split}-*.parquet"])
         )
     except Exception as error:  # no network, no such data set, no permission: each has its own class
-        raise UserError(f"{name!r} is no folder, and cannot be had from the hub: {first_line(error)}") from error
+        raise UserError(f"{name!r} is no folder, and cannot be loaded from the hub: {first_line(error)}") from error
 
 
 def _need(package: str) -> None:

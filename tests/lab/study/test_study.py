@@ -174,7 +174,7 @@ def test_wrong_files(tmp_path, capsys):
 def test_an_interrupted_study_says_how_to_go_on(tmp_path, quick, monkeypatch, capsys):
     monkeypatch.setattr(study, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["spatial", "run", "--out", str(tmp_path / "a.json")]) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "The same command resumes" in capsys.readouterr().err
 
 
 def test_runs_are_ordered_by_seed():
