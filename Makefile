@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
+# with nvcc on the PATH: one architecture, a minute; pip install builds four, in four
+export SPATIAL_PE_CUDA_ARCHS ?= 90
 
 .PHONY: demo test test-quick test-all lint sanitize races soak gate bench spatial docs gpu triton-budget cuda-budget support-table wheel clean
 

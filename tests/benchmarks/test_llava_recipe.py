@@ -194,6 +194,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_both_stages_on_two_processes_and_going_on(folder, tmp_path):
     four = config(tmp_path / "four.yaml", max_steps=4, save_steps=2, learning_rate=0.01)
     pretrain(folder, tmp_path / "one", "--rope", "axial", "--config", four, processes=2)

@@ -86,6 +86,7 @@ def test_add_rope_to_a_llava_finetune_with_peft_save_and_load(tmp_path):
     assert not torch.equal(found, pretrained(**inputs).logits)
 
 
+@pytest.mark.slow  # proves every family twice more, 35 s
 def test_the_table_of_towers_is_what_is_proven():
     if not support.OLD.exists():
         pytest.skip("make .venv/transformers-4.57")
