@@ -188,6 +188,7 @@ $(VENV)/lmms-eval: $(VENV)/installed
 	  requests sacrebleu tabledata tabulate tcolorpy tenacity typepy urllib3 xxhash yarl
 	touch $@
 
+wheel: SPATIAL_PE_CUDA_ARCHS :=
 wheel: $(VENV)/installed
 	$(BIN)/pip wheel --no-deps -w dist .
 
