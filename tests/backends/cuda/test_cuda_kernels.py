@@ -58,7 +58,11 @@ def test_head_dims(case, dtype, emulated):
     check_kernels(case, dtype)
 
 
-@pytest.mark.parametrize("case", [*ALL_LENGTHS, *CALLS], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c if i % 2 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate([*ALL_LENGTHS, *CALLS])],
+    ids=str,
+)
 def test_lengths_rotations_sequences_views(case, emulated):
     check_kernels(case, torch.bfloat16)
 

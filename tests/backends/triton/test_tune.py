@@ -92,6 +92,7 @@ def test_the_fastest_is_kept_and_used(modules, tmp_path):
     assert kept.faster(torch.float16, 16, 128, False) is None
 
 
+@pytest.mark.slow  # 20 s
 def test_sequences_longer_than_a_window_are_given_tiles(modules, tmp_path):
     tiles, _, _ = modules
     row, _ = tuned_row(modules, tmp_path, [tiles.Tile(64, 64, 4, 2, "loop")], tokens=130)

@@ -199,6 +199,7 @@ def test_peers_stay_on_the_cpu():
 # -------------------------------------------------------------------------------------------------------------- others
 
 
+@pytest.mark.slow  # 10 s
 @pytest.mark.skipif(memory.unavailable("cpu") is not None, reason=str(memory.unavailable("cpu")))
 def test_memory_of_scores_is_quadratic_and_ours_linear():
     few, many = Shape(1, 4, 512, 64), Shape(1, 4, 2048, 64)
