@@ -103,14 +103,19 @@ def float32_tables(rotary: Rotary, multiple: int = 1) -> tuple[Tensor, Tensor]:
     if cos.dtype != torch.float32:
         cos, sin = cos.float(), sin.float()
     strides = cos.stride()
-    if strides != sin.stride() or strides[3] != 1 or any(stride % multiple for stride in strides[:3]):
+    if (
+        strides != sin.stride()
+        or strides[3] != 1
+        or (multiple > 1 and any(stride % multiple for stride in strides[:3]))
+    ):
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin
 
 
 def table_strides(cos: Tensor) -> tuple[int, int, int]:
     """Return the strides of (batch, token, head), 0 where samples or heads share a table."""
-    return 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), 0 if cos.shape[2] == 1 else cos.stride(2)
+    (batch, _, heads, _), (of_batch, of_token, of_head, _) = cos.shape, cos.stride()
+    return 0 if batch == 1 else of_batch, of_token, 0 if heads == 1 else of_head
 
 
 def allocator(call: AttentionCall) -> Callable[..., Tensor]:
