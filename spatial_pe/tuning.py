@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._utils.clock import calibrate, gpu_milliseconds, in_turn
 from .backends import cuda, guard
 from .backends.base import AttentionCall
 from .backends.triton import backend as triton
@@ -35,6 +36,10 @@ from .rotary import Rotary
 
 if TYPE_CHECKING:
     from .backends.triton.plan import Plan
+
+
+# Milliseconds of a sample: dozens of candidates are timed, and differ by more than its noise.
+SAMPLE_MS = 0.5
 
 
 @dataclass(frozen=True)
@@ -300,23 +305,12 @@ def _wrong(run: Callable[[], dict[str, Tensor]], expected: dict[str, Tensor], ca
 
 
 def milliseconds(runs: dict[Any, Callable[[], None]], rounds: int = 5) -> dict[Any, float]:
-    """Return medians of `rounds` interleaved samples, each half a millisecond or more of launches on a busy queue."""
-
-    def sample(run: Callable[[], None], repeats: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(400_000)
-        begin.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / repeats
-
-    repeats = {key: max(2, min(50, int(0.5 / max(sample(run, 2), 1e-3)))) for key, run in runs.items()}
+    """Return medians of ``rounds`` interleaved samples of half a millisecond."""
+    sampling = {key: calibrate(run, SAMPLE_MS) for key, run in runs.items()}
     samples: dict[Any, list[float]] = {key: [] for key in runs}
     for index in range(rounds):
-        for key in list(runs) if index % 2 == 0 else reversed(runs):
-            samples[key].append(sample(runs[key], repeats[key]))
+        for key in in_turn(runs, index):
+            samples[key].append(gpu_milliseconds(runs[key], sampling[key]))
     return {key: statistics.median(times) for key, times in samples.items()}
 
 

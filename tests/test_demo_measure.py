@@ -29,7 +29,7 @@ class Clock:
 
     def __init__(self, monkeypatch) -> None:
         self.now, self.runs = 0.0, []
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(measure.clock.time, "perf_counter", lambda: self.now)
 
     def run(self, name: str, seconds: float) -> None:
         self.now += seconds if name in self.runs else 10

@@ -14,20 +14,22 @@ import torch
 
 import spatial_pe
 from benchmarks import gpu_memcheck
-from benchmarks.throughput.gpu import cases, check, dry, layers, measure, report, state, timing, variants, warm
+from benchmarks.throughput.gpu import cases, check, dry, layers, measure, report, state, variants, warm
+from spatial_pe._utils import clock
 from spatial_pe.backends import guard
 from spatial_pe.backends.triton import backend as triton
+from spatial_pe.lab.bench.cases import Inputs
 
 
 @pytest.mark.parametrize("tokens", [cases.WINDOW, 37])
 def test_variants_compute_the_same(tokens):
-    checked = dry.agree(cases.Shape(2, tokens, 72, heads=2), compiled=False)
+    checked = dry.agree(cases.shape(2, tokens, 72, heads=2), compiled=False)
     assert {"ours", "auto", "eager-default", "rotary-default"} <= set(checked)
 
 
 def test_cudnns_rotation_is_refused_with_the_reason():
     with pytest.raises(ImportError, match="cudnn"):
-        variants.build("cudnn-rope", cases.Inputs(cases.Shape(1, 30, 64, heads=1), "cpu"))
+        variants.build("cudnn-rope", Inputs(cases.shape(1, 30, 64, heads=1), torch.bfloat16))
 
 
 # ------------------------------------------------------------------------------------------------- checks and measures
@@ -63,9 +65,9 @@ def host(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "DEVICE", "cpu")
     monkeypatch.setattr(measure, "LOAD_MS", 0.1)
     monkeypatch.setattr(measure, "device", lambda: {"name": "a CPU"})
-    monkeypatch.setattr(timing, "SAMPLE_MS", 0.01)
-    monkeypatch.setattr(timing, "host_microseconds", lambda call: [call() is not None, 2.0])
-    shapes = [cases.Shape(2, 30, 64, heads=2), cases.Shape(2, cases.WINDOW, 80, heads=2)]
+    monkeypatch.setattr(clock, "SAMPLE_MS", 0.01)
+    monkeypatch.setattr(measure, "host_microseconds", lambda call: [call() is not None, 2.0])
+    shapes = [cases.shape(2, 30, 64, heads=2), cases.shape(2, cases.WINDOW, 80, heads=2)]
     works = [cases.Work(shape, ("rotary", "forward", "backward"), 3, NAMES) for shape in shapes]
     works[1] = replace(works[1], variants=(*NAMES, "eager-loop"))
     monkeypatch.setattr(measure, "plan", lambda name: works)
@@ -231,7 +233,7 @@ def checks(monkeypatch, tmp_path):
     torch.set_num_threads(1)  # the shapes are tiny
     out, now = tmp_path / "step1.json", tmp_path / "now.json"
     state.save(out, state.new(step=1))
-    shapes = [cases.Shape(2, cases.WINDOW, 80, heads=2), cases.Shape(2, 30, 64, heads=2)]
+    shapes = [cases.shape(2, cases.WINDOW, 80, heads=2), cases.shape(2, 30, 64, heads=2)]
 
     def run() -> list[dict]:
         check.Run("cuda", out, time.time() + 60, now, shapes).all()
@@ -247,7 +249,7 @@ def checks(monkeypatch, tmp_path):
 def test_every_triton_kernel_is_checked(checks, monkeypatch):
     """In the interpreter, which has no bfloat16."""
     monkeypatch.setattr(check, "DTYPES", {"fp16": torch.float16})
-    shapes = [cases.Shape(2, cases.WINDOW, 16, heads=2), cases.Shape(1, 130, 16, heads=1)]
+    shapes = [cases.shape(2, cases.WINDOW, 16, heads=2), cases.shape(1, 130, 16, heads=1)]
     check.Run("triton", checks.out, time.time() + 300, checks.out.with_name("now.json"), shapes).all()
     rows = state.load(checks.out)["checks"]
     assert [row["unit"] for row in rows] == ["backward", "forward", "rotate", "angles"] * 2
@@ -257,12 +259,12 @@ def test_every_triton_kernel_is_checked(checks, monkeypatch):
 
 
 @pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}")
-@pytest.mark.parametrize("shape", [cases.Shape(2, 200, 64, heads=2), cases.Shape(3, cases.WINDOW, 80, heads=2)])
+@pytest.mark.parametrize("shape", [cases.shape(2, 200, 64, heads=2), cases.shape(3, cases.WINDOW, 80, heads=2)])
 def test_what_is_compiled_ahead_is_what_is_launched(shape):
     """The same constants, dtypes and divisibility, from tensors without memory and from those of a measurement."""
     from spatial_pe.backends.triton.plan import plan_backward, plan_forward, plan_rotation
 
-    inputs = cases.Inputs(shape, "cpu")
+    inputs = Inputs(shape, torch.bfloat16)
     ahead = {warm.specialised(launch) for launch in warm.launches(shape, torch.bfloat16, "hopper")}
     for rotated in (True, False):
         call = inputs.call(rotated)

@@ -2,11 +2,11 @@
 """Parts of benchmarks.gpu_session, in the order in which they run.
 
 machine.py   the device, versions, available tools
-cases.py     shapes, in order, and the inputs of one
+cases.py     shapes, in order (their inputs: spatial_pe/lab/bench/cases.py)
 variants.py  the compared functions
 warm.py      compiles ahead, in many processes
 check.py     every kernel of a backend against float64, in a separate process
-measure.py   the measuring process; timing.py: its clock; layers.py: layers of real towers
+measure.py   the measuring process; layers.py: layers of real towers
 state.py     the JSON of a step, rewritten after every row
 watch.py     runs all of these, kills what hangs, and restarts without it
 report.py    maps the JSON to the report

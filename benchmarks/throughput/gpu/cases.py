@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured shapes, in order, and the inputs of one."""
+"""Measured shapes, in order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-import spatial_pe
-from spatial_pe.backends.base import AttentionCall
+from spatial_pe.lab.bench.cases import Shape
 
 DIMS = (64, 72, 80)
 # 64 tokens are a window of Qwen2.5-VL: packed, and an image of 448 x 448 pixels has 16 of them.
@@ -28,33 +24,6 @@ TARGETS = (
 # torch.compile and FlexAttention compile for half a minute each, whatever the shape
 COMPILED = {(576, 64): ("forward", "backward"), (64, 80): ("forward",)}
 ATTENTION = ("forward", "backward", "forward+backward")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Shape of a call. batch: samples, or windows where tokens is WINDOW."""
-
-    batch: int
-    tokens: int
-    dim: int
-    heads: int = HEADS
-
-    @property
-    def packed(self) -> bool:
-        return self.tokens == WINDOW
-
-    @property
-    def size(self) -> list[int]:
-        return [self.batch, self.heads, self.tokens, self.dim]
-
-    @property
-    def flops(self) -> int:
-        """FLOP of the forward: two matrix products."""
-        return 4 * self.batch * self.heads * self.tokens**2 * self.dim
-
-    def __str__(self) -> str:
-        what = "windows of" if self.packed else "x"
-        return f"{self.batch} {what} {self.tokens}, head_dim {self.dim}"
 
 
 @dataclass(frozen=True)
@@ -100,44 +69,13 @@ def _names(pair: tuple[int, int], names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def large(tokens: int, dim: int) -> Shape:
-    return Shape(LARGE // tokens, tokens, dim)
+    return shape(LARGE // tokens, tokens, dim)
 
 
 def small(tokens: int, dim: int, images: int) -> Shape:
-    return Shape(images * WINDOWS_OF_AN_IMAGE if tokens == WINDOW else images, tokens, dim)
+    return shape(images * WINDOWS_OF_AN_IMAGE if tokens == WINDOW else images, tokens, dim)
 
 
-class Inputs:
-    """Random normal q, k, v, as views of one fused projection; dense (B, N, H, D), packed (T, H, D)."""
-
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape, self.device = shape, device
-        sequences, tokens = shape.batch, shape.tokens
-        lead = (sequences * tokens,) if shape.packed else (sequences, tokens)
-        qkv = torch.randn(*lead, 3, shape.heads, shape.dim, device=device, dtype=dtype)
-        self.qkv = qkv.unbind(-3)
-        self.leaves = [x.detach().requires_grad_() for x in self.qkv]
-        self.grad = torch.randn(*lead, shape.heads, shape.dim, device=device, dtype=dtype)
-
-        side = int(tokens**0.5) + 1
-        token = torch.arange(tokens)
-        coordinates = torch.stack([token // side, token % side], 1).float()
-        rotary = spatial_pe.AxialRoPE(shape.dim)(coordinates.repeat(sequences if shape.packed else 1, 1))
-        self.rotary = rotary.to(device)
-        # (N or T, D) float32, each angle twice: the format of rotate-half
-        self.cos, self.sin = (table[0, :, 0].repeat(1, 2).to(device) for table in (rotary.cos, rotary.sin))
-        self.cu_seqlens: Tensor | None = None
-        self.max_seqlen: int | None = None
-        if shape.packed:
-            bounds = torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32)
-            self.cu_seqlens, self.max_seqlen = bounds.to(device), tokens
-
-    def call(self, rotated: bool = True) -> AttentionCall:
-        """Return the arguments of a backend; packed sequences are one sample."""
-        q, k, v = (x[None] for x in self.qkv) if self.shape.packed else self.qkv
-        rotary = self.rotary if rotated else None
-        return AttentionCall(q, k, v, rotary, self.shape.dim**-0.5, self.cu_seqlens, self.max_seqlen, None)
-
-    @property
-    def batched_grad(self) -> Tensor:
-        return self.grad[None] if self.shape.packed else self.grad
+def shape(batch: int, tokens: int, dim: int, heads: int = HEADS) -> Shape:
+    """Return the shape of a call; 64 tokens are a window, and the batch their number."""
+    return Shape(batch, heads, tokens, dim, packed=tokens == WINDOW)

@@ -23,10 +23,11 @@ from torch import Tensor
 from spatial_pe.backends import cuda, guard, reference
 from spatial_pe.backends.base import AttentionCall
 from spatial_pe.backends.triton import backend as triton
+from spatial_pe.lab.bench.cases import Inputs, Shape
 from spatial_pe.rotary import rotated
 
 from . import state
-from .cases import TARGETS, Inputs, Shape, large
+from .cases import TARGETS, large
 
 DEVICE = "cuda"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,7 +97,7 @@ class Run:
         state.save(self.out, self.state)
 
     def shape(self, shape: Shape, dtype: str) -> None:
-        inputs = Inputs(shape, DEVICE, DTYPES[dtype])
+        inputs = Inputs(shape, DTYPES[dtype], DEVICE)
         call = inputs.call()
         if (why := BACKENDS[self.backend].cannot_serve(call)) is not None:
             self.add(shape, dtype, "all", {"refused": why})

@@ -26,9 +26,10 @@ import torch
 
 import spatial_pe
 from spatial_pe.backends import guard
+from spatial_pe.lab.bench.cases import Inputs, Shape
 
-from . import model, state, variants, warm
-from .cases import ATTENTION, COMPILER, DIMS, PACKED, TABLE, WINDOW, Inputs, Shape, plan
+from . import cases, model, state, variants, warm
+from .cases import ATTENTION, COMPILER, DIMS, PACKED, TABLE, WINDOW, plan
 from .check import DTYPES
 
 ROOT = Path(__file__).parents[3]
@@ -63,7 +64,7 @@ CANDIDATE, A_TEST = 0.15, 0.8
 def agree(shape: Shape, compiled: bool) -> list[str]:
     """Compare every variant with float64; return those that ran. Raise if one differs."""
     torch._dynamo.reset()
-    inputs = Inputs(shape, "cpu", torch.float16)
+    inputs = Inputs(shape, torch.float16)
     exact = guard.exact(inputs.call(), inputs.batched_grad)
     expected = {name: x[0] if shape.packed and name != "lse" else x for name, x in exact.items()}
     checked = []
@@ -389,8 +390,8 @@ def run(steps: Mapping[int, Any], out: Path) -> int:
 
     begin = time.monotonic()
     torch.manual_seed(0)
-    for shape in (Shape(3, tokens, dim, heads=2) for dim in DIMS for tokens in (WINDOW, 37)):
-        checked = agree(shape, compiled=shape.dim == 80)
+    for shape in (cases.shape(3, tokens, dim, heads=2) for dim in DIMS for tokens in (WINDOW, 37)):
+        checked = agree(shape, compiled=shape.head_dim == 80)
         print(f"{shape!s:<32} agree: {', '.join(checked)}", flush=True)
     here, nvcc = compiled_here(), nvcc_seconds()
     for name in ("measured", "tested"):

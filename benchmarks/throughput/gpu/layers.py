@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import spatial_pe
+from spatial_pe._utils import clock
 from spatial_pe.backends.triton import backend as triton
 
-from . import state, timing
+from . import state
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
@@ -89,16 +90,16 @@ def measure(name: str, build: Callable[[], Built]) -> dict[str, Any]:
     }
     for direction, run in (("forward", inference), ("forward+backward", training)):
         calls = {key: run(forward, tower) for key, tower in towers.items()}
-        settings = {key: timing.calibrate(call) for key, call in calls.items()}
+        samplings = {key: clock.calibrate(call) for key, call in calls.items()}
         samples: dict[str, list[float]] = {key: [] for key in calls}
         for index in range(ROUNDS):
-            for key in list(calls) if index % 2 == 0 else reversed(list(calls)):
-                samples[key].append(timing.sample(calls[key], settings[key]))
+            for key in clock.in_turn(calls, index):
+                samples[key].append(clock.gpu_milliseconds(calls[key], samplings[key]))
         found["median_ms"][direction] = {key: statistics.median(times) for key, times in samples.items()}
     return found
 
 
-def inference(forward: Callable[[nn.Module], Tensor], tower: nn.Module) -> timing.Call:
+def inference(forward: Callable[[nn.Module], Tensor], tower: nn.Module) -> clock.Call:
     def call() -> Tensor:
         with torch.no_grad():
             return forward(tower)
@@ -106,7 +107,7 @@ def inference(forward: Callable[[nn.Module], Tensor], tower: nn.Module) -> timin
     return call
 
 
-def training(forward: Callable[[nn.Module], Tensor], tower: nn.Module) -> timing.Call:
+def training(forward: Callable[[nn.Module], Tensor], tower: nn.Module) -> clock.Call:
     parameters = [x for x in tower.parameters() if x.requires_grad]
     return lambda: torch.autograd.grad(forward(tower).float().square().mean(), parameters, allow_unused=True)
 

@@ -26,14 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spatial_pe._utils import clock
+from spatial_pe._utils.clock import Call, Sampling
 from spatial_pe.backends import guard
+from spatial_pe.lab.bench.cases import Inputs, Shape
 
-from . import state, timing, variants
-from .cases import ATTENTION, PLANS, Inputs, Shape, Work, plan
+from . import cases, state, variants
+from .cases import ATTENTION, PLANS, Work, plan
 from .variants import rotations
 
 Row = dict[str, Any]
-DEVICE = "cuda"
+DEVICE, DTYPE = "cuda", torch.bfloat16
 DEVICE_LOST = 70
 # FLOP of a direction relative to the forward.
 FLOPS = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
@@ -104,7 +107,7 @@ class Run:
         if any(entry["variant"] == "inputs" and entry["size"] == work.shape.size for entry in self.state["broken"]):
             return
         self.mark(work.shape.size, "inputs", "inputs")
-        inputs = Inputs(work.shape, DEVICE)
+        inputs = Inputs(work.shape, DTYPE, DEVICE)
         expected = Expected(inputs)
         built: dict[str, variants.Attention] = {}  # for all directions: some are compiled
         for direction in todo:
@@ -121,8 +124,8 @@ class Run:
     def attention(
         self, work: Work, inputs: Inputs, expected: Expected, direction: str, built: dict[str, variants.Attention]
     ) -> Row:
-        def maker(name: str) -> Callable[[], timing.Call]:
-            def make() -> timing.Call:
+        def maker(name: str) -> Callable[[], Call]:
+            def make() -> Call:
                 if name not in built:
                     built[name] = variants.build(name, inputs)
                 return variants.call(built[name], inputs, direction)
@@ -144,13 +147,13 @@ class Run:
         self,
         work: Work,
         direction: str,
-        makers: dict[str, Callable[[], timing.Call]],
+        makers: dict[str, Callable[[], Call]],
         expected: Expected | None = None,
     ) -> Row:
         size = work.shape.size
-        before = timing.clocks()
-        calls: dict[str, timing.Call] = {}
-        settings: dict[str, timing.Setting] = {}
+        before = clocks()
+        calls: dict[str, Call] = {}
+        samplings: dict[str, Sampling] = {}
         refused: dict[str, str] = {}
         worst: dict[str, float] = {}
         for name, make in makers.items():
@@ -165,12 +168,12 @@ class Run:
                 call = make()
                 if expected is not None:
                     worst[name] = expected.checked(name, call)
-                settings[name] = timing.calibrate(call)
+                samplings[name] = clock.calibrate(call)
                 calls[name] = call
             except Exception as error:  # refused by torch, out of memory, does not compile, ...
                 refused[name] = self.survived(error)
             call = None  # frees the graph of a variant that is left out
-        samples = self.samples(work, direction, calls, settings, refused)
+        samples = self.samples(work, direction, calls, samplings, refused)
         return {
             "size": size,
             "packed": work.shape.packed,
@@ -178,20 +181,22 @@ class Run:
             "median_ms": {name: statistics.median(times) for name, times in samples.items()},
             "refused": refused,
             "worst_row": worst,
-            "repeats": {name: settings[name].repeats for name in samples},
+            "repeats": {name: samplings[name].repeats for name in samples},
             "clocks": {"before": before, "under_load": under_load(calls, samples)},
             "milliseconds": {name: [round(ms, 6) for ms in times] for name, times in samples.items()},
         }
 
-    def samples(self, work: Work, direction: str, calls: dict, settings: dict, refused: dict) -> dict[str, list[float]]:
+    def samples(
+        self, work: Work, direction: str, calls: dict, samplings: dict, refused: dict
+    ) -> dict[str, list[float]]:
         """Return milliseconds per call, interleaved, every other round in reverse order. Variants that fail now are
         refused."""
         found: dict[str, list[float]] = {name: [] for name in calls}
         for index in range(work.rounds):
-            for name in list(found) if index % 2 == 0 else list(reversed(found)):
+            for name in clock.in_turn(found, index):
                 self.mark(work.shape.size, direction, name)
                 try:
-                    found[name].append(timing.sample(calls[name], settings[name]))
+                    found[name].append(clock.gpu_milliseconds(calls[name], samplings[name]))
                 except Exception as error:
                     refused[name] = self.survived(error)
                     del found[name]
@@ -218,21 +223,21 @@ class Run:
 
     def host(self) -> dict[str, Any]:
         """Return microseconds of the host per forward of one image of 196 tokens, which the device computes faster."""
-        shape = Shape(1, 196, 64)
-        inputs = Inputs(shape, DEVICE)
+        shape = cases.shape(1, 196, 64)
+        inputs = Inputs(shape, DTYPE, DEVICE)
         found: dict[str, Any] = {}
-        makers: dict[str, Callable[[], timing.Call]] = {
+        makers: dict[str, Callable[[], Call]] = {
             name: lambda name=name: variants.call(variants.build(name, inputs), inputs, "forward")
             for name in ("ours", "off", "auto", "eager-default")
         }
-        makers["SDPA alone"] = lambda: variants.call(variants.sdpa(inputs, "default"), inputs, "forward")
+        makers["SDPA alone"] = lambda: variants.call(variants.sdpa(inputs), inputs, "forward")
         makers["rotary kernel alone"] = lambda: rotations(inputs)["kernel"]
         for name, make in makers.items():
             if state.why_not(self.state["broken"], shape.size, "host", name):
                 continue
             self.mark(shape.size, "host", name)
             try:
-                samples = timing.host_microseconds(make())
+                samples = host_microseconds(make())
                 found[name] = {"median": statistics.median(samples), "samples": [round(us, 2) for us in samples]}
             except Exception as error:
                 found[name] = {"refused": self.survived(error)}
@@ -253,7 +258,7 @@ class Expected:
             self.found[rotated] = {key: x[0] if packed and key != "lse" else x for key, x in exact.items()}
         return self.found[rotated]
 
-    def checked(self, name: str, call: timing.Call) -> float:
+    def checked(self, name: str, call: Call) -> float:
         """Return the error of the worst row. Raise ArithmeticError if it is too large, or two runs of ours differ."""
         expected = self.of(name)
 
@@ -269,15 +274,43 @@ class Expected:
         return max(guard.worst_row(x, expected[key]) for key, x in results().items())
 
 
-def under_load(calls: dict[str, timing.Call], samples: dict[str, list[float]]) -> dict[str, float | None] | None:
+def under_load(calls: dict[str, Call], samples: dict[str, list[float]]) -> dict[str, float | None] | None:
     """Read the clocks under load: they change a moment after the last kernel."""
     name = "ours" if "ours" in samples else next(iter(samples), None)
     if name is None:
         return None
-    for _ in range(min(timing.MOST_REPEATS, math.ceil(LOAD_MS / samples[name][-1]))):
+    for _ in range(min(clock.MOST_REPEATS, math.ceil(LOAD_MS / samples[name][-1]))):
         calls[name]()
-    found = timing.clocks()
+    found = clocks()
     torch.cuda.synchronize()
+    return found
+
+
+def host_microseconds(call: Call, calls: int = 1000, chunk: int = 100) -> list[float]:
+    """Return microseconds of the host per call, one sample for each chunk: the device is idle at the start of each, and
+    its queue, of 1,024 kernels, does not fill up."""
+    for _ in range(chunk):
+        call()
+    samples = []
+    for _ in range(calls // chunk):
+        torch.cuda.synchronize()
+        samples.append(1e6 * clock.host_seconds(call, chunk))
+    torch.cuda.synchronize()
+    return samples
+
+
+def clocks() -> dict[str, float | None]:
+    """Return the driver's clocks, None if it does not report them (no pynvml, a virtual machine that hides them)."""
+    found: dict[str, float | None] = {}
+    for name, read, unit in (
+        ("sm_mhz", torch.cuda.clock_rate, 1),
+        ("celsius", torch.cuda.temperature, 1),
+        ("watts", torch.cuda.power_draw, 1000),
+    ):
+        try:
+            found[name] = read() / unit
+        except Exception:  # ImportError, NVMLError, RuntimeError: none of them may end a measurement
+            found[name] = None
     return found
 
 
@@ -292,7 +325,7 @@ def device() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
-        "clocks_at_start": timing.clocks(),
+        "clocks_at_start": clocks(),
     }
 
 

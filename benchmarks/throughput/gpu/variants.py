@@ -17,21 +17,15 @@ cudnn-rope               cuDNN's own rotation and attention in one graph, forwar
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch._functorch.config
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import spatial_pe
-from spatial_pe.lab.bench.variants import rotate
-
-from .cases import Inputs
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+from spatial_pe.lab.bench.cases import Inputs
+from spatial_pe.lab.bench.variants import Attention, Call, rotate, sdpa, timed, windows
 
 # name -> backend
 OURS = {"ours": "triton", "off": "triton", "cuda": "cuda", "cuda-off": "cuda", "auto": "auto"}
@@ -54,7 +48,7 @@ def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
         return _cudnn(inputs)
     rotation, _, core = name.partition("-")
     if rotation == "eager":
-        attend = _loop(inputs) if core == "loop" else sdpa(inputs, core)
+        attend = windows(inputs) if core == "loop" else sdpa(inputs, SDPA[core])
         return lambda q, k, v: attend(*rotate(q, k, inputs.cos, inputs.sin), v)
     if rotation == "compiled":
         return torch.compile(build(f"eager-{core or 'default'}", inputs), backend=compiler, dynamic=False)
@@ -63,7 +57,7 @@ def build(name: str, inputs: Inputs, compiler: str = "inductor") -> Attention:
     elif rotation in FLASH_ATTN:
         attend = _flash_attn(inputs, FLASH_ATTN[rotation])
     else:
-        attend = _varlen(inputs) if core == "varlen" else sdpa(inputs, core)
+        attend = _varlen(inputs) if core == "varlen" else sdpa(inputs, SDPA[core])
     return lambda q, k, v: attend(*spatial_pe.apply_rotary_qk(q, k, inputs.rotary), v)
 
 
@@ -74,36 +68,6 @@ def _fused(name: str, inputs: Inputs) -> Attention:
     return lambda q, k, v: spatial_pe.rope_attention(
         q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend=backend
     )
-
-
-def sdpa(inputs: Inputs, core: str) -> Attention:
-    """Compute (B, N, H, D) or windows (T, H, D) -> the same, contiguous, as the output projection needs it."""
-    packed, length, backend = inputs.shape.packed, inputs.shape.tokens, SDPA[core]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if packed:  # (T, H, D) -> (windows, N, H, D), a view
-            q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if backend is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(q, k, v)
-        out = out.transpose(1, 2).contiguous()
-        return out.flatten(0, 1) if packed else out
-
-    return attend
-
-
-def _loop(inputs: Inputs) -> Attention:
-    length = inputs.shape.tokens
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        windows = zip(*(x.transpose(0, 1)[None].split(length, 2) for x in (q, k, v)), strict=True)
-        outs = [F.scaled_dot_product_attention(*window).transpose(1, 2) for window in windows]
-        return torch.cat(outs, 1)[0]
-
-    return attend
 
 
 def _varlen(inputs: Inputs) -> Attention:
@@ -153,8 +117,8 @@ def _cudnn(inputs: Inputs) -> Attention:
     if inputs.shape.packed:
         raise ValueError("cuDNN's rotation has no packed sequences")
     q, k, v = (x.transpose(1, 2) for x in inputs.qkv)
-    angles = torch.zeros(inputs.shape.tokens, 1, 1, inputs.shape.dim, device=inputs.device)
-    angles[:, 0, 0, : inputs.shape.dim // 2] = torch.atan2(inputs.rotary.sin, inputs.rotary.cos)[0, :, 0]
+    angles = torch.zeros(inputs.shape.tokens, 1, 1, inputs.shape.head_dim, device=inputs.device)
+    angles[:, 0, 0, : inputs.shape.head_dim // 2] = torch.atan2(inputs.rotary.sin, inputs.rotary.cos)[0, :, 0]
     kind = cudnn.data_type.BFLOAT16 if q.dtype == torch.bfloat16 else cudnn.data_type.HALF
     wide = cudnn.data_type.FLOAT
     graph = cudnn.pygraph(intermediate_data_type=wide, compute_data_type=wide)
@@ -163,7 +127,9 @@ def _cudnn(inputs: Inputs) -> Attention:
     nodes = [graph.tensor(dim=list(x.shape), stride=list(x.stride()), data_type=kind) for x in (q, k, v)]
     nodes.append(graph.tensor(dim=list(angles.shape), stride=list(angles.stride()), data_type=wide))
     rotated = [graph.rope(input=node, freqs=nodes[3]) for node in nodes[:2]]
-    result, _ = graph.sdpa(q=rotated[0], k=rotated[1], v=nodes[2], is_inference=True, attn_scale=inputs.shape.dim**-0.5)
+    result, _ = graph.sdpa(
+        q=rotated[0], k=rotated[1], v=nodes[2], is_inference=True, attn_scale=inputs.shape.head_dim**-0.5
+    )
     for node, x in zip((*rotated, result), (*rotated_out, out), strict=True):
         node.set_output(True).set_data_type(kind).set_dim(list(x.shape)).set_stride(list(x.stride()))
     graph.build([cudnn.heur_mode.A])
@@ -186,22 +152,11 @@ def _cudnn(inputs: Inputs) -> Attention:
 # --------------------------------------------------------------------------------------------------------- directions
 
 
-def call(function: Attention, inputs: Inputs, direction: str) -> Callable[[], Any]:
-    """Return the timed call. "backward" computes the forward now, and keeps its graph."""
-    if direction == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return function(*inputs.qkv)
-
-        return forward
-    if direction == "backward":
-        out = function(*inputs.leaves)
-        return lambda: torch.autograd.grad(out, inputs.leaves, inputs.grad, retain_graph=True)
-    return lambda: torch.autograd.grad(function(*inputs.leaves), inputs.leaves, inputs.grad)
+def call(function: Attention, inputs: Inputs, direction: str) -> Call:
+    return timed(function, inputs.qkv, inputs.leaves, inputs.grad, direction)
 
 
-def rotations(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+def rotations(inputs: Inputs) -> dict[str, Call]:
     """Return the rotation alone, and a copy of as many bytes, the lower limit for all of them."""
     q, k, _ = inputs.qkv
     source = torch.randn(2, q.numel(), device=inputs.device, dtype=q.dtype)

@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from spatial_pe.lab.bench.cases import Inputs, Shape
+
 from . import state
-from .cases import TARGETS, Inputs, Shape, Work, large, plan
+from .cases import TARGETS, Work, large, plan
 
 MOST_PROCESSES = 14
 # The slowest task, a compilation by inductor, is faster: after the death of a process no results arrive.
@@ -41,17 +43,17 @@ def launches(shape: Shape, dtype: torch.dtype, family: str) -> Iterator[Any]:
 
     with torch.device("meta"):
         lead = (1, shape.batch * shape.tokens) if shape.packed else (shape.batch, shape.tokens)
-        qkv = torch.empty(*lead, 3, shape.heads, shape.dim, dtype=dtype).unbind(2)
-        grad = torch.empty(*lead, shape.heads, shape.dim, dtype=dtype)
-        table = torch.empty(1, lead[1], 1, shape.dim // 2)
+        qkv = torch.empty(*lead, 3, shape.heads, shape.head_dim, dtype=dtype).unbind(2)
+        grad = torch.empty(*lead, shape.heads, shape.head_dim, dtype=dtype)
+        table = torch.empty(1, lead[1], 1, shape.head_dim // 2)
         bounds = torch.empty(shape.batch + 1, dtype=torch.int32) if shape.packed else None
     rotary_table = spatial_pe.Rotary(table, table)
     longest = shape.tokens if shape.packed else None
     for rotary in (rotary_table, None) if dtype == torch.bfloat16 else (rotary_table,):
-        call = AttentionCall(*qkv, rotary, shape.dim**-0.5, bounds, longest, None)
+        call = AttentionCall(*qkv, rotary, shape.head_dim**-0.5, bounds, longest, None)
         # tuned tiles are not used: a session starts without
         bucket = tiles.bucket(call.longest)
-        choice = tiles.prebuilt(family, dtype, shape.dim, bucket, tiles.few_programs(call))
+        choice = tiles.prebuilt(family, dtype, shape.head_dim, bucket, tiles.few_programs(call))
         forward = plan_forward(call, choice)
         backward = plan_backward(call, *forward.results, grad, choice)
         yield from (*backward.launches, *forward.launches)
@@ -106,7 +108,7 @@ def run(task: tuple[Work, str]) -> str | None:
 
     work, name = task
     try:
-        inputs = Inputs(work.shape, "cuda")
+        inputs = Inputs(work.shape, torch.bfloat16, "cuda")
         function = variants.build(name, inputs)
         for direction in work.directions:
             variants.call(function, inputs, direction)()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...backends.base import AttentionCall
 from ...encodings import AxialRoPE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -28,6 +29,10 @@ class Shape:
     def flops(self) -> int:
         """FLOP of the forward: two matrix products."""
         return 4 * self.batch * self.heads * self.tokens**2 * self.head_dim
+
+    @property
+    def size(self) -> list[int]:
+        return [self.batch, self.heads, self.tokens, self.head_dim]
 
     def elements(self) -> int:
         """Elements of q, and of k, v and the output each."""
@@ -77,3 +82,13 @@ class Inputs:
         if shape.packed:
             bounds = torch.arange(0, shape.batch * shape.tokens + 1, shape.tokens, dtype=torch.int32)
             self.cu_seqlens, self.max_seqlen = bounds.to(device), shape.tokens
+
+    def call(self, rotated: bool = True) -> AttentionCall:
+        """Return the arguments of a backend; packed sequences are one sample."""
+        q, k, v = (x[None] for x in self.qkv) if self.shape.packed else self.qkv
+        rotary = self.rotary if rotated else None
+        return AttentionCall(q, k, v, rotary, self.shape.head_dim**-0.5, self.cu_seqlens, self.max_seqlen, None)
+
+    @property
+    def batched_grad(self) -> Tensor:
+        return self.grad[None] if self.shape.packed else self.grad

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...modules import RoPE2DAttention
 from ...ops.attention import rope_attention
@@ -38,7 +40,7 @@ def off(inputs: Inputs) -> Attention:
 
 def eager(inputs: Inputs) -> Attention:
     """Rotate-half in float32, cast back, then torch's SDPA, one call per window (transformers' towers)."""
-    attend = _windows(inputs) if inputs.shape.packed else sdpa
+    attend = windows(inputs) if inputs.shape.packed else sdpa(inputs)
     return lambda q, k, v: attend(*rotate(q, k, inputs.cos, inputs.sin), v)
 
 
@@ -61,16 +63,9 @@ def naive(inputs: Inputs) -> Attention:
 
 
 def separate(inputs: Inputs) -> Attention:
-    """Our rotary kernel, then torch's SDPA; windows as a batch, which no tower does."""
-    length = inputs.shape.tokens
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = apply_rotary_qk(q, k, inputs.rotary)
-        if not inputs.shape.packed:
-            return sdpa(q, k, v)
-        return sdpa(*(x.unflatten(0, (-1, length)) for x in (q, k, v))).flatten(0, 1)
-
-    return attend
+    """Our rotary kernel, then torch's SDPA."""
+    attend = sdpa(inputs)
+    return lambda q, k, v: attend(*apply_rotary_qk(q, k, inputs.rotary), v)
 
 
 @dataclass(frozen=True)
@@ -127,6 +122,14 @@ def build(name: str, inputs: Inputs, direction: str, threads: int, level: str = 
         module, function = _layer(name, inputs)
         x = inputs.qkv[0].flatten(-2)
         arguments, leaves, grad = (x,), [x.detach().requires_grad_(), *module.parameters()], inputs.grad.flatten(-2)
+    return timed(function, arguments, leaves, grad, direction)
+
+
+def timed(
+    function: Callable[..., Tensor], arguments: Sequence[Tensor], leaves: Sequence[Tensor], grad: Tensor, direction: str
+) -> Call:
+    """Return the timed call: the "forward" without a graph; the "backward", which computes the forward now and keeps
+    its graph; or "forward+backward". The first leaves replace the arguments."""
     if direction == "forward":
 
         def forward() -> Tensor:
@@ -134,8 +137,11 @@ def build(name: str, inputs: Inputs, direction: str, threads: int, level: str = 
                 return function(*arguments)
 
         return forward
-    out = function(*leaves[: len(arguments)])
-    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    variables = leaves[: len(arguments)]
+    if direction == "backward":
+        out = function(*variables)
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    return lambda: torch.autograd.grad(function(*variables), leaves, grad)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -182,17 +188,29 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return rotated(q), rotated(k)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute (B, N, H, D) -> the same, contiguous, as the output projection needs it."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+def sdpa(inputs: Inputs, backend: SDPBackend | None = None) -> Attention:
+    """torch's SDPA, (B, N, H, D) -> the same, contiguous, as the output projection needs it; windows (T, H, D) as a
+    batch, which no tower does."""
+    packed, length = inputs.shape.packed, inputs.shape.tokens
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if packed:
+            q, k, v = (x.unflatten(0, (-1, length)) for x in (q, k, v))  # a view
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v)
+        out = out.transpose(1, 2).contiguous()
+        return out.flatten(0, 1) if packed else out
+
+    return attend
 
 
-def _windows(inputs: Inputs) -> Attention:
+def windows(inputs: Inputs) -> Attention:
+    """torch's SDPA with a call for each window, as transformers' Qwen2.5-VL does."""
     length = inputs.shape.tokens
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        windows = zip(*(x.transpose(0, 1)[None].split(length, 2) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*it).transpose(1, 2) for it in windows], 1)[0]
+        each = zip(*(x.transpose(0, 1)[None].split(length, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*window).transpose(1, 2) for window in each], 1)[0]
 
     return attend

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ..._utils import clock
 
 if TYPE_CHECKING:
     from ...towers.report import PatchReport
@@ -131,14 +132,12 @@ def interleaved(
     before: Callable[[], object], after: Callable[[], object], seconds: float, progress: Callable[[int, int], None]
 ) -> Timing:
     """Time both in turn, for about ``seconds``. The first pair warms up, sets the number of pairs, and is dropped."""
-    pairs = number_of_pairs(seconds, _seconds(before) + _seconds(after))
+    pairs = number_of_pairs(seconds, clock.host_seconds(before) + clock.host_seconds(after))
     timing = Timing([], [])
     for done in range(pairs):
         progress(done, pairs)
-        runs = [(before, timing.before), (after, timing.after)]
-        # the second to run finds warmer caches and a hotter core: alternate
-        for run, into in runs if done % 2 == 0 else reversed(runs):
-            into.append(_seconds(run))
+        for run, into in clock.in_turn([(before, timing.before), (after, timing.after)], done):
+            into.append(clock.host_seconds(run))
     progress(pairs, pairs)
     return timing
 
@@ -148,12 +147,6 @@ def number_of_pairs(seconds: float, each: float) -> int:
     enough = min(ENOUGH_PAIRS, int(STRETCH * seconds / each))
     pairs = min(MAX_PAIRS, max(FEWEST_PAIRS, enough, int(seconds / each)))
     return pairs - pairs % 2
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
