@@ -30,9 +30,9 @@ print(f"packed against one call per image: largest difference {worst:.1e}")
 padded = len(sizes) * max(height * width for height, width in sizes)
 print(f"tokens computed: {grid.num_tokens} packed, {padded} padded to the largest")
 
-# Windows of 8 x 8 patches: another order of the tokens, and shorter sequences
-order, windows = grid.windows(8)
-local = rope_attention(q[order], k[order], v[order], rotary.index_tokens(order), cu_seqlens=windows, max_seqlen=64)
-back = torch.empty_like(local)
-back[order] = local
-print(f"in {len(windows) - 1} windows: {tuple(back.shape)}")
+# Windows of 8 x 8 patches: another order of the tokens, and of their angles, and shorter sequences
+windows = grid.windows(8)
+packed = windows.pack(q, k, v, rotary)
+local = rope_attention(*packed, cu_seqlens=windows.cu_seqlens, max_seqlen=windows.max_seqlen)
+back = windows.unpack(local)
+print(f"in {len(windows.cu_seqlens) - 1} windows: {tuple(back.shape)}")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._utils.dispatcher import is_intercepted
+from .rotary import Rotary
 
 
 @dataclass(frozen=True, init=False)
@@ -131,7 +132,7 @@ class PatchGrid:
 
     # --------------------------------------------------------------- windows
 
-    def windows(self, size: int) -> tuple[Tensor, Tensor]:
+    def windows(self, size: int) -> Windows:
         """Group the tokens into square windows, image by image, as Qwen2.5-VL does.
 
         Windows tile each image from its top left corner, row-major; those at the right and lower edge may be
@@ -141,8 +142,10 @@ class PatchGrid:
             size: side of a window in patches, a multiple of ``merge_size``.
 
         Returns:
-            permutation: (N,) int64; ``x[permutation]`` is ordered by window.
-            cu_seqlens: (windows + 1,) int32 over the permuted tokens.
+            Windows. Unpacks as ``permutation, cu_seqlens = grid.windows(size)`` too.
+
+        Raises:
+            TypeError, ValueError: ``size``, or a grid with prefix or suffix tokens.
         """
         _check_int("size", size, 1)
         if self.prefix or self.suffix:
@@ -156,7 +159,68 @@ class PatchGrid:
             order.append(start + torch.argsort(window, stable=True))
             lengths += torch.bincount(window).tolist()
             start += h * w
-        return torch.cat(order), _cumulative(lengths)
+        return Windows(torch.cat(order), _cumulative(lengths), max(lengths))
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Attention windows of a grid: the order of the tokens, and where each window starts.
+
+    ``pack`` brings q, k, v and the rotary of the grid into that order, all together: a rotary that is left behind
+    rotates every token by the angles of another one.
+
+    Attributes:
+        permutation: (N,) int64, on the CPU; ``x[permutation]`` is ordered by window.
+        cu_seqlens: (windows + 1,) int32, on the CPU, over the permuted tokens: for ``rope_attention``.
+        max_seqlen: tokens of the largest window: for ``rope_attention``.
+    """
+
+    permutation: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def pack(self, *parts: Any) -> tuple[Any, ...]:
+        """Return the parts in the order of the windows, a tuple of as many.
+
+        Args:
+            parts: tensors (N, ...), N the tokens of the grid in its order, and the Rotary of the grid. None (no
+                rotary) stays None.
+
+        Raises:
+            TypeError, ValueError: something else, or another number of tokens. A batch of images is one packed grid.
+        """
+        return tuple(self._packed(part, index) for index, part in enumerate(parts))
+
+    def unpack(self, out: Tensor) -> Tensor:
+        """Return a tensor (N, ...) that is ordered by window, e.g. the output of attention, in the grid's order."""
+        self._check(out, "out")
+        return out.index_select(0, self.permutation.argsort().to(out.device))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.permutation, self.cu_seqlens))
+
+    def _packed(self, part: Any, index: int) -> Any:
+        if part is None:
+            return None
+        if isinstance(part, Rotary):
+            if part.num_tokens != len(self.permutation):
+                raise ValueError(
+                    f"the rotary has {part.num_tokens} tokens, the grid of these windows {len(self.permutation)}: it "
+                    "must be that of the whole grid"
+                )
+            return part.index_tokens(self.permutation.to(part.device))
+        self._check(part, f"argument {index} of pack")
+        return part.index_select(0, self.permutation.to(part.device))
+
+    def _check(self, x: Any, name: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, a Rotary or None, got {type(x).__name__}")
+        if x.ndim == 0 or x.shape[0] != len(self.permutation):
+            raise ValueError(
+                f"{name} must be ({len(self.permutation)}, ...), a row for each token of the grid, got shape "
+                f"{tuple(x.shape)}: a batch of images is one grid, PatchGrid.packed([(height, width)] * batch), and "
+                "its tensors are x.flatten(0, 1)"
+            )
 
 
 # Mixed precision of FSDP rebuilds every dataclass among a block's arguments, and this one has its own constructor.

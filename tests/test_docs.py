@@ -6,7 +6,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,8 +75,31 @@ def program_is_right(names: dict[str, Any]) -> None:
 
 
 def attention_page(names: dict[str, Any]) -> None:
-    attention_is_right(names)
+    first = next(block.code for block in blocks(ROOT / "docs/attention.md"))
+    alone: dict[str, Any] = {}
+    exec(first, alone)
+    attention_is_right(alone)
+    sequences_are_right(names)
     exports_are_right(names)
+
+
+def sequences_are_right(names: dict[str, Any]) -> None:
+    """Packed, padded and in windows, against attention in float64 of each image and each window."""
+    grid, windows = names["grid"], names["windows"]
+    for index, ((height, width), start) in enumerate(zip(grid.images, grid.cu_seqlens.tolist(), strict=False)):
+        stop = start + height * width
+        image: dict[str, Any] = {name: names[name][None, start:stop] for name in "qkv"}
+        image |= {"grid": spatial_pe.PatchGrid(height, width)}
+        attention_is_right(image | {"out": names["out"][None, start:stop]})
+        attention_is_right(image | {"out": names["batch"][index : index + 1, : height * width]})
+        assert not names["batch"][index, height * width :].any()
+    bounds = windows.cu_seqlens.tolist()
+    assert len(bounds) - 1 == 4 * 3 + 2 * 2
+    for start, stop in pairwise(bounds):
+        tokens = windows.permutation[start:stop]
+        window: dict[str, Any] = {name: names[name][None, tokens] for name in "qkv"}
+        place = SimpleNamespace(coordinates=lambda tokens=tokens: grid.coordinates()[tokens])
+        attention_is_right(window | {"grid": place, "out": names["local"][None, tokens]})
 
 
 def transforms_page(names: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatial_pe import AxialRoPE, rope_attention
 from spatial_pe.grid import PatchGrid
 
 sides = st.integers(1, 9)
@@ -122,7 +123,38 @@ def test_windows_equal_qwen2_5_vl(videos, scale):
     assert torch.equal(cu_seqlens, bounds)
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+def test_windows_attend_like_one_call_each(rotated):
+    """Each window on its own, with the angles of its own tokens."""
+    grid = PatchGrid.packed([(6, 10), (4, 4)])
+    rotary = AxialRoPE(16)(grid) if rotated else None
+    q, k, v = torch.randn(3, grid.num_tokens, 2, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    windows = grid.windows(4)
+    packed = windows.pack(q, k, v, rotary)
+    local = rope_attention(*packed, cu_seqlens=windows.cu_seqlens, max_seqlen=windows.max_seqlen)
+    out = windows.unpack(local)
+    place = torch.repeat_interleave(torch.arange(2), torch.tensor(grid.lengths))[:, None]
+    place = torch.cat([place, grid.coordinates().long() // 4], dim=1)
+    kinds, which = place.unique(dim=0, return_inverse=True)
+    assert len(kinds) == len(windows.cu_seqlens) - 1 and windows.max_seqlen == which.bincount().max()
+    for window in range(len(kinds)):
+        tokens = (which == window).nonzero().flatten()
+        table = None if rotary is None else rotary.index_tokens(tokens)
+        alone = rope_attention(q[None, tokens], k[None, tokens], v[None, tokens], table)[0]
+        torch.testing.assert_close(out[tokens], alone)
+
+
+def test_windows_unpack_what_they_packed():
+    windows = PatchGrid(5, 7).windows(2)
+    x = torch.randn(35, 3)
+    (packed,) = windows.pack(x)
+    assert torch.equal(packed, x[windows.permutation]) and torch.equal(windows.unpack(packed), x)
+
+
 # ---------------------------------------------------------------------- errors
+
+
+WINDOWS = PatchGrid(4, 4).windows(2)
 
 
 def test_hashable_and_comparable():
@@ -142,6 +174,26 @@ def test_hashable_and_comparable():
         (lambda: PatchGrid.packed([]), ValueError, "images is empty"),
         (lambda: PatchGrid.packed([(1, 4, 4)]), ValueError, "repeat a pair for each video frame"),
         (lambda: PatchGrid(4, 4, prefix=1).windows(2), ValueError, "windows hold patches only"),
+        (
+            lambda: PatchGrid(4, 4).windows(2).pack(torch.ones(2, 16, 3)),
+            ValueError,
+            "argument 0 of pack must be .16, ....",
+        ),
+        (
+            lambda: PatchGrid(4, 4).windows(2).pack(None, [1]),
+            TypeError,
+            "argument 1 of pack must be a tensor, a Rotary",
+        ),
+        (
+            lambda: PatchGrid(4, 4).windows(2).unpack(torch.ones(15)),
+            ValueError,
+            "out must be .16, ...., a row for each",
+        ),
+        (
+            lambda: PatchGrid(4, 4).windows(2).pack(AxialRoPE(8)(PatchGrid(3, 4))),
+            ValueError,
+            "the rotary has 12 tokens",
+        ),
         (lambda: PatchGrid(4, 4, merge_size=2).windows(3), ValueError, "size=3 must be a multiple of merge_size=2"),
     ],
 )
