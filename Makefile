@@ -163,26 +163,26 @@ build/emulator/built: $(VENV)/installed $(shell find csrc tests/backends/cuda -n
 # The Triton of torch 2.11, beside the newest: tests/backends/triton/test_budget.py compiles with both
 $(VENV)/triton-3.6: $(VENV)/installed
 	rm -rf $@
-	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.6.0
+	$(PIP_INSTALL) --no-deps --target $@ triton==3.6.0
 	touch $@
 
 # The oldest transformers that is supported, beside the newest, with the packages that it pins
 $(VENV)/transformers-4.57: $(VENV)/installed
 	rm -rf $@
-	$(BIN)/pip install --quiet --no-deps --target $@ transformers==4.57.6 "huggingface_hub<1" "tokenizers<0.23" \
+	$(PIP_INSTALL) --no-deps --target $@ transformers==4.57.6 "huggingface_hub<1" "tokenizers<0.23" \
 	  requests urllib3 certifi idna charset_normalizer
 	touch $@
 
 # timm and the torchvision that it imports, beside a torch for the CPU (tests/towers/timm_path.py says how)
 $(VENV)/timm: $(VENV)/installed
 	rm -rf $@
-	$(BIN)/pip install --quiet --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
+	$(PIP_INSTALL) --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 # lmms-eval and what its evaluator imports, without what only other models and videos need
 $(VENV)/lmms-eval: $(VENV)/installed
 	rm -rf $@
-	$(BIN)/pip install --quiet --no-deps --target $@ lmms-eval==0.7.3 "datasets<6" "filelock<4.3" aiohappyeyeballs aiohttp \
+	$(PIP_INSTALL) --no-deps --target $@ lmms-eval==0.7.3 "datasets<6" "filelock<4.3" aiohappyeyeballs aiohttp \
 	  aiosignal attrs certifi chardet charset_normalizer colorama dataproperty decord dill evaluate frozenlist loguru lxml \
 	  mbstrdecoder multidict "multiprocess<0.71" pandas pathvalidate portalocker propcache pyarrow pytablewriter pytz \
 	  requests sacrebleu tabledata tabulate tcolorpy tenacity typepy urllib3 xxhash yarl
@@ -198,17 +198,19 @@ $(VENV)/installed: $(SOURCES)
 	$(call install,test)
 	touch $@
 
-# Compiling every module of torch and transformers takes 40 s, those that are imported a few; CUDA kernels take minutes.
+# without CUDA kernels, which take a minute
 $(VENV)/demo: export SPATIAL_PE_CUDA := 0
 $(VENV)/demo: $(SOURCES)
-	test -e $(VENV)/installed || { $(call install,demo,--no-compile); }
+	test -e $(VENV)/installed || { $(call install,demo); }
 	touch $@
 
-# Of an extra, with options of pip; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
+# Of an extra; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries. Compiling every module of
+# torch and transformers takes 40 s, those that are imported a few.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 install = { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
   $(BIN)/python -m pip install --quiet --upgrade pip && \
-  $(BIN)/pip install --quiet $(2) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
-  SPATIAL_PE_REQUIRE_EXT=1 $(BIN)/pip install --quiet $(2) -c constraints.txt --no-build-isolation -e ".[$(1)]"
+  $(PIP_INSTALL) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
+  SPATIAL_PE_REQUIRE_EXT=1 $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[$(1)]"
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]" --no-build-isolation

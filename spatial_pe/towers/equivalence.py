@@ -31,6 +31,7 @@ from .classes import swapped_class
 from .cost import Cost, cost_of
 from .forms import ForwardForm
 from .fused_attention import Binding, FusedAttention
+from .grid_hooks import Grids
 from .layout import Layout, project, scale_of
 
 PREFIX = 3  # unrotated tokens
@@ -74,6 +75,53 @@ def prove(
                 found.append(proof)
     compared = [proof for proof in found if proof.ran]
     return compared[0] if compared else found[0]
+
+
+def prove_added(module: nn.Module, encoding: nn.Module, binding: Binding) -> None:
+    """Run an attention module with an added encoding, on a grid of 3 x 5 patches. Raise ValueError if that fails, or if
+    the kernel computes something else than the composed path in float64, by the second rule above."""
+    weight = floating_weight(module)
+    if any(p.is_meta for p in module.parameters()):
+        return
+    layout, form, grids = binding.layout, binding.form, binding.grids
+    assert grids is not None
+    tokens = binding.prefix + 15 + binding.suffix
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, tokens, layout.width, generator=generator, dtype=torch.float64, device="cpu").to(weight.device)
+    name = f"rope={type(encoding).__name__}"
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        own, reference = _bare(module, None), _bare(module, torch.float64)
+        x = x * _spread(reference, layout, x)
+        try:
+            tables = encoding(grids.where(grids.example(3, 5), x, binding.prefix, binding.suffix)).to(x.device)
+        except Exception as failed:
+            raise ValueError(f"{name} fails on a grid of 3 x 5 patches: {_brief(failed)}") from failed
+        cls = swapped_class(FusedAttention, type(module))
+        fixed = replace(binding, grids=Fixed(tables), strict=True)
+
+        def run(twin: nn.Module, backend: str, dtype: torch.dtype) -> Tensor:
+            return _first(_as_patched(twin, cls, replace(fixed, backend=backend))(**{form.first: x.to(dtype)}))
+
+        try:
+            exact = run(reference, "composed", torch.float64)
+            ours, composed = run(own, binding.backend, weight.dtype), run(own, "composed", weight.dtype)
+        except Exception as failed:
+            raise ValueError(f"{name} cannot run in {type(module).__name__}: {_brief(failed)}") from failed
+    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+    error, allowed = _distance(ours, exact), 1.5 * _distance(composed, exact) + 4 * eps
+    if not error <= allowed:
+        raise ValueError(f"{name} in {type(module).__name__}: relative error {error:.2g}, {allowed:.2g} is allowed")
+
+
+class Fixed(Grids):
+    """The tables of one grid, whatever the tokens."""
+
+    def __init__(self, tables: Any) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def rotary(self, module: Any, x: Tensor, prefix: int, suffix: int = 0) -> Any:
+        return self.tables
 
 
 def floating_weight(module: nn.Module) -> Tensor:

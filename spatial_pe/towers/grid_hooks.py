@@ -178,7 +178,11 @@ class Grids:
     # ------------------------------------------------------------------------------------------------------ the tables
 
     def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Any:
-        """Return the argument of the encoding for tokens x (B, N, C)."""
+        """Return the argument of the encoding for tokens x (B, N, C), from a recorded grid."""
+        raise NotImplementedError
+
+    def example(self, height: int, width: int) -> Any:
+        """Return the grid of one image as ``record`` gets it."""
         raise NotImplementedError
 
     def rotary(self, module: Any, x: Tensor, prefix: int, suffix: int = 0) -> Any:
@@ -240,6 +244,9 @@ class GridRecorder(Grids):
             matches = (rows == height) & (columns == width)
         self.record((height, width), matches)
 
+    def example(self, height: int, width: int) -> Any:
+        return height, width
+
     def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Any:
         patches = x.shape[1] - prefix - suffix
         if not isinstance(grid, tuple) or grid[0] * grid[1] != patches:
@@ -268,6 +275,9 @@ class ShapesRecorder(Grids):
         if shapes is not None:
             # a copy: the caller may overwrite it before backward recomputes a layer
             self.record(shapes.clone() if isinstance(shapes, Tensor) else torch.tensor(shapes, device="cpu"))
+
+    def example(self, height: int, width: int) -> Tensor:
+        return torch.tensor([[height, width]], device="cpu")
 
     def where(self, grid: Any, x: Tensor, prefix: int, suffix: int) -> Tensor:
         batch, tokens = x.shape[0], x.shape[1]

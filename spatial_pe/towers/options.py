@@ -46,6 +46,8 @@ class PatchOptions:
         rope = self.rope
         if isinstance(rope, nn.Module) and self.start == "identity":
             table = rope(PatchGrid(3, 5))
+            if not isinstance(table, Rotary):
+                raise TypeError(_not_a_table(rope, table))
             if not bool((table.cos == 1).all() and (table.sin == 0).all()):
                 raise ValueError(
                     'start="identity" needs an encoding that is the identity at initialisation, but '
@@ -124,7 +126,7 @@ def check_encoding(encoding: nn.Module, layout: Layout) -> None:
     name = type(encoding).__name__
     if not isinstance(table, Rotary):
         if not callable(table):
-            raise TypeError(f"rope must return a spatial_pe.Rotary, but {name} returns {type(table).__name__}")
+            raise TypeError(_not_a_table(encoding, table))
         return
     if table.rotary_dim > layout.head_dim:
         raise ValueError(
@@ -137,6 +139,10 @@ def check_encoding(encoding: nn.Module, layout: Layout) -> None:
             f"rope has a table for each of {heads} heads, the tower's attention has {layout.heads} heads of queries "
             f"and {layout.kv_heads} of keys: they must be as many, or share one table"
         )
+
+
+def _not_a_table(rope: nn.Module, table: Any) -> str:
+    return f"rope must return a spatial_pe.Rotary, but {type(rope).__name__} returns {type(table).__name__}"
 
 
 def _options(rope: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..rotary import PAIRINGS
 from .classes import Swapped
 from .config_entry import MARK, forget, marking, remember
 from .discover import Candidate, Skipped, discover
-from .equivalence import Proof, costs, floating_weight, prove
+from .equivalence import Proof, costs, floating_weight, prove, prove_added
 from .forms import NO_GRID, Known, tested
 from .fused_attention import Binding, FusedAttention
 from .grid_hooks import grid_source
@@ -24,6 +24,7 @@ from .layout import Layout, scale_of
 from .legacy import warn_of_legacy
 from .options import PatchOptions, check_encoding
 from .report import PatchedRow, PatchReport, SkippedRow
+from .saved_encodings import Lost, added_encodings, fill, lost_encodings
 from .swap import remove_hooks, restore, swap, swap_tower
 
 ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|pos_embed(_[yx])?)(\.weight)?$")
@@ -72,17 +73,28 @@ def patch(
             only classes that are part of this package's tests are patched.
 
     Returns:
-        PatchReport. Modules that are already patched in the same way are reported as skipped.
+        PatchReport. Modules that are already patched in the same way are reported as skipped. A model that was saved
+        with the same encoding, and loaded by transformers alone, which leaves it out, gets its saved weights back.
 
     Raises:
-        ValueError: nothing can be patched (says what was found), a wrong argument, or the model is already patched in
-            another way: ``unpatch`` it first.
+        ValueError: nothing can be patched (says what was found), a wrong argument, or the model is already patched, or
+            was saved patched, in another way: ``unpatch`` it first.
         RuntimeError: a module computes something else when patched; nothing was changed.
     """
     options = PatchOptions(rope, start, keep_absolute, legacy)
     options.check()
     options.check_start()
+    _check_model(model)
+    saved = _to_restore(model, options)
     report = apply(model, options, backend, verify)
+    for lost, tensors in saved:
+        try:
+            fill(added_encodings(lost.tower), tensors, lost.path)
+        except BaseException:
+            unpatch(model)
+            lost.remember()
+            raise
+        report.notes.append(f"the weights of the added RoPE are those in {lost.path}")
     if legacy is not None:
         warn_of_legacy()
     return report
@@ -117,6 +129,7 @@ def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> 
     patching = _Patching(PatchOptions(), backend, verify)
     candidates, skipped = patching.examine(model)
     report = patching.report(candidates, skipped)
+    report.notes.extend(str(lost) for lost in lost_encodings(model) if lost.tensors() != {})
     counted: dict[tuple, tuple | None] = {}
     for i, candidate in enumerate(candidates):
         proof = candidate.proof
@@ -152,6 +165,19 @@ def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool) -
     for name in {c.tower_name for c in candidates}:
         remember(model, name, options, backend)
     return report
+
+
+def _to_restore(model: nn.Module, options: PatchOptions) -> list[tuple[Lost, dict[str, Tensor]]]:
+    """Return the saved weights of the encodings that these options add again. Raise if others were saved, or if theirs
+    cannot be found: a trained encoding would start again from 0."""
+    found = []
+    for lost in lost_encodings(model):
+        tensors = lost.tensors()
+        if tensors and lost.is_of(options):
+            found.append((lost, tensors))
+        elif tensors != {}:  # a config that is shared with a patched model, or was copied from it, has lost nothing
+            raise ValueError(str(lost))
+    return found
 
 
 @dataclass(frozen=True)
@@ -344,6 +370,7 @@ class _Addition:
         self.modules = [c.module for c in members]
         self.hook_up = grid_source(self.tower)
         self.bindings = [patching.binding(c) for c in members]
+        self.verify = patching.verify
         self.encodings: list[nn.Module] = []
         for candidate in members:
             device = floating_weight(candidate.module).device
@@ -362,10 +389,15 @@ class _Addition:
     def apply(self) -> None:
         grids = self.hook_up(self.modules)
         around = _other_tokens(self.tower)
+        proven = set()
         for module, binding, encoding, mark in zip(
             self.modules, self.bindings, self.encodings, self.marks, strict=True
         ):
             binding.grids, (binding.prefix, binding.suffix) = grids, around
+            kind = (type(module), binding.layout, floating_weight(module).dtype)
+            if self.verify and kind not in proven:
+                prove_added(module, encoding, binding)
+                proven.add(kind)
             swap(module, binding)
             module.rope = encoding
             module.register_buffer(MARK, mark)

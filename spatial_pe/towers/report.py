@@ -40,10 +40,12 @@ class PatchReport:
     Attributes:
         patched: one row for each attention module.
         skipped: one row for each attention module that is not patched, with the reason.
+        notes: what else there is to know, e.g. that the model was saved with a RoPE and loaded without it.
     """
 
     patched: list[PatchedRow] = field(default_factory=list)
     skipped: list[SkippedRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     _added: list[nn.Parameter] = field(default_factory=list, repr=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -57,6 +59,8 @@ class PatchReport:
         added = sum(p.numel() for p in self._added)
         if added:
             lines += ["", f"{added} parameters added: report.parameters()"]
+        if self.notes:
+            lines += ["", *self.notes]
         return "\n".join(lines)
 
     def _patched_cells(self) -> list[tuple[str, ...]]:

@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_shapes_with_targets_are_measured_first():
     plan = cases.plan("table")
-    pairs = [(work.shape.tokens, work.shape.dim) for work in plan]
+    pairs = [(work.shape.tokens, work.shape.head_dim) for work in plan]
     assert sorted(pairs) == sorted((target.tokens, target.dim) for target in report.TARGETS)
     assert {(target.tokens, target.dim) for target in report.CUDA_TARGETS} <= set(pairs)
     assert all(work.directions == ("forward", "backward", "rotary") for work in plan)
-    assert {(work.shape.tokens, work.shape.dim) for work in cases.plan("compiled")} <= set(pairs)
+    assert {(work.shape.tokens, work.shape.head_dim) for work in cases.plan("compiled")} <= set(pairs)
     assert all(work.shape.batch < 200 for work in cases.plan("small"))
 
 

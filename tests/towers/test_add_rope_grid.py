@@ -11,6 +11,7 @@ import pytest
 import torch
 from added_rope import forward_on, hidden, shaken
 from families import FAMILIES, HERE, randn
+from torch import nn
 
 from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid, Rotary
 from spatial_pe.towers import patch, unpatch
@@ -213,6 +214,55 @@ def test_a_rope_that_does_not_fit_raises_at_patch(rope, match):
     model = FAMILIES["clip"].make()
     with pytest.raises(ValueError, match=match):
         patch(model, rope=rope, start="full")
+    assert untouched(model)
+
+
+class Tables(nn.Module):
+    """An encoding of a user: what ``make`` returns for a grid."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, grid):
+        return self.make(grid)
+
+
+def half_a_grid(grid):
+    return AxialRoPE(24)(PatchGrid(max(1, grid.num_tokens // 2), 1))
+
+
+def a_table_for_two_images(grid):
+    table = AxialRoPE(24)(grid)
+    return Rotary(table.cos.expand(2, -1, -1, -1), table.sin.expand(2, -1, -1, -1))
+
+
+def fails_beside_a_column(grid):
+    if grid.images[0][1] > 1:
+        raise IndexError("no such column")
+    return AxialRoPE(24)(grid)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (
+            lambda grid: torch.ones(grid.num_tokens, 24),
+            TypeError,
+            "rope must return a spatial_pe.Rotary, but Tables retur",
+        ),
+        (half_a_grid, ValueError, "rope=Tables cannot run in CLIPAttention: ValueError: rotary has 8 tokens, q has 16"),
+        (a_table_for_two_images, ValueError, "cannot run in CLIPAttention: ValueError: rotary has batch 2, q has 1"),
+        (fails_beside_a_column, ValueError, "rope=Tables fails on a grid of 3 x 5 patches: IndexError: no such column"),
+    ],
+)
+@pytest.mark.parametrize("start", ["identity", "full"])
+def test_an_encoding_that_cannot_run_raises_at_patch(make, error, match, start):
+    model = FAMILIES["clip"].make()
+    if start == "identity" and error is ValueError:
+        pytest.skip("the identity is asked for first")
+    with pytest.raises(error, match=match):
+        patch(model, rope=Tables(make), start=start)
     assert untouched(model)
 
 

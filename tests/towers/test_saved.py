@@ -209,6 +209,100 @@ def test_loading_is_quiet_about_ours_and_not_about_others(tmp_path, recwarn):
         from_pretrained(type(model), tmp_path)
 
 
+# -------------------------------------------------------------------- loaded by transformers alone, and patched again
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with a model that was patched and trained, the model, and how it was patched."""
+
+    def make(**options):
+        model = FAMILIES["clip"].make()
+        patch(model, **options)
+        shaken(model)
+        model.save_pretrained(tmp_path)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{"rope": "axial"}, {"rope": "mixed"}, {"rope": "axial", "start": "full"}])
+def test_patch_finds_the_saved_encoding(options, trained, tmp_path):
+    model = trained(**options)
+    plain = type(model).from_pretrained(tmp_path)
+    report = patch(plain, **options)
+    assert_same(model, plain, FAMILIES["clip"].inputs())
+    assert f"the weights of the added RoPE are those in {tmp_path}" in str(report)
+    unpatch(plain)
+    assert "spatial_pe" not in vars(plain.config)
+
+
+def test_patch_finds_the_encoding_of_a_tower_inside(tmp_path):
+    """Beside a head, as in CLIPForImageClassification."""
+    clip = FAMILIES["clip"].make()
+    model = transformers.CLIPForImageClassification(transformers.CLIPConfig(vision_config=clip.config.to_dict()))
+    model.eval()
+    patch(model, rope="axial")
+    shaken(model)
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    patch(plain, rope="axial")
+    assert_same(model, plain, FAMILIES["clip"].inputs())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rope": "mixed"}, {"rope": "axial", "start": "full"}, {"legacy": "2601.09954"}]
+)
+def test_patch_refuses_to_lose_a_saved_encoding(options, trained, tmp_path):
+    model = trained(rope="axial")
+    plain = type(model).from_pretrained(tmp_path)
+    loads = (
+        rf"was saved with a RoPE added \(axial, start=identity\).*spatial_pe\.from_pretrained\({type(model).__name__}, "
+    )
+    with pytest.raises(ValueError, match=loads):
+        patch(plain, **options)
+    assert not any(isinstance(module, FusedAttention) for module in plain.modules())
+    assert "was saved with a RoPE added" in str(spatial_pe.inspect(plain))
+    unpatch(plain)  # the way to start anew
+    if "legacy" not in options:
+        patch(plain, **options)
+
+
+def test_patch_refuses_where_the_saved_encoding_is_gone(trained, tmp_path):
+    model = trained(rope="axial")
+    plain = type(model).from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="was saved with a RoPE added"):
+        patch(plain, rope="axial")
+
+
+def test_a_saved_encoding_of_another_shape_leaves_the_model_as_it_was(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = trained(rope="mixed")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: x[:, :1].contiguous() if ".rope." in k else x for k, x in tensors.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    plain = type(model).from_pretrained(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="of shape"):
+            patch(plain, rope="mixed")
+        assert not any(isinstance(module, FusedAttention) for module in plain.modules())
+
+
+def test_a_model_that_shares_a_config_has_lost_nothing(tmp_path):
+    """Its folder holds no encoding: it was written before the other was patched."""
+    FAMILIES["clip"].make().save_pretrained(tmp_path)
+    cls = type(FAMILIES["clip"].make())
+    model = cls.from_pretrained(tmp_path)
+    patch(model, rope="axial")
+    other = cls(model.config)
+    assert not patch(other, rope="mixed").notes and not patch(cls(FAMILIES["clip"].make().config), rope="mixed").notes
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 

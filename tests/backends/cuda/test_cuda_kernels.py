@@ -15,6 +15,7 @@ import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
 from oracles.extreme import MORE_SINKS, POISON, biased, extreme_rows, poisoned, with_sinks
+from rows import some
 
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends import cuda
@@ -60,7 +61,7 @@ def test_head_dims(case, dtype, emulated):
 
 @pytest.mark.parametrize(
     "case",
-    [c if i % 2 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate([*ALL_LENGTHS, *CALLS])],
+    some([*ALL_LENGTHS, *CALLS], first=1),
     ids=str,
 )
 def test_lengths_rotations_sequences_views(case, emulated):

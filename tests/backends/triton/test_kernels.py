@@ -18,6 +18,7 @@ import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
 from oracles.extreme import POISON, biased, extreme_rows, poisoned
+from rows import some
 
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends.triton import backend as triton
@@ -92,16 +93,12 @@ def test_bfloat16(case, family, monkeypatch):
 @pytest.mark.parametrize(
     "family", [pytest.param("ampere", marks=pytest.mark.slow), "hopper", pytest.param("cdna", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize(
-    "case",
-    [c if i % 2 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate([*SHORT, *SMALL_DIMS])],
-    ids=str,
-)
+@pytest.mark.parametrize("case", some([*SHORT, *SMALL_DIMS], first=1), ids=str)
 def test_lengths_and_head_dims(case, family, monkeypatch):
     check_kernels(case, monkeypatch, family)
 
 
-@pytest.mark.parametrize("case", [*SHORT[1:3], SMALL_DIMS[2], SEQUENCES[0], GROUPS[0]], ids=str)
+@pytest.mark.parametrize("case", some([*SHORT[1:3], SMALL_DIMS[2], SEQUENCES[0], GROUPS[0]], first=1), ids=str)
 def test_one_image(case, monkeypatch):
     """Where blocks of 128 queries would leave SMs without a program."""
     choose(monkeypatch, "hopper", few=True)
@@ -116,9 +113,7 @@ def test_long_sequences(case, family, monkeypatch):
     check_kernels(case, monkeypatch, family)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if i % 3 else c for i, c in enumerate(CALLS)], ids=str
-)
+@pytest.mark.parametrize("case", some(CALLS, 3), ids=str)
 def test_rotations_sequences_views(case, monkeypatch):
     check_kernels(case, monkeypatch, "hopper")
 
@@ -130,7 +125,7 @@ def test_float16_everywhere(case, family, monkeypatch):
     check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
 
 
-@pytest.mark.parametrize("case", [SHORT[2], ROTATIONS[3], *SEQUENCES[1:8:3], VIEWS[1]], ids=str)
+@pytest.mark.parametrize("case", some([SHORT[2], ROTATIONS[3], *SEQUENCES[1:8:3], VIEWS[1]], first=1), ids=str)
 def test_float16(case, monkeypatch):
     check_kernels(replace(case, dtype=torch.float16), monkeypatch, "ampere")
 

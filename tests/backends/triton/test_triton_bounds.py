@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from rows import some_pairs
 from torch import Tensor
 from wrong_bounds import HEADS, KV_HEADS, Wrong, call_of, check_lse, decreasing_cases, expected, wrong_cases
 
@@ -96,9 +97,22 @@ def around(call: AttentionCall, memory: Memory) -> AttentionCall:
     return AttentionCall(q, k, v, call.rotary, call.scale, *bounds)
 
 
-@pytest.mark.parametrize("kernels", [*FEW, *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS if k not in FEW)])
-@pytest.mark.parametrize("wrong", wrong_cases(BLOCK), ids=str)
+OTHERS = [kernels for kernels in KERNELS if kernels not in FEW]
+
+
+@pytest.mark.parametrize(("wrong", "kernels"), some_pairs(wrong_cases(BLOCK), FEW), ids=str)
 def test_nan_where_the_lengths_are_wrong(wrong, kernels, memory):
+    check_wrong(wrong, kernels, memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", OTHERS)
+@pytest.mark.parametrize("wrong", wrong_cases(BLOCK), ids=str)
+def test_nan_where_the_lengths_are_wrong_for_the_others(wrong, kernels, memory):
+    check_wrong(wrong, kernels, memory)
+
+
+def check_wrong(wrong: Wrong, kernels: str, memory: Memory) -> None:
     dtype = KERNELS[kernels]
     call, dout = call_of(wrong, 24, dtype)
     wanted = expected(wrong, call, dout)
@@ -127,8 +141,7 @@ def check_decreasing(wrong: Wrong, kernels: str, memory: Memory) -> None:
     assert all(x[:, 0].isnan().all() for x in got.values())
 
 
-@pytest.mark.parametrize("kernels", FEW)
-@pytest.mark.parametrize("wrong", decreasing_cases(BLOCK), ids=str)
+@pytest.mark.parametrize(("wrong", "kernels"), some_pairs(decreasing_cases(BLOCK), FEW), ids=str)
 def test_nan_where_cu_seqlens_decrease(wrong, kernels, memory):
     check_decreasing(wrong, kernels, memory)
 

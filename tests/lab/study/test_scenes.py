@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rows import some
 
 from spatial_pe.lab.study.scenes import DOMAINS, NAMES, ROLES, TRANSFORMS, Album, Scene, Sprite
 from spatial_pe.lab.study.tasks import FAMILIES, TASKS, make_dataset
@@ -230,9 +231,7 @@ def exams(family: str) -> tuple[Exam, Exam]:
     return Exam(make_dataset(1200, family, "train", 0)), Exam(make_dataset(800, family, "test", 0))
 
 
-@pytest.mark.parametrize(
-    "task", [t if i % 3 == 0 else pytest.param(t, marks=pytest.mark.slow) for i, t in enumerate(TASKS)]
-)
+@pytest.mark.parametrize("task", some(TASKS, 3))
 def test_a_bag_of_patches_is_at_chance(task):
     """Pixel statistics do not tell the answer: what patches without places teach does not carry over to new scenes."""
     accuracy, count = fit(task, lambda q, exam: TASKS[task].answers.index(q.answer))

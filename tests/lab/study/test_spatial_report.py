@@ -98,6 +98,7 @@ def written(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(written):
     text = written.read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)

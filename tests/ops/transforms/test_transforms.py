@@ -63,6 +63,7 @@ def cells():
             if transform in OF_MODULES and name.startswith(("rope_attention", "apply_rotary")):
                 continue
             slow = transform in SLOW or (name in REPEATS and transform not in FEW)
+            slow = slow or (name in REPEATS & TOWERS.keys() and transform == "compiled")
             slow = slow or (name in TOWERS and transform in EXPORTS_TO_ONNX and name != "tower, axial added")
             yield pytest.param(name, transform, marks=[pytest.mark.slow] if slow else [])
 
