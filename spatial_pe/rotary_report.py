@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grid import PatchGrid
 from .rotary import Rotary, rotated, split_pairs
+from .rotary_findings import STILL, Finding, Probed, doubled, findings, worst
 
-# Smaller changes of an angle are rounding: float32 sines of equal angles differ by 6e-8 (a vectorised sine rounds
-# differently from a scalar one); the slowest pair in use (theta 1e6, head_dim 128) changes by 1.2e-6 a patch.
-_STILL = 3e-7
+# At a time: 8 MB.
+_MOST_LOGITS = 1 << 20
 
 # Random (q, k): a single pair already gives a deviation of the right size.
 _PROBES = 4
@@ -40,6 +42,7 @@ class RotaryReport:
             ``"cols"``, ``"both"`` or ``"none"``. Channels that are not mixed are left out, unless a Rotary pairs them.
         unrotated_is_identity: prefix and suffix tokens are returned unchanged (True if there are none).
         tolerance: used for is_rotation and is_relative.
+        findings: what is wrong or suspicious, and why, the worst first: ``Finding`` with a level, a cause, and a text.
     """
 
     is_rotation: bool
@@ -52,6 +55,12 @@ class RotaryReport:
     axes: dict[tuple[int, ...], str]
     unrotated_is_identity: bool
     tolerance: float
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def level(self) -> str:
+        """The worst level of the findings: "wrong", "suspicious" or "fine"."""
+        return worst(self.findings)
 
     def __str__(self) -> str:
         def span(pair: tuple[float, float]) -> str:
@@ -72,15 +81,13 @@ class RotaryReport:
                 # "none" would read as "no problem"
                 label = "no position" if axis == "none" else axis
                 lines.append(f"  {label:<17} {len(blocks)} pairs: {shown}")
-        if self.encodes_position is False:
-            lines.append("  every patch is mapped alike, so attention cannot tell where it is: are the angles all 0?")
-        if not self.unrotated_is_identity:
-            lines.append("  prefix or suffix tokens are CHANGED: their angle should be 0")
+        for finding in self.findings:
+            lines += textwrap.wrap(str(finding), 100, initial_indent="  ", subsequent_indent="    ")
         return "\n".join(lines)
 
 
 def verify_rotary(
-    fn_or_rotary: Rotary | Callable[[Tensor], Tensor],
+    fn_or_rotary: Rotary | Callable[[Any], Any],
     grid: PatchGrid,
     *,
     head_dim: int | None = None,
@@ -92,11 +99,13 @@ def verify_rotary(
     call. Time and memory grow with D N D and with N^2: a grid of 16 x 16 is as conclusive as a large one.
 
     Args:
-        fn_or_rotary: a Rotary (each sample and head of its tables is checked), or any function from (N, D) float64
-            to (N, D), N the tokens of the grid in their order, one head, on the CPU. A function must be linear in x
-            and act on each token alone; one that needs another dtype converts: ``lambda x: f(x.float())``.
+        fn_or_rotary: a Rotary (each sample and head of its tables is checked); an encoding, which maps the grid to
+            one; or any function from (N, D) float64 to (N, D), N the tokens of the grid in their order, one head, on
+            the CPU. A function must be linear in x and act on each token alone; one that needs another dtype
+            converts: ``lambda x: f(x.float())``.
         grid: positions of the N tokens. Packed grids are checked image by image.
         head_dim: D. For a Rotary at least its rotary_dim, which is the default; for a function 64 is the default.
+            Tables of D columns, each angle twice, are found and named.
         tolerance: how far from 1 (0) the singular values and determinants (logit deviation) may be. The default
             covers float32 tables: angles of a 100 x 100 grid are rounded by 1e-5. For a bfloat16 path use 2e-2.
 
@@ -107,7 +116,8 @@ def verify_rotary(
     """
     if not isinstance(grid, PatchGrid):
         raise TypeError(f"grid must be a spatial_pe.PatchGrid, got {type(grid).__name__}")
-    functions, pairs, dim = _functions(fn_or_rotary, grid, head_dim)
+    given = _called(fn_or_rotary, grid)
+    functions, pairs, dim = _functions(given, grid, head_dim)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(_PROBES, 2, dim, generator=generator, dtype=torch.float64)
     parts = [_probe(fn, grid, dim, pairs, probes) for fn in functions]
@@ -115,19 +125,44 @@ def verify_rotary(
     singular_values = _hull([part.singular_values for part in parts])
     determinant = _hull([part.determinant for part in parts])
     deviation = max(part.logit_deviation for part in parts)
-    worst = max(abs(x - 1.0) for x in (*singular_values, *determinant))
-    return RotaryReport(
-        is_rotation=worst <= tolerance,
+    furthest = max(abs(x - 1.0) for x in (*singular_values, *determinant))
+    moves = [part.moves for part in parts]
+    probed = Probed(
+        heads=[part.pairs for part in parts],
+        axes=_merge_axes([part.axes for part in parts]),
+        images=_images(grid),
+        is_rotation=furthest <= tolerance,
         is_relative=deviation <= tolerance,
+        encodes_position=None if moves[0] is None else any(moves),
+        unrotated_is_identity=all(part.unrotated_error <= tolerance for part in parts),
         norm_ratio=_hull([part.norm_ratio for part in parts]),
+        determinant=determinant,
+        table=given if isinstance(given, Rotary) else None,
+    )
+    return RotaryReport(
+        is_rotation=probed.is_rotation,
+        is_relative=probed.is_relative,
+        norm_ratio=probed.norm_ratio,
         singular_values=singular_values,
         logit_deviation=deviation,
         determinant=determinant,
-        encodes_position=None if (moves := [part.moves for part in parts])[0] is None else any(moves),
-        axes=_merge_axes([part.axes for part in parts]),
-        unrotated_is_identity=all(part.unrotated_error <= tolerance for part in parts),
+        encodes_position=probed.encodes_position,
+        axes=probed.axes,
+        unrotated_is_identity=probed.unrotated_is_identity,
         tolerance=tolerance,
+        findings=findings(probed),
     )
+
+
+def _called(given: Any, grid: PatchGrid) -> Any:
+    """Return the table of an encoding; anything else as it is: a function of x fails on a grid."""
+    if isinstance(given, Rotary) or not callable(given):
+        return given
+    try:
+        table = given(grid)
+    except Exception:
+        return given
+    return table if isinstance(table, Rotary) else given
 
 
 def _functions(
@@ -143,7 +178,7 @@ def _functions(
         return [given], [], dim
     if given.num_tokens != grid.num_tokens:
         raise ValueError(f"rotary has {given.num_tokens} tokens, the grid {grid.num_tokens}")
-    dim = given.rotary_dim if head_dim is None else head_dim
+    dim = given.rotary_dim if head_dim is None or doubled(given) else head_dim
     if dim < given.rotary_dim:
         raise ValueError(f"head_dim must be at least rotary_dim={given.rotary_dim}, got {dim}")
     # float64 arithmetic on the values of the table
@@ -172,6 +207,7 @@ class _Part:
     logit_deviation: float
     moves: bool | None
     axes: dict[tuple[int, ...], str]
+    pairs: dict[tuple[int, ...], Tensor]  # (N, 2, 2) of each pair
     unrotated_error: float
 
 
@@ -198,6 +234,7 @@ def _probe(
     maps = torch.stack([call(unit.expand(tokens, dim)) for unit in torch.eye(dim, dtype=torch.float64)], dim=-1)
     blocks = _blocks(maps, pairs)
     values, determinants, axes = [], [], {}
+    mixed: dict[tuple[int, ...], Tensor] = {}
     for block in blocks:
         index = torch.tensor(block)
         local = maps[:, index[:, None], index]  # (N, s, s)
@@ -205,6 +242,8 @@ def _probe(
         determinants.append(_range(torch.linalg.det(local)))
         if len(block) > 1:
             axes[block] = _axis(local, grid)
+        if len(block) == 2:
+            mixed[block] = local
 
     norms = torch.stack([x.norm(dim=-1) / vector.norm() for x, vector in zip(q, probes[:, 0], strict=True)])
     still = maps[~grid.rotated] - torch.eye(dim, dtype=torch.float64)
@@ -217,6 +256,7 @@ def _probe(
         ),
         moves=_moves(maps, grid),
         axes=axes,
+        pairs=mixed,
         unrotated_error=float(still.abs().max()) if still.numel() else 0.0,
     )
 
@@ -236,7 +276,7 @@ def _check_linear(call: Callable[[Tensor], Tensor], probes: Tensor, fn_q: Tensor
 def _blocks(maps: Tensor, pairs: list[tuple[int, int]]) -> list[tuple[int, ...]]:
     """Return the channels that some token's map mixes, as connected sets ordered by their first channel."""
     dim = maps.shape[-1]
-    linked = maps.abs().amax(0) > _STILL
+    linked = maps.abs().amax(0) > STILL
     for a, b in pairs:
         linked[a, b] = True
     linked |= linked.T.clone()
@@ -258,7 +298,7 @@ def _blocks(maps: Tensor, pairs: list[tuple[int, int]]) -> list[tuple[int, ...]]
 def _moves(maps: Tensor, grid: PatchGrid) -> bool | None:
     """Return whether the maps of two patches of an image differ; None without two patches."""
     images = [maps[image] for image, _ in _images(grid) if len(image) > 1]
-    return any(bool((image - image[:1]).abs().max() > _STILL) for image in images) if images else None
+    return any(bool((image - image[:1]).abs().max() > STILL) for image in images) if images else None
 
 
 def _axis(local: Tensor, grid: PatchGrid) -> str:
@@ -266,8 +306,8 @@ def _axis(local: Tensor, grid: PatchGrid) -> str:
     rows = cols = False
     for image, (height, width) in _images(grid):
         by_place = local[image].view(height, width, -1)
-        rows |= bool((by_place - by_place[:1]).abs().max() > _STILL)
-        cols |= bool((by_place - by_place[:, :1]).abs().max() > _STILL)
+        rows |= bool((by_place - by_place[:1]).abs().max() > STILL)
+        cols |= bool((by_place - by_place[:, :1]).abs().max() > STILL)
     return {(True, True): "both", (True, False): "rows", (False, True): "cols", (False, False): "none"}[rows, cols]
 
 
@@ -280,12 +320,12 @@ def _deviation(q: Tensor, k: Tensor, grid: PatchGrid) -> float:
         low = torch.full(((2 * height - 1) * (2 * width - 1),), torch.inf, dtype=torch.float64)
         high = -low
         keys = k[image]
-        for n, query in enumerate(q[image]):
-            offset = (row - row[n] + height - 1) * (2 * width - 1) + (column - column[n] + width - 1)
-            logits = keys @ query
-            # each offset occurs once for a given n, so plain indexing is enough
-            low[offset] = torch.minimum(low[offset], logits)
-            high[offset] = torch.maximum(high[offset], logits)
+        for some in place.split(max(1, _MOST_LOGITS // len(place))):
+            down, right = row - row[some, None], column - column[some, None]
+            offset = ((down + height - 1) * (2 * width - 1) + right + width - 1).flatten()
+            logits = (q[image][some] @ keys.T).flatten()
+            low.scatter_reduce_(0, offset, logits, "amin")
+            high.scatter_reduce_(0, offset, logits, "amax")
         worst = max(worst, float((high - low).max()))
     return worst
 

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "spatial_pe"
 # From the ground up: a room may import those before it. The package itself (its __init__) is the roof.
 ROOMS = (
-    *("_version", "_utils", "grid", "rotary", "encodings", "conventions", "rotary_report"),
+    *("_version", "_utils", "rotary", "grid", "encodings", "conventions", "rotary_findings", "rotary_report"),
     *("backends", "ops", "tuning", "modules", "towers", "integrations", "lab", "cli", ""),
 )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from spatial_pe import Rotary, apply_rotary
 from spatial_pe.conventions import CONVENTIONS, convention
 from spatial_pe.encodings import AxialRoPE, MixedRoPE
 from spatial_pe.grid import PatchGrid
+from spatial_pe.rotary_findings import fastest_of
 from spatial_pe.rotary_report import verify_rotary
 
 
@@ -264,6 +266,191 @@ def test_images_are_compared_each_for_itself():
     assert report.is_relative
     scrambled = convention("dinov3", 16)(PatchGrid.packed([(8, 8), (4, 4)]))
     assert not verify_rotary(scrambled, grid).is_relative
+
+
+# ------------------------------------------------------------------------------------------------------- causes
+
+HEAD = 32
+SQUARE = PatchGrid(16, 16)
+
+
+def ladders(grid: PatchGrid = SQUARE, dim: int = HEAD) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = axis_angles(grid, dim)
+    return rows, columns
+
+
+def full(angles: torch.Tensor):
+    """rotate_half code with a table of all channels."""
+    return lambda x: x * angles.cos() + rotate_half(x) * angles.sin()
+
+
+def neighbours(angles: torch.Tensor):
+    """The same with pairs of neighbouring channels."""
+
+    def rotate(x):
+        turned = torch.stack([-x[:, 1::2], x[:, 0::2]], dim=-1).flatten(1)
+        return x * angles.cos() + turned * angles.sin()
+
+    return rotate
+
+
+def the_seed():
+    """arXiv 2601.09954: [rows, rows, columns, columns] under rotate-half."""
+    rows, columns = ladders()
+    return full(torch.cat([rows, rows, columns, columns], dim=1))
+
+
+def ernie_image():
+    """Each angle twice side by side, [a, a, b, b], under rotate-half."""
+    return full(torch.cat(ladders(), dim=1).repeat_interleave(2, dim=1))
+
+
+def v_jepa_2():
+    """Tiled tables, [f, f] of each axis, under pairs of neighbours."""
+    rows, columns = ladders()
+    return neighbours(torch.cat([rows, rows, columns, columns], dim=1))
+
+
+def onevision():
+    """torch.cat([freqs, freqs]) of all axes, under pairs of neighbours."""
+    return neighbours(torch.cat([*ladders(), *ladders()], dim=1))
+
+
+def control_ar():
+    """A wrong slice: all angles are zero."""
+    return Rotary.from_angles(torch.zeros(256, HEAD // 2))
+
+
+def rows_only():
+    rows, _ = ladders()
+    return Rotary.from_angles(torch.cat([rows, rows / 2], dim=1).float())
+
+
+def columns_only():
+    _, columns = ladders()
+    return Rotary.from_angles(torch.cat([columns, torch.zeros_like(columns)], dim=1).float())
+
+
+def degrees():
+    return Rotary.from_angles(torch.rad2deg(torch.cat(ladders(), dim=1)).float())
+
+
+def flattened():
+    token = torch.arange(256, dtype=torch.float64)
+    return Rotary.from_angles((token[:, None] * 10000.0 ** (-torch.arange(16) / 16)).float())
+
+
+def flattened_by_columns():
+    row, column = SQUARE.coordinates().double().unbind(1)
+    return Rotary.from_angles(((column * 16 + row)[:, None] * 10000.0 ** (-torch.arange(16) / 16)).float())
+
+
+def full_width_tiled():
+    return Rotary.from_angles(torch.cat(ladders(), dim=1).repeat(1, 2).float())
+
+
+def full_width_interleaved():
+    return Rotary.from_angles(torch.cat(ladders(), dim=1).repeat_interleave(2, dim=1).float(), "interleaved")
+
+
+def squared():
+    return Rotary.from_angles(torch.cat(ladders(), dim=1).float() ** 2)
+
+
+def coordinates_in_pixels():
+    return AxialRoPE(HEAD)(SQUARE.coordinates() * 14)
+
+
+def coordinates_divided_twice():
+    return AxialRoPE(HEAD)(SQUARE.coordinates() / 256)
+
+
+def two_still_pairs():
+    angles = torch.cat(ladders(), dim=1)
+    angles[:, [3, 11]] = 0
+    return Rotary.from_angles(angles.float())
+
+
+def cls_moved():
+    return AxialRoPE(HEAD)(PatchGrid(16, 16, prefix=1).coordinates() + 1)
+
+
+CAUSES = {
+    the_seed: ("wrong", "two_angles", "of 16 pairs, e.g. channels (0, 16).*both halves must hold all angles"),
+    ernie_image: ("wrong", "two_angles", "both halves must hold all angles, torch.cat"),
+    v_jepa_2: ("wrong", "two_angles", "e.g. channels (0, 1).*each angle must stand twice side by side"),
+    onevision: ("wrong", "two_angles", "each angle must stand twice side by side"),
+    control_ar: ("wrong", "no_position", "are the angles all 0"),
+    rows_only: ("wrong", "axis_missing", "no pair depends on the column: all patches of a row are the same"),
+    columns_only: ("wrong", "axis_missing", "no pair depends on the row: all patches of a column are the same"),
+    degrees: ("wrong", "degrees", "rows: the fastest pair rotates by 57.3 radians per patch, one in degrees"),
+    flattened: ("wrong", "flattened", "one index over the flattened grid"),
+    flattened_by_columns: ("wrong", "flattened", "one index over the flattened grid"),
+    full_width_tiled: ("wrong", "full_width", "32 columns, each angle twice, under which 64.*cos[..., :16]"),
+    full_width_interleaved: ("wrong", "full_width", "cos[..., ::2]"),
+    squared: ("wrong", "not_relative", "must be linear in row and column"),
+    cls_moved: ("wrong", "prefix", "their angle should be 0"),
+    coordinates_in_pixels: (
+        "suspicious",
+        "aliasing",
+        "rotates by 14 radians per patch.*0.45 patches away looks the same",
+    ),
+    coordinates_divided_twice: ("suspicious", "slow", "rotates by 0.059 radians over 16 patches"),
+    two_still_pairs: ("suspicious", "still", "2 of 16 pairs never rotate"),
+}
+
+
+@pytest.mark.parametrize("make", CAUSES, ids=lambda make: make.__name__)
+def test_the_cause_is_named(make):
+    level, cause, text = CAUSES[make]
+    grid = PatchGrid(16, 16, prefix=1) if make is cls_moved else SQUARE
+    report = verify_rotary(make(), grid, head_dim=HEAD)
+    assert (report.level, report.findings[0].level, report.findings[0].cause) == (level, level, cause), str(report)
+    pattern = ".*".join(map(re.escape, text.split(".*")))
+    assert re.search(pattern, report.findings[0].text), report.findings[0].text
+    assert " ".join(str(report.findings[0]).split()) in " ".join(str(report).split())
+    assert max(map(len, str(report).splitlines())) <= 100
+
+
+def test_a_sign_that_is_reversed():
+    """Of the sine of one channel: a reflection."""
+    angles = torch.cat(ladders(), dim=1)
+
+    def rotate(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angles.cos() + b * angles.sin(), a * angles.sin() - b * angles.cos()], dim=-1)
+
+    report = verify_rotary(rotate, SQUARE, head_dim=HEAD)
+    assert report.findings[0].cause == "lengths" and "a sign is reversed" in report.findings[0].text
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+@pytest.mark.parametrize(("head_dim", "grid"), [(16, PatchGrid(6, 9, prefix=1)), (64, SQUARE)])
+def test_conventions_are_fine(name, head_dim, grid):
+    heads = {"num_heads": 2} if name == "rope_vit_mixed" else {}
+    report = verify_rotary(convention(name, head_dim, **heads), grid)
+    assert report.findings == () and report.level == "fine", str(report)
+
+
+def test_an_encoding_is_called_with_the_grid():
+    encoding = AxialRoPE(16)
+    assert str(verify_rotary(encoding, SQUARE)) == str(verify_rotary(encoding(SQUARE), SQUARE))
+
+
+@pytest.mark.parametrize("first", [4.0, 20.0, 57.3, 100.0])
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+def test_a_wrapped_sequence_is_continued(first, ratio):
+    made = [first * ratio**j for j in range(14)]
+    seen = [abs(math.remainder(x, 2 * math.pi)) for x in made]
+    assert fastest_of(seen) == pytest.approx(first, rel=1e-6)
+    assert fastest_of(seen[::-1]) == pytest.approx(first, rel=1e-6)
+
+
+def test_any_other_speeds_are_as_they_are():
+    assert fastest_of([1.0, 0.3, 0.09, 0.027]) == 1.0
+    assert fastest_of([0.2, 0.7, 1.9, 0.4, 0.1, 0.05, 0.025]) == 1.9  # as learned ones
+    assert fastest_of([k * math.pi / 8 for k in range(1, 8)]) == 7 * math.pi / 8
+    assert fastest_of([0.5]) == 0.5
 
 
 # ---------------------------------------------------------------------------------------- errors

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: spatial-pe doctor | inspect | demo | tune | bench | spatial. One module per command, imported when that
-command is called: each has ``add_arguments(parser)`` and ``run(options)``, which returns the exit code.
+"""Command line: spatial-pe doctor | inspect | verify | demo | tune | bench | spatial. One module per command,
+imported when that command is called: each has ``add_arguments(parser)`` and ``run(options)``, which returns the exit
+code.
 
 Exit codes: 0 for success, 1 where something is broken or a result is wrong, 2 for a wrong argument or a missing
 package, with one line on stderr and no traceback.
@@ -32,6 +33,7 @@ class Command:
 COMMANDS = {
     "doctor": Command("list the backends of this machine, test each, and explain why any is missing"),
     "inspect": Command("show what patch() would do to a model, without its weights", ("transformers",), "hf"),
+    "verify": Command("check whether a rotary encoding is 2D RoPE, and say what is wrong with it"),
     "demo": Command(
         "compare vision towers before and after patch(): one with real weights, three that rotate",
         ("transformers", "skimage", "matplotlib"),
