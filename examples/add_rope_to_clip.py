@@ -44,10 +44,9 @@ with torch.no_grad():
     print(f"\nat the start, patched against unpatched: relative difference {difference:.1e}")
     print(f"loss before training: {loss_of(*test):.2f}")
 
-rope = list(report.parameters())  # one strength per channel pair and layer, all 0; a group of their own
-chosen = {id(p) for p in rope}
-others = [p for p in [*model.parameters(), *head.parameters()] if id(p) not in chosen]
-optimizer = torch.optim.AdamW([{"params": others, "lr": 2e-3}, {"params": rope, "lr": 1e-2, "weight_decay": 0.0}])
+# One strength per channel pair and layer, all 0: a group of their own, with a larger learning rate and no weight decay.
+groups = report.parameter_groups(nn.ModuleList([model, head]), rope_lr=1e-2)
+optimizer = torch.optim.AdamW(groups, lr=2e-3)
 for _ in range(90):
     optimizer.zero_grad()
     loss_of(*pictures(32)).backward()
@@ -55,6 +54,6 @@ for _ in range(90):
 
 with torch.no_grad():
     print(f"loss after 90 steps: {loss_of(*test):.2f}")
-strongest = max(p.abs().max().item() for p in rope)
-print(f"the encoding has moved from 0: strongest pair {strongest:.2f}")
+for name, strength in report.strength().items():  # 0 is the identity, 1 is fully on
+    print(f"{name}: strength {strength:.2f}")
 # To keep it: model.save_pretrained(folder), and spatial_pe.from_pretrained(CLIPVisionModel, folder) gives it back.

@@ -45,12 +45,13 @@ def test_patch_qwen_vl(printed):
 def test_add_rope_to_clip(printed):
     pytest.importorskip("transformers")
     text = printed("add_rope_to_clip.py")
-    assert re.search(r"CLIPAttention +2 +axial RoPE added, start=identity", text)
+    assert re.search(r"CLIPAttention +2 +axial RoPE added, identity", text)
     assert "32 parameters added" in text  # 16 pairs in each of two layers
     assert number("unpatched: relative difference", text) < 1e-5
     before, after = number("loss before training:", text), number("loss after 90 steps:", text)
     assert 1.2 < before < 1.6 and after < 0.7 * before  # chance is log 4 = 1.39
-    assert number("strongest pair", text) > 0.05
+    strengths = re.findall(r"self_attn: strength (\d\.\d+)", text)
+    assert len(strengths) == 2 and all(0.02 < float(strength) < 1 for strength in strengths)
 
 
 def test_packed_images(printed):

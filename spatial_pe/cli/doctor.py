@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 
@@ -44,9 +43,7 @@ def run(options: argparse.Namespace) -> int:
 def _print_extension() -> list[str]:
     """Print the features of the compiled extension; return what is broken about it."""
     if importlib.util.find_spec("spatial_pe._C") is None:
-        log = Path(__file__).parents[1] / "_build_failure.txt"  # written by setup.py
-        why = log.read_text(encoding="utf-8").strip() if log.is_file() else "no compiler when it was installed"
-        print(f"extension    not built, so no cpu backend: {why}")
+        print("extension    not built, so no cpu backend: the reason is below")
         return []
     try:
         features = importlib.import_module("spatial_pe._C").cpu_features()
@@ -92,15 +89,16 @@ def _print_backends() -> list[str]:
 
 
 def _automatic() -> list[str]:
-    """Return the backend that "auto" selects on the CPU for each dtype, and why not its first choice."""
-
-    lines = []
+    """Return the backend that "auto" selects on the CPU for each dtype, and why not its first choice, if it is there:
+    why a backend is missing has been said."""
+    first, lines = AUTO[0], []
+    missing = dict(backends())[first]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.empty(1, 256, 6, 64, dtype=dtype)
         call = AttentionCall(x, x, x, None, 0.125, None, None, None)
-        why = refusal(AUTO[0], call)
+        why = None if missing else refusal(first, call)
         lines.append(f"  auto       {str(dtype).removeprefix('torch.')} on the CPU: {select(call, 'auto')}")
-        lines[-1] += "" if why is None else f" (not {AUTO[0]}: {why})"
+        lines[-1] += "" if why is None else f" (not {first}: {why})"
     return lines
 
 

@@ -12,6 +12,7 @@ import torch
 
 from .._utils.console import first_line
 from .._utils.errors import UserError
+from .._utils.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure tiles and backends on the GPU, shape by shape; each result is saved at once."""
     if options.seconds <= 0:
         raise UserError(f"--seconds must be positive, got {options.seconds:g}")
+    if options.out is not None:
+        check_writable("--out", options.out)
     from ..backends import cuda
     from ..backends.triton import backend as triton
 

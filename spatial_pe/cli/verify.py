@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the RotaryReport; fail if it holds what is wrong."""
-    from .._utils.files import write_whole
+    from .._utils.files import check_writable, write_whole
     from ..rotary_report import verify_rotary
 
+    if options.json:
+        check_writable("--json", options.json)
     grid = _grid(options)
     target = _load(options.target)
     try:

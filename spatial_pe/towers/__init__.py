@@ -7,9 +7,19 @@ forward), what that reads (``rotary_inputs``, ``padding``, ``grid_hooks``), ``re
 (patched models in a directory), ``legacy``, ``interface`` (without patching).
 """
 
+from .forms import ForwardForm, register_form
 from .interface import register_attention_interface
 from .loading import from_pretrained
 from .patch import inspect, patch, unpatch
 from .report import PatchReport
 
-__all__ = ["PatchReport", "from_pretrained", "inspect", "patch", "register_attention_interface", "unpatch"]
+__all__ = [
+    "ForwardForm",
+    "PatchReport",
+    "from_pretrained",
+    "inspect",
+    "patch",
+    "register_attention_interface",
+    "register_form",
+    "unpatch",
+]

@@ -88,7 +88,7 @@ def discover(model: nn.Module) -> list[Candidate | Skipped]:
 
 def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -> Candidate | Skipped:
     form = _form_of(type(module))
-    layout: Layout | str = "" if isinstance(form, str) else read_layout(module)
+    layout: Layout | str = "" if isinstance(form, str) else read_layout(module, form)
     reason = _reason(module, tower, form, layout)
     if reason is not None or isinstance(form, str) or isinstance(layout, str):
         return Skipped(name, module, reason or "")
@@ -118,7 +118,7 @@ def _form_of(cls: type[nn.Module]) -> ForwardForm | str:
     names = list(arguments)
     given = frozenset(names[1:])
     for form in FORMS:
-        if names and names[0] == form.first and form.needs <= given <= form.takes:
+        if names and names[0] == form.first and form.needs <= given <= form.needs | form.takes:
             return form
     return f"its forward takes ({', '.join(names)})"
 
@@ -133,7 +133,8 @@ def _arguments(cls: type[nn.Module]) -> dict[str, Parameter]:
 def _is_attention(module: nn.Module) -> bool:
     if "attention" in type(module).__name__.lower():
         return True
-    return any(all(isinstance(getattr(module, n, None), nn.Module) for n in names) for names in QKV)
+    known = (*QKV, *(form.qkv for form in FORMS if form.qkv))
+    return any(all(isinstance(getattr(module, n, None), nn.Module) for n in names) for names in known)
 
 
 def _towers(modules: dict[str, nn.Module], attention: dict[str, nn.Module]) -> set[str]:

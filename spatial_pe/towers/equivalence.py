@@ -251,7 +251,7 @@ def _examples(
         )
         inputs: dict[str, Any] = {form.first: x if starts is LARGE else x * _spread(reference, layout, x)}
         if form.rotation:
-            inputs[form.rotation] = _rotation(angles, form.rotation, pairing)
+            inputs[form.rotation] = _rotation(angles, form.tables, pairing)
         if packed:
             inputs[form.bounds or "cu_seq_lens_q"] = bounds
         for name, parameter in [*signature(type(reference).forward).parameters.items()][1:]:
@@ -259,7 +259,7 @@ def _examples(
                 inputs[name] = torch.zeros(2, tokens, 2, dtype=torch.long, device=device)
             elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
                 inputs.setdefault(name, None)
-        if form.bounds and form.rotation == "position_embeddings":
+        if form.bounds and form.rotation and form.tables == "cos_sin":
             # most packed towers pass float32 tables in any dtype, some pass their own dtype
             yield {**inputs, form.rotation: tuple(t.float() for t in inputs[form.rotation])}
         yield inputs
@@ -280,15 +280,15 @@ def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:
     return min(max((2 / spread) ** 0.5, 1e-3), 1e3) if math.isfinite(spread) and spread > 0 else 1.0
 
 
-def _rotation(angles: Tensor, name: str, pairing: str) -> Any:
-    """Return (..., N, D/2) angles in the format of that argument, see ``rotary_inputs.py``."""
-    if name == "freqs_ci":
+def _rotation(angles: Tensor, tables: str, pairing: str) -> Any:
+    """Return (..., N, D/2) angles in one of the formats of ``TABLES``."""
+    if tables == "complex":
         return torch.polar(torch.ones_like(angles), angles)
-    if name == "rotary_pos_emb":
+    if tables == "angles":
         return angles
     angles = join_pairs(angles, angles, pairing)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([sin, cos], dim=-1) if name == "rope" else (cos, sin)
+    return torch.cat([sin, cos], dim=-1) if tables == "sin_cos_cat" else (cos, sin)
 
 
 def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
         value = (value[0], -value[1])
     elif isinstance(value, Tensor) and value.is_complex():
         value = value.conj().resolve_conj()
-    elif isinstance(value, Tensor) and form.rotation == "rotary_pos_emb":
+    elif isinstance(value, Tensor) and form.tables == "angles":
         value = -value
     elif isinstance(value, Tensor):
         sin, cos = value.chunk(2, dim=-1)

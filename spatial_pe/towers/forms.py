@@ -13,24 +13,62 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# cos and sin of a column per channel, as a pair; exp(i angle); angles, a column per pair; [sin | cos] in one tensor
+TABLES = ("cos_sin", "complex", "angles", "sin_cos_cat")
+RETURNS = ("tuple", "tensor")
+
 
 @dataclass(frozen=True)
 class ForwardForm:
     """Form of an attention module: its forward takes ``first``, all of ``needs``, and no more than ``takes``.
 
-    rotation: the argument that holds the rotation, if any. bounds: the cu_seqlens argument, if any.
-    mask: the argument that may hold a padding mask.
-    returns: return type of classes of this form unless ``TESTED`` or a proof says otherwise.
+    Attributes:
+        name: as it appears in reports.
+        needs, takes: names of arguments.
+        first: the argument that holds the tokens, (B, N, C), or (T, C) with ``bounds``.
+        rotation: the argument that holds the rotation, if any.
+        tables: its format, one of TABLES.
+        bounds: the cu_seqlens argument, if any.
+        returns: "tuple" (output, weights) or "tensor": of classes of this form unless ``TESTED`` or a proof says
+            otherwise.
+        mask: the argument that may hold a padding mask.
+        qkv: attributes of the projections of q, k and v, or of one fused projection [q | k | v]; out, heads, head_dim,
+            scale: attributes of the output projection, of these numbers, and of the scale of the scores. Left out:
+            any of the names that layout.py knows.
     """
 
     name: str
-    needs: frozenset[str]
-    takes: frozenset[str]
+    needs: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
     first: str = "hidden_states"
     rotation: str = ""
+    tables: str = "cos_sin"
     bounds: str = ""
-    returns: str = "tuple"  # (output, weights), or "tensor"
+    returns: str = "tuple"
     mask: str = "attention_mask"
+    qkv: tuple[str, ...] = ()
+    out: str = ""
+    heads: str = ""
+    head_dim: str = ""
+    scale: str = ""
+
+    def check(self) -> None:
+        """Raise unless the fields fit together."""
+        for field in ("needs", "takes"):
+            if isinstance(getattr(self, field), str):
+                raise TypeError(f"{field} must be a set of names, got the string {getattr(self, field)!r}")
+        if self.tables not in TABLES:
+            raise ValueError(f"tables must be one of {TABLES}, got {self.tables!r}")
+        if self.returns not in RETURNS:
+            raise ValueError(f"returns must be one of {RETURNS}, got {self.returns!r}")
+        if len(self.qkv) not in (0, 1, 3):
+            raise ValueError(f"qkv must name one fused projection or three, got {self.qkv!r}")
+        arguments = {*self.needs, *self.takes}
+        for field in ("rotation", "bounds"):
+            if (name := getattr(self, field)) and name not in arguments:
+                raise ValueError(f"{field}={name!r} must be among the arguments in needs or takes")
+        if self.first in arguments:
+            raise ValueError(f"first={self.first!r} must not be in needs or takes, which name the other arguments")
 
 
 def _names(text: str) -> frozenset[str]:
@@ -39,7 +77,7 @@ def _names(text: str) -> frozenset[str]:
 
 _OPTIONS = "attention_mask output_attentions past_key_value past_key_values cache"
 
-FORMS = (
+FORMS = [
     ForwardForm(
         "packed",
         needs=_names("cu_seqlens position_embeddings"),
@@ -53,6 +91,7 @@ FORMS = (
         needs=_names("cu_seqlens rotary_pos_emb"),
         takes=_names("cu_seqlens rotary_pos_emb"),
         rotation="rotary_pos_emb",
+        tables="angles",
         bounds="cu_seqlens",
         returns="tensor",
     ),
@@ -74,6 +113,7 @@ FORMS = (
         needs=_names("freqs_ci"),
         takes=_names(f"freqs_ci {_OPTIONS}"),
         rotation="freqs_ci",
+        tables="complex",
     ),
     ForwardForm(
         "timm",
@@ -81,6 +121,7 @@ FORMS = (
         takes=_names("rope attn_mask is_causal"),
         first="x",
         rotation="rope",
+        tables="sin_cos_cat",
         returns="tensor",
         mask="attn_mask",
     ),
@@ -97,7 +138,28 @@ FORMS = (
         needs=_names(""),
         takes=_names(f"causal_attention_mask head_mask {_OPTIONS}"),
     ),
-)
+    # of the original code of many vision transformers, which transformers and timm rewrote
+    ForwardForm("tokens alone", takes=_names("attn_bias"), first="x", returns="tensor", mask="attn_bias"),
+]
+
+
+def register_form(form: ForwardForm) -> None:
+    """Add the form of an attention class of one's own, for ``patch`` and ``inspect`` in this process.
+
+    Modules of this form are patched where the proof succeeds, as those of any class that is not part of the tests: the
+    patched forward must compute what the original one does. Forms that were registered last are tried first.
+
+    Raises:
+        TypeError, ValueError: a field that does not fit the others, or another form of this name.
+    """
+    if not isinstance(form, ForwardForm):
+        raise TypeError(f"form must be a spatial_pe.towers.ForwardForm, got {type(form).__name__}")
+    form.check()
+    if form in FORMS:
+        return
+    if any(form.name == other.name for other in FORMS):
+        raise ValueError(f"a form named {form.name!r} exists already: choose another name")
+    FORMS.insert(0, form)
 
 
 class Known(NamedTuple):

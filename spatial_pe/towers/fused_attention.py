@@ -149,7 +149,7 @@ class FusedAttention(Swapped):
         bound = self._spatial_pe
         if value is None and bound.form.first == "x":
             return None  # timm: no rotation in this call
-        return rotation_of(value, bound.form.rotation, x.shape[-2], bound.layout.head_dim, bound.pairing, bound.tables)
+        return rotation_of(value, bound.form, x.shape[-2], bound.layout.head_dim, bound.pairing, bound.tables)
 
     def _padding(self, call: dict[str, Any], x: Tensor) -> tuple[Padding | None, str | None]:
         """Return the padding of a mask, or why the fused op cannot compute the call."""

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Names of projections. To add a family with new ones, add them here.
+from .forms import ForwardForm
+
+# Names of projections. To add a family with new ones, add them here; a form may have its own.
 QKV = (("qkv",), ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 QKV_BIAS = ("q_bias", "k_bias", "v_bias")  # timm's EVA: beside a fused projection without bias
 OUT = ("proj", "out_proj", "o_proj", "projection_layer")
@@ -43,10 +45,11 @@ class Layout:
     scaling: str | None  # the attribute that holds the scale of the scores; None: head_dim**-0.5
 
 
-def read_layout(module: nn.Module) -> Layout | str:
-    """Return the layout of an attention module, or why it is not supported."""
-    qkv = next((names for names in QKV if all(_child(module, n) for n in names)), None)
-    heads, head_dim = _first(module, HEADS), _first(module, HEAD_DIM)
+def read_layout(module: nn.Module, form: ForwardForm) -> Layout | str:
+    """Return the layout of an attention module, by the form's names and then by those above, or why it is not
+    supported."""
+    qkv = next((names for names in (form.qkv, *QKV) if names and all(_child(module, n) for n in names)), None)
+    heads, head_dim = _first(module, (form.heads, *HEADS)), _first(module, (form.head_dim, *HEAD_DIM))
     if qkv is None or not (isinstance(heads, int) or isinstance(head_dim, int)):
         return f"no query, key and value projections found, only {_children(module)}"
     projections = [_linear(getattr(module, name)) for name in qkv]
@@ -68,7 +71,7 @@ def read_layout(module: nn.Module) -> Layout | str:
     norms = tuple(name for name in present if not isinstance(getattr(module, name), nn.Identity))
     over = {_norm_width(module, name) for name in norms} - {None}
     bias = QKV_BIAS if len(qkv) == 1 and all(getattr(module, n, None) is not None for n in QKV_BIAS) else ()
-    out = next((name for name in OUT if _child(module, name)), None)
+    out = next((name for name in (form.out, *OUT) if _child(module, name)), None)
     out_norm = OUT_NORM if _child(module, OUT_NORM) and out else None
     gate = GATE if _child(module, GATE) and out else None
     out_dropout = next((name for name in OUT_DROPOUT if _child(module, name)), None)
@@ -92,7 +95,7 @@ def read_layout(module: nn.Module) -> Layout | str:
         heads=heads,
         kv_heads=widths[1] // head_dim,
         head_dim=head_dim,
-        scaling=next((name for name in SCALE if getattr(module, name, None) is not None), None),
+        scaling=next((name for name in (form.scale, *SCALE) if getattr(module, name, None) is not None), None),
     )
 
 

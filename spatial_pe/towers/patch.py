@@ -158,8 +158,7 @@ def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool) -
         raise ValueError(f"nothing to patch in {type(model).__name__}: {_summary(skipped)}")
     if options.adds:
         patching.add_rope(candidates)
-        added = {id(p): p for c in candidates for p in c.module.rope.parameters()}  # type: ignore[union-attr]
-        report._added.extend(added.values())
+        report._attention.update({c.name: c.module for c in candidates})
     else:
         patching.swap_all(candidates)
     for name in {c.tower_name for c in candidates}:

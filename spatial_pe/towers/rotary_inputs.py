@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .._utils.dispatcher import is_traced
 from ..rotary import Rotary, split_pairs
+from .forms import ForwardForm
 from .tensor_cache import once_per_forward
 
 # types as a tuple: dynamo of torch 2.9 supports no union of them
@@ -40,12 +41,12 @@ class Seen:
     differ: bool = False
 
 
-def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: str, seen: Seen) -> Rotary | str:
+def rotation_of(value: Any, form: ForwardForm, tokens: int, head_dim: int, pairing: str, seen: Seen) -> Rotary | str:
     """Return a Rotary of ``tokens`` rows, unrotated ones first where the tables have fewer; or why value is none.
 
     Making a Rotary checks for NaN and costs 20 us, a cache hit 3 us.
     """
-    tables = _tables(value, argument, head_dim)
+    tables = _tables(value, form, head_dim)
     if isinstance(tables, str):
         return tables
     key = value[0] if isinstance(value, PAIR) else value
@@ -69,14 +70,14 @@ def rotation_of(value: Any, argument: str, tokens: int, head_dim: int, pairing: 
     return _make(cos, sin, repeated, prefix, pairing) if found is None else found
 
 
-def _tables(value: Any, argument: str, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
+def _tables(value: Any, form: ForwardForm, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
     """Return cos and sin as (B|1, N, H|1, columns), and whether there is a column for each channel of a pair."""
     if isinstance(value, PAIR) and len(value) == 2 and all(isinstance(x, Tensor) for x in value):
         cos, sin = value
         if cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-1] <= head_dim and cos.shape[-1] % 2 == 0:
             lead = (1,) * (3 - cos.ndim)
             return *(x.view(*lead, *x.shape).unsqueeze(2) for x in (cos, sin)), True  # type: ignore[return-value]
-    elif argument == "rotary_pos_emb" and isinstance(value, Tensor) and value.ndim == 2:
+    elif form.tables == "angles" and isinstance(value, Tensor) and value.ndim == 2:
         angles = value[None, :, None]
         return angles.cos(), angles.sin(), False
     elif isinstance(value, Tensor) and value.is_complex():

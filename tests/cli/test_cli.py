@@ -76,7 +76,8 @@ def test_doctor_without_the_extension_says_why_and_succeeds(run, missing, monkey
     assert result.code == 0
     assert "extension    not built" in result.out
     assert "missing: there is no compiler here" in result.out
-    assert "auto       float32 on the CPU: composed (not cpu: there is no compiler here)" in result.out
+    assert "auto       float32 on the CPU: composed\n" in result.out
+    assert result.out.count("no compiler") == 1
 
 
 def test_doctor_without_transformers_names_the_extra(run, missing):
@@ -143,10 +144,11 @@ def test_inspect_needs_only_the_configuration(run, tmp_path, form):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov3_vit", **TOWER}))
     result = run("inspect", str(tmp_path if form == "folder" else tmp_path / "config.json"))
     assert result.code == 0, result.err
+    assert "\nmodel (DINOv3ViTModel)\n" in result.out
     (row,) = [line.split("  ") for line in result.out.splitlines() if "DINOv3ViTAttention" in line]
     cells = [cell.strip() for cell in row if cell.strip()]
-    assert cells[:3] == ["model (DINOv3ViTModel)", "DINOv3ViTAttention", "3"]
-    assert float(cells[5]) < 1e-5, "the proof ran, on lent weights"
+    assert cells[:2] == ["DINOv3ViTAttention", "3"]
+    assert float(cells[4]) < 1e-5, "the proof ran, on lent weights"
 
 
 def test_inspect_takes_a_model_type_and_little_memory(run, monkeypatch):

@@ -196,7 +196,7 @@ def test_the_command_line(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "axial RoPE added, start=full" in run.stdout + run.stderr  # the report of patch
+    assert "axial RoPE added, full" in run.stdout + run.stderr  # the report of patch
     (written,) = (tmp_path / "results").rglob("*_results.json")
     for task, scores in numbers(json.loads(written.read_text())).items():
         assert scores == pytest.approx(EXPECTED[task]), task

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from oracles import Case, exact, make, run, threads
+from rows import some_pairs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -59,8 +60,7 @@ def arguments(case: Case, backend: str, tables_want_grad: bool = True) -> tuple:
     return q, k, v, *tables, case.pairing, inputs.scale, inputs.cu_seqlens, None, inputs.seqlens, backend
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "backend"), some_pairs(CASES, BACKENDS))
 @pytest.mark.parametrize("tables_want_grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_opcheck(name, backend, tables_want_grad):
     """Schema, autograd registration, fake tensors, and compiled gradients with static and dynamic shapes."""

@@ -283,3 +283,34 @@ def test_masks_and_dropout_act_on_the_rotated_attention():
             mask[..., 1:] = torch.finfo(torch.float32).min  # every token sees CLS alone
             alone = module(x, mask)[0]
             torch.testing.assert_close(alone, alone[:, :1].expand_as(alone))
+
+
+@pytest.mark.parametrize(
+    ("rope", "start", "expected"),
+    [("axial", "identity", 0.0), ("axial", "full", 1.0), ("mixed", "identity", 0.0), ("mixed", "full", 1.0)],
+)
+def test_the_report_says_how_far_the_encoding_is_on(rope, start, expected):
+    model = FAMILIES["clip"].make()
+    report = patch(model, rope=rope, start=start)
+    strength = report.strength()
+    assert list(strength) == [row.name for row in report.patched]
+    assert list(strength.values()) == pytest.approx([expected] * 2, abs=1e-6)
+    with torch.no_grad():
+        for parameter in list(report.parameters())[:1]:
+            parameter.fill_(0.5)
+    if rope == "axial" and start == "identity":
+        assert list(report.strength().values()) == pytest.approx([0.5, 0.0])
+    assert patch(FAMILIES["dinov3"].make()).strength() == {}
+
+
+def test_parameter_groups():
+    model, head = FAMILIES["clip"].make(), torch.nn.Linear(2, 2)
+    report = patch(model, rope="axial")
+    next(model.parameters()).requires_grad_(False)
+    others, rope = report.parameter_groups(torch.nn.ModuleList([model, head]), rope_lr=0.1)
+    assert rope["lr"] == 0.1 and rope["weight_decay"] == 0.0 and len(rope["params"]) == 2
+    trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    assert {id(p) for p in others["params"] + rope["params"]} == {id(p) for p in trained}
+    assert len(others["params"]) + 2 == len(trained)
+    optimizer = torch.optim.AdamW([others, rope], lr=1e-5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 0.1]

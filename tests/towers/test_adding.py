@@ -189,3 +189,129 @@ def test_the_tower_passes_the_tests_of_towers(dtype, dpt, calls):
     dpt()
     test_families.test_outputs_and_gradients_follow_the_error_rule("dpt", dtype, "auto", calls)
     test_families.test_unpatched_is_what_it_was_bit_for_bit("dpt")
+
+
+# -------------------------------------------------------------------------------------------- an attention of one's own
+
+
+class MyTower(torch.nn.Module):
+    """A ViT around the attention of the page, with 2D RoPE."""
+
+    def __init__(self, attention: type[torch.nn.Module]) -> None:
+        super().__init__()
+        self.patch_embed = torch.nn.Conv2d(3, 48, 8, 8)
+        self.layers = torch.nn.ModuleList([attention(48, 2) for _ in range(2)])
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        side = pixels.shape[-1] // 8
+        row, column = spatial_pe.PatchGrid(side, side).coordinates().to(x).unbind(-1)
+        ladder = 100.0 ** -(torch.arange(6, device=x.device) / 6)
+        angles = torch.cat([row[:, None] * ladder, column[:, None] * ladder], dim=1)
+        for layer in self.layers:
+            x = x + layer(x, angles)
+        return x
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """The attention of the page, or code like it; nothing is left registered afterwards."""
+    monkeypatch.setattr(forms, "FORMS", list(forms.FORMS))
+    monkeypatch.setattr("spatial_pe.towers.discover.FORMS", forms.FORMS)
+
+    def make(right: str = "", wrong: str = "") -> MyTower:
+        code = story("own")
+        assert code.count(right) >= 1
+        names: dict = {}
+        exec(code.replace(right, wrong) if right else code, names)
+        torch.manual_seed(0)
+        return MyTower(names["MyAttention"])
+
+    return make
+
+
+def test_an_attention_of_ones_own_is_patched_once_its_form_is_registered(own):
+    model = own()
+    with pytest.raises(ValueError, match=r"2 MyAttention: its forward takes \(tokens, angles\)"):
+        spatial_pe.patch(model)
+    exec(story("form"), {})
+    exec(story("form"), {})  # again, as a notebook does
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(pixels)
+    report = spatial_pe.patch(model)
+    assert len(report.patched) == 2 and "own RoPE (half)" in str(report) and report.patched[0].error < 1e-6
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), before)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "reason"),
+    [
+        ("scaled_dot_product_attention(q, k, v)", "scaled_dot_product_attention(q, k, v * 1.001)", "relative error"),
+        ("(3, self.n_heads, self.dim_per_head)).permute(2, 0, 3, 1, 4)",
+         "(self.n_heads, 3, self.dim_per_head)).permute(3, 0, 2, 1, 4)", "relative error"),
+        ("for x in (q, k))", "for x in (q, k)); q = q.relu()", "relative error"),
+    ],
+)  # fmt: skip
+def test_what_computes_anything_else_is_left_alone(right, wrong, reason, own):
+    model = own(right, wrong)
+    exec(story("form"), {})
+    with pytest.raises(ValueError, match=f"[12] MyAttention: it has the form of to_qkv attention, but {reason}"):
+        spatial_pe.patch(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"name": "plain"}, ValueError, "a form named 'plain' exists already"),
+        ({"needs": "angles"}, TypeError, "needs must be a set of names, got the string 'angles'"),
+        ({"tables": "degrees"}, ValueError, "tables must be one of"),
+        ({"returns": "list"}, ValueError, "returns must be one of"),
+        ({"rotation": "rope"}, ValueError, "rotation='rope' must be among the arguments in needs or takes"),
+        ({"first": "angles"}, ValueError, "first='angles' must not be in needs or takes"),
+        ({"qkv": ("to_q", "to_kv")}, ValueError, "qkv must name one fused projection or three"),
+    ],
+)
+def test_a_form_that_does_not_fit_is_refused(changes, error, message, own):
+    from spatial_pe.towers import ForwardForm, register_form
+
+    fields = {"name": "mine", "first": "tokens", "needs": frozenset({"angles"}), "rotation": "angles"} | changes
+    with pytest.raises(error, match=message):
+        register_form(ForwardForm(**fields))
+    with pytest.raises(TypeError, match=r"form must be a spatial_pe\.towers\.ForwardForm, got str"):
+        register_form("mine")
+    assert len(forms.FORMS) == len(set(forms.FORMS))
+
+
+def test_tokens_alone():
+    """The attention of the original DINO, MAE and many others: forward(x)."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self, width: int, heads: int) -> None:
+            super().__init__()
+            self.num_heads, self.scale = heads, (width // heads) ** -0.5
+            self.qkv, self.proj = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+            self.attn_drop, self.proj_drop = torch.nn.Dropout(0.0), torch.nn.Dropout(0.0)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            weights = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
+            return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+    class Tower(MyTower):
+        def forward(self, pixels):
+            x = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, pixels = Tower(Attention), torch.randn(2, 3, 32, 24)
+    with torch.no_grad():
+        before = model(pixels)
+        assert len(spatial_pe.patch(model).patched) == 2
+        torch.testing.assert_close(model(pixels), before)
+        spatial_pe.unpatch(model)
+        spatial_pe.patch(model, rope="axial", start="full")
+        assert not torch.allclose(model(pixels), before, rtol=1e-2)

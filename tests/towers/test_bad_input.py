@@ -437,13 +437,14 @@ def test_a_proof_does_not_compare_a_module_with_itself(monkeypatch):
 
 def test_a_norm_acts_on_what_it_is_named_after():
     """Of keys alone, say: the place of a norm among those that there are is not the place of its operand."""
+    from spatial_pe.towers.forms import FORMS
     from spatial_pe.towers.layout import project, read_layout
 
     module = nn.Module()
     module.num_heads, module.qkv, module.proj = 2, nn.Linear(16, 48), nn.Linear(16, 16)
     module.q_norm, module.k_norm = nn.Identity(), nn.LayerNorm(8)
     x = randn(1, 3, 16)
-    q, k, v = project(module, read_layout(module), x)
+    q, k, v = project(module, read_layout(module, FORMS[-1]), x)
     heads = module.qkv(x).view(1, 3, 6, 8)
     assert torch.equal(q, heads[:, :, :2]) and torch.equal(v, heads[:, :, 4:])
     assert torch.equal(k, module.k_norm(heads[:, :, 2:4]))

@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spatial_pe.towers import inspect, patch, rotary_inputs, tensor_cache, unpatch
+from spatial_pe.towers.report import SkippedRow
 
 transformers = pytest.importorskip("transformers")
 
@@ -294,13 +295,23 @@ def test_inspect_changes_nothing_and_says_what_patch_does():
 def test_the_report_is_one_row_per_kind_of_layer():
     report = patch(clip())
     lines = str(report).splitlines()
-    (row,) = [line for line in lines if line.startswith("vision_model")]
+    at = next(i for i, line in enumerate(lines) if line.startswith("vision_model"))
+    row = lines[at + 1]
     assert "CLIPAttention" in row and " 2 " in row and "no RoPE" in row and report.patched[0].backend in row
     assert f"{report.patched[0].error:.1e}" in row
-    (skipped,) = [line for line in lines if line.startswith("text_model")]
-    assert skipped.endswith("not inside a vision tower") and " 2 " in skipped
+    skipped = " ".join(" ".join(lines[lines.index("skipped") + 1 :]).split())
+    assert skipped.startswith("2 CLIPAttention (text_model.") and skipped.endswith(": not inside a vision tower")
     assert 0 < report.patched[0].error < 1e-6
     assert list(report.parameters()) == []
+
+
+@pytest.mark.parametrize("name", ["dinov2_with_registers", "qwen2_5_vl", "clip"])
+def test_the_report_is_100_columns_wide(name):
+    report = inspect(FAMILIES[name].make())
+    report.skipped.append(SkippedRow("a.long.name." * 6, "a reason of many words " * 9, "SomeAttention"))
+    report.notes.append("a note of many words " * 9)
+    assert max(map(len, str(report).splitlines())) <= 100
+    assert "a layer on 960 tokens: " in str(report) and "skipped\n  1 SomeAttention (a.long" in str(report)
 
 
 def test_without_verification_the_report_says_so():

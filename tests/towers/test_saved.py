@@ -232,7 +232,7 @@ def test_patch_finds_the_saved_encoding(options, trained, tmp_path):
     plain = type(model).from_pretrained(tmp_path)
     report = patch(plain, **options)
     assert_same(model, plain, FAMILIES["clip"].inputs())
-    assert f"the weights of the added RoPE are those in {tmp_path}" in str(report)
+    assert f"the weights of the added RoPE are those in {tmp_path}" in " ".join(str(report).split())
     unpatch(plain)
     assert "spatial_pe" not in vars(plain.config)
 

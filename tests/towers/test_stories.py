@@ -41,20 +41,34 @@ def qwen(path):
 
 
 def test_patch_a_qwen_vl(tmp_path, capsys, calls):
+    """Its only replacements are the name of the model and the width of a patch."""
     batch = qwen(tmp_path)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    code = story("patch").replace("Qwen/Qwen2.5-VL-3B-Instruct", str(tmp_path)).replace("1176", "96")
+    names: dict = {}
+    torch.manual_seed(0)
     with torch.no_grad():
-        before = model(**batch).logits
-        exact = model.float()(**batch).logits
-    names = {"batch": batch}
-    with torch.no_grad():
-        exec(story("patch").replace("Qwen/Qwen2.5-VL-3B-Instruct", str(tmp_path)), names)
+        exec(code, names)
     assert "Qwen2_5_VLVisionAttention" in capsys.readouterr().out and len(calls) >= 2
-    assert (names["logits"] - exact).norm() < 2 * (before - exact).norm()  # both round to bfloat16, elsewhere
-    assert (names["logits"] - exact).norm() < 5e-2 * exact.norm()
-    spatial_pe.unpatch(names["model"])
-    with torch.no_grad():
-        assert torch.equal(names["model"](**batch).logits, before)
+    model, patches, grid = (names[name] for name in ("model", "patches", "grid"))
+
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [flat(model.get_image_features(patches, grid)), model(**batch).logits]
+
+    patched = [flat(names["features"]), results()[1]]
+    spatial_pe.unpatch(model)
+    before = results()
+    model.float()
+    patches = patches.float()
+    for found, own, truth in zip(patched, before, results(), strict=True):
+        assert (found - truth).norm() < 2 * (own - truth).norm()  # both round to bfloat16, elsewhere
+        assert (found - truth).norm() < 5e-2 * truth.norm()
+
+
+def flat(features) -> torch.Tensor:
+    """The features of all images: transformers 5 returns an output object, 4 a tuple of one tensor an image."""
+    found = getattr(features, "pooler_output", features)
+    return torch.cat(list(found)) if isinstance(found, tuple | list) else found
 
 
 def test_add_rope_to_a_llava_finetune_with_peft_save_and_load(tmp_path):
@@ -72,6 +86,7 @@ def test_add_rope_to_a_llava_finetune_with_peft_save_and_load(tmp_path):
         trained = names["model"]
         ropes = {name: p for name, p in trained.named_parameters() if ".rope." in name and p.requires_grad}
         assert len(ropes) == 2 and all(p.any() for p in ropes.values())  # the encoding moved from its start
+        assert all(strength > 0 for strength in names["report"].strength().values())  # of PEFT's copies
         with torch.no_grad():
             first, last = pretrained(**batch).loss, trained(**batch).loss
         assert last < first
@@ -84,6 +99,21 @@ def test_add_rope_to_a_llava_finetune_with_peft_save_and_load(tmp_path):
         expected, found = names["model"].eval()(**inputs).logits, names["again"](**inputs).logits
     assert torch.equal(found, expected)
     assert not torch.equal(found, pretrained(**inputs).logits)
+
+
+def test_a_trainer_turns_the_encoding_on(tmp_path, monkeypatch, capsys):
+    """In 30 steps to what it would take 2,000 at the default rate."""
+    monkeypatch.chdir(tmp_path)
+    holder = HOLDERS["llava"]
+    model = holder.make()
+    item = {name: x[0] for name, x in holder.inputs().items() if isinstance(x, torch.Tensor)}
+    item["labels"] = item["input_ids"].clamp(max=model.config.text_config.vocab_size - 1)
+    names = {"torch": torch, "spatial_pe": spatial_pe, "model": model, "data": [item] * 8}
+    code = story("trainer").replace("max_steps=1000", "max_steps=30").replace("warmup_steps=30", "warmup_steps=2")
+    exec(code, names)
+    strength = names["report"].strength()
+    assert len(strength) == len(names["report"].patched) and str(strength) in capsys.readouterr().out
+    assert all(0.03 < value < 0.5 for value in strength.values())
 
 
 @pytest.mark.slow  # proves every family twice more, 35 s

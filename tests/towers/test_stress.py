@@ -16,7 +16,7 @@ from oracles import SEED
 pytest.importorskip("transformers", minversion="5")  # its attention interface takes the rotation by hand
 
 # dynamo traces for 5 to 10 s
-EPISODES = [(kind, number) for kind in stress.EPISODES for number in range(1 if kind is stress.compiled else 4)]
+EPISODES = [(kind, number) for kind in stress.EPISODES for number in range(1 if kind is stress.compiled else 2)]
 
 OTHER_PROCESS = """
 import pickle, sys, torch

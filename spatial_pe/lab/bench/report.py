@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict
+NOTHING = "–"  # in a cell
 LEAD = (
     "Attention with 2D RoPE in this package's kernels against alternatives: all variants run interleaved in one "
     "process on the same data; medians. x is the speed-up; below 1 is slower. Rates count the two matrix products of "
@@ -35,7 +36,12 @@ def html(result: dict) -> str:
 def text(result: dict) -> str:
     """Return the tables for a terminal."""
     suites = [suite for suite in TABLES if any(results.rows(result, suite))]
-    return "\n".join(page.plain(table) for suite in suites for table in TABLES[suite](result))
+    return "\n".join(page.plain(table) for suite in suites for table in tables(suite, result))
+
+
+def tables(suite: str, result: dict) -> list[Table]:
+    """Return the tables of a suite, without the columns that no case has a value for."""
+    return [page.without_empty(table, NOTHING) for table in TABLES[suite](result)]
 
 
 def headline(result: dict) -> str:
@@ -59,7 +65,7 @@ def attention_table(result: dict) -> Table:
     for row in results.rows(result, "attention"):
         peer = results.best(row, PEERS)
         cells = [_rate(row, "ours"), _times(row, "eager"), _times(row, "compiled"), _times(row, "separate")]
-        cells += [_times(row, peer) + f" {VARIANTS[peer].label}" if peer else "–", _cost(row)]
+        cells += [f"{_times(row, peer)} {VARIANTS[peer].label}'s" if peer else NOTHING, _cost(row)]
         rows.append([charts.case(row), *cells])
     header = ["", "GFLOP/s", "against eager", "compiled", "separate rotation", "the best peer", "rotation costs"]
     return Table("Attention. Eager: rotate-half, then torch's SDPA, as transformers' towers do.", header, rows)
@@ -86,7 +92,10 @@ def memory_table(result: dict) -> Table:
     found = list(results.rows(result, "memory"))
     names = list(dict.fromkeys(name for row in found for name in row["bytes"]))
     rows = [
-        [str(row["shape"]["tokens"]), *(f"{row['bytes'][n] / 2**20:.1f}" if n in row["bytes"] else "–" for n in names)]
+        [
+            str(row["shape"]["tokens"]),
+            *(f"{row['bytes'][n] / 2**20:.1f}" if n in row["bytes"] else NOTHING for n in names),
+        ]
         for row in found
     ]
     return Table("Peak memory, MiB beside inputs and output.", ["tokens", *(VARIANTS[n].label for n in names)], rows)
@@ -129,7 +138,7 @@ def refused_table(result: dict) -> Table | None:
 
 def _rate(row: Row, variant: str) -> str:
     rate = results.gflops(row, variant)
-    return "–" if rate is None else f"{rate:.0f}"
+    return NOTHING if rate is None else f"{rate:.0f}"
 
 
 def _times(row: Row, against: str) -> str:
@@ -137,12 +146,12 @@ def _times(row: Row, against: str) -> str:
 
 
 def _ratio(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}x"
+    return NOTHING if ratio is None else f"{ratio:.2f}x"
 
 
 def _cost(row: Row) -> str:
     cost = results.rotation_cost(row)
-    return "–" if cost is None else f"{cost:+.1%}"
+    return NOTHING if cost is None else f"{cost:+.1%}"
 
 
 TABLES: dict[str, Callable[[dict], Sequence[Table]]] = {
@@ -166,7 +175,7 @@ def _section(title: str, suite: str, *drawn: tuple[Callable[[dict], Figure | Non
             if (figure := draw(result)) is not None
         ]
         left_out = [table for table in (refused_table(result),) if table and suite == "attention"]
-        return Section(title, (), (*figures, *TABLES[suite](result), *left_out))
+        return Section(title, (), (*figures, *tables(suite, result), *left_out))
 
     return make
 
@@ -192,5 +201,9 @@ def footer(result: dict) -> str:
     versions = result["versions"]
     names = ("spatial_pe", "torch", "transformers", "onnxruntime", "openvino")
     what = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-    where = result["gpu"] or f"{result['cpu']}, {result['cores']} cores"
-    return f"Made by: {result['command']}. On: {where}. {what}."
+    return f"Made by: {result['command']}. On: {machine(result)}. {what}."
+
+
+def machine(result: dict) -> str:
+    """Return the machine of a run in words."""
+    return result["gpu"] or f"{result['cpu']}, {result['cores']} cores"

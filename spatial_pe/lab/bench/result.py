@@ -30,6 +30,30 @@ def load(path: Path) -> dict:
     return result
 
 
+def unfinished(path: Path, begun: dict) -> dict | None:
+    """Return the content of a file that a run like ``begun`` left unfinished: the same command, machine, and versions.
+
+    Raises:
+        UserError: the file holds an unfinished run of another command, which would be lost.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return None
+    try:
+        found = load(path)
+    except UserError:
+        return None  # of another version, or something else: check_writable has said what is written here
+    left = len(found.get("cases", ())) - len(found["rows"])
+    if left <= 0:
+        return None
+    changed = [name for name in begun if found.get(name) != begun[name]]
+    if changed:
+        raise UserError(
+            f"--json {str(path)!r} holds {len(found['rows'])} cases of an unfinished run that differs in "
+            f"{', '.join(changed)} ({found['command']}): repeat that command, name another file, or delete this one"
+        )
+    return found
+
+
 def save(path: Path, result: dict) -> None:
     write_whole(path, json.dumps(result, indent=1) + "\n")
 

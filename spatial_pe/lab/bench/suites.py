@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._utils import environment
 from ...backends import cpu
 from . import memory, timing, towers
 from .cases import DIRECTIONS, DTYPES, SPEED, Inputs, Shape
@@ -168,9 +167,8 @@ GROWTH = {
 MEMORY = [Shape(1, 8, tokens, 64) for tokens in (256, 1024, 2048, 4096, 8192)]
 
 
-def quick(device: str) -> Iterator[Case]:
+def quick(device: str, threads: int) -> Iterator[Case]:
     """Yield the cases of --quick: two minutes on two cores."""
-    threads = environment.usable_cores()
     peers = PEERS if device == "cpu" else ()
     for dtype in ("bf16", "fp32"):
         for name in ("196", "729", "1024", "windows"):
@@ -182,8 +180,8 @@ def quick(device: str) -> Iterator[Case]:
     yield Tower("dinov2_small_518", dense_dtypes(device)[0], threads, 3)
 
 
-def full(device: str) -> Iterator[Case]:
-    cores = environment.usable_cores()
+def full(device: str, cores: int) -> Iterator[Case]:
+    """Yield all cases, with one thread and with as many as ``cores``."""
     counts = sorted({1, cores}) if device == "cpu" else [cores]
     peers = PEERS if device == "cpu" else ()
     for threads in counts:
@@ -215,9 +213,9 @@ def full(device: str) -> Iterator[Case]:
     yield Start(5)
 
 
-def of_model(path: str, device: str) -> Iterator[Case]:
+def of_model(path: str, device: str, threads: int) -> Iterator[Case]:
     for dtype in dense_dtypes(device):
-        yield Tower(path, dtype, environment.usable_cores(), 5)
+        yield Tower(path, dtype, threads, 5)
 
 
 def dense_dtypes(device: str) -> tuple[str, ...]:
@@ -232,7 +230,7 @@ def _memory(shapes: list[Shape], device: str) -> Iterator[Case]:
         yield from (Memory(shape, "fp32", ("eager", "ours", "naive")) for shape in shapes)
 
 
-PLANS: Mapping[str, Callable[[str], Iterator[Case]]] = {"quick": quick, "full": full}
+PLANS: Mapping[str, Callable[[str, int], Iterator[Case]]] = {"quick": quick, "full": full}
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

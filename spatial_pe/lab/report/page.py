@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,17 +52,38 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> s
     return template.render(title=title, lead=lead, sections=sections, footer=footer, drawn=drawn, id=id)
 
 
-def plain(table: Table) -> str:
-    """Format a table for a terminal."""
-    rows = [list(table.header), *map(list, table.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+def plain(table: Table, width: int = 100) -> str:
+    """Format a table for a terminal of this width: headings are broken into lines, and what the first column holds, so
+    far as it must be."""
+    columns = list(zip(table.header, *table.rows, strict=True))
+    # as narrow as the cells and the words of the heading allow
+    widths = [max(len(part) for part in (*heading.split(), *cells, "")) for heading, *cells in columns]
+    first = max(map(len, columns[0]))
+    widths[0] = max(16, min(first, width - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    rows = [[textwrap.wrap(cell, w) or [""] for cell, w in zip(table.header, widths, strict=True)]]
+    rows += [[textwrap.wrap(row[0], widths[0]) or [""], *([cell] for cell in row[1:])] for row in table.rows]
+    lines = [line for number, row in enumerate(rows) for line in _lines(row, widths, bottom=number == 0)]
     return "\n".join([table.caption, *lines, ""])
+
+
+def _lines(cells: Sequence[Sequence[str]], widths: Sequence[int], bottom: bool) -> list[str]:
+    """Return the lines of a row of cells of some lines each, at the top or at the bottom of the row."""
+    height = max(map(len, cells))
+    padded = [[""] * (height - len(c)) + list(c) if bottom else list(c) + [""] * (height - len(c)) for c in cells]
+    lines = []
+    for line in zip(*padded, strict=True):
+        first, *others = (part.rjust(w) for part, w in zip(line, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    return lines
+
+
+def without_empty(table: Table, nothing: str) -> Table:
+    """Return the table without the columns of which every cell is ``nothing``; the headings of rows stay."""
+    kept = [i for i in range(len(table.header)) if i == 0 or any(row[i] != nothing for row in table.rows)]
+    best = frozenset((row, kept.index(column)) for row, column in table.best if column in kept)
+    return replace(
+        table, header=[table.header[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows], best=best
+    )
 
 
 def figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Figure, list[Axes]]:

@@ -26,6 +26,7 @@ from ...grid import PatchGrid
 from ...towers import patch
 from ...towers.fused_attention import FusedAttention
 from ...towers.patch import ABSOLUTE
+from ...towers.report import encoding_of, strength_of
 from ..checkpoints import assets, checkpoint
 from .models import Attentive, Batch, Linear, Probe
 from .tasks import make_dataset
@@ -80,12 +81,20 @@ class PretrainedRecipe:
         return train_and_ask(self, variant, seed, torch.device(device))
 
 
+@dataclass(frozen=True)
+class RateRecipe(PretrainedRecipe):
+    """``rope_rate``: the learning rate of the added encoding, which has no weight decay; else that of the tower."""
+
+    rope_rate: float = 3e-5
+
+
 def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int, device: torch.device) -> dict:
     """Train and evaluate as ``train.train_and_ask``, at scale 1, and also return:
 
     "consistency": {"hflip" | "vflip" | "rot90": share}, see ``train.consistency``;
     "counterfactual": {"shuffled" | "constant": {task: accuracy}}, the same answers when the positions are moved;
-    "layers": {"coherence" | "hflip" | "vflip" | "rot90": [one a layer]}, of the tower after training, see ``layers``.
+    "layers": {"coherence" | "hflip" | "vflip" | "rot90": [one a layer]}, of the tower after training, see ``layers``;
+    "strength": [one a layer], how far an added encoding is on after training, see ``PatchReport.strength``.
     """
     began = time.perf_counter()
     train, test = _exams(recipe, seed)
@@ -112,6 +121,7 @@ def train_and_ask(recipe: PretrainedRecipe, variant: str, seed: int, device: tor
         "loss": losses,
         "counterfactual": counterfactual,
         "layers": layers(tower, test.pictures(range(min(32, recipe.test_scenes)), 1.0).to(device)),
+        "strength": strengths(tower),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -169,6 +179,12 @@ def _loaded(name: str | None) -> checkpoint.Tower:
     return checkpoint.default_tower(assets.onnx_file()) if name is None else checkpoint.load_tower(name)
 
 
+def strengths(tower: nn.Module) -> list[float | None]:
+    """Return how far the encoding that was added to each layer is on."""
+    added = [m for m in tower.modules() if isinstance(m, FusedAttention) and m._spatial_pe.added]
+    return [strength_of(encoding_of(module)) for module in added]
+
+
 # ----------------------------------------------------------------------------------------------------------- training
 
 
@@ -223,10 +239,15 @@ def _features(recipe: PretrainedRecipe, variant: str, seed: int, device: torch.d
 
 
 def _tune(model: Probe, train: Exam, recipe: PretrainedRecipe, seed: int) -> list[float]:
+    named = [(name, p) for name, p in model.tower.named_parameters() if p.requires_grad]
+    apart = isinstance(recipe, RateRecipe)
     groups = [
-        {"params": [p for p in model.tower.parameters() if p.requires_grad], "lr": recipe.tower_rate},
+        {"params": [p for name, p in named if not (apart and ".rope." in name)], "lr": recipe.tower_rate},
         {"params": list(model.head.parameters()), "lr": recipe.tuned_rate},
     ]
+    if isinstance(recipe, RateRecipe):
+        rope = [p for name, p in named if ".rope." in name]
+        groups.append({"params": rope, "lr": recipe.rope_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.decay)
     recipe = replace(recipe, steps=recipe.tuned_steps, batch=recipe.tuned_batch)
     device = next(model.parameters()).device

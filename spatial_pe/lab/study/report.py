@@ -40,7 +40,7 @@ def text(study: dict) -> str:
     for part in findings.parts(study):
         lines += ["", f"{study['study']}, {part}: {study['about']}"]
         lines += [page.plain(table) for table in _tables(study, part)]
-        lines += [] if _seeds(study, part) > 1 else [ONE_SEED]
+        lines += _notes(study, part)
     return "\n".join(lines)
 
 
@@ -74,7 +74,7 @@ def _section(study: dict, part: str) -> Section:
     items += [Chart(draw(study, part), label) for draw, needs, label in CHARTS if needs(runs[0])]
     if any(run.get("attention", {}).get("similarity") for run in runs):
         items.append(Chart(charts.similarity(study, part), SIMILARITY))
-    paragraphs = (f"{_model(recipe)} {trained}", *(() if _seeds(study, part) > 1 else (ONE_SEED,)))
+    paragraphs = (f"{_model(recipe)} {trained}", *_notes(study, part))
     return Section(f"{study['study']}, {part}: {study['about']}", paragraphs, tuple(items))
 
 
@@ -144,6 +144,15 @@ MARKED = (
 )
 COMPARED = f"Differences in percentage points, paired by seed. {MARKED}"
 ONE_SEED = "One seed: nothing is compared. Differences need two seeds or more."
+SMOKE = "A smoke run, of a few steps: it shows that everything works. Its numbers are no result."
+
+
+def _notes(study: dict, part: str) -> list[str]:
+    """Return what limits the numbers of a part."""
+    notes = {SMOKE: study["budget"] == "smoke", ONE_SEED: _seeds(study, part) < 2}
+    return [note for note, holds in notes.items() if holds]
+
+
 TRANSFORMED = (
     "Relations answered right both about a picture and about the same picture flipped or rotated, %; chance 6."
 )

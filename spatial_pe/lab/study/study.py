@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.pool
+import os
 import signal
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +26,7 @@ from ..._utils.errors import UserError
 from ..._utils.files import write_whole
 from . import pretrained
 from .position_encodings import ENCODINGS
-from .pretrained import VARIANTS, PretrainedRecipe
+from .pretrained import VARIANTS, PretrainedRecipe, RateRecipe
 from .scenes import DOMAINS
 from .train import Recipe
 
@@ -129,6 +133,24 @@ STUDIES = {
             },
         },
     ),
+    "rates": Study(
+        "the learning rate of an added encoding that starts as the identity, in fine-tuning",
+        {
+            "smoke": {"rate 1e-2": Part(RateRecipe("attentive", 3, 40, 100, 2, rope_rate=1e-2), ("identity",))},
+            "standard": {
+                f"rate {rate}": Part(
+                    RateRecipe("attentive", 300, 1200, 300, 150, rope_rate=float(rate)), ("identity",)
+                )
+                for rate in ("5e-5", "1e-3", "1e-2", "3e-2", "1e-1")
+            },
+            "full": {
+                f"rate {rate}": Part(
+                    RateRecipe("attentive", 4000, 16000, 1000, 3000, rope_rate=float(rate)), ("identity",)
+                )
+                for rate in ("5e-5", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
+            },
+        },
+    ),
 }  # fmt: skip
 BUDGETS = ("smoke", "standard", "full")
 
@@ -210,7 +232,7 @@ def run(
     done = {Run(r["seed"], r["part"], r["encoding"]) for r in result["runs"]}
     wanted = runs_of(study, budget, encodings, seeds)
     todo = [it for it in wanted if it not in done]
-    if study == "pretrained" and todo:
+    if todo and any(isinstance(part.recipe, PretrainedRecipe) for part in parts.values()):
         try:
             pretrained.check(model)
         except (ValueError, RuntimeError) as error:
@@ -242,13 +264,35 @@ def _work(todo: Sequence[Task], jobs: int) -> Iterator[tuple[Run, dict]]:
         yield from (_one(task) for group in groups.values() for task in group)
         return
     # processes, not threads: a step is a hundred small operations, too small for a second thread
-    with multiprocessing.get_context("spawn").Pool(min(jobs, max(1, len(groups))), _worker) as pool:
+    with pool_of(min(jobs, max(1, len(groups)))) as pool:
         for outcomes in pool.imap_unordered(_group, groups.values()):
             yield from outcomes
 
 
-def _worker() -> None:
+def pool_of(workers: int) -> multiprocessing.pool.Pool:
+    """Return a pool of processes that end with this one, even if it is killed, and say nothing then."""
+    before = os.environ.get("PYTHONWARNINGS")
+    # what the process that cleans up behind the pool would print
+    os.environ["PYTHONWARNINGS"] = ",".join([*([before] if before else []), "ignore:resource_tracker"])
+    try:
+        return multiprocessing.get_context("spawn").Pool(workers, _worker, (os.getpid(),))
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
+
+
+def _worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process, without a word, soon after its parent was killed: it would train on for hours."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _group(tasks: Sequence[Task]) -> list[tuple[Run, dict]]:

@@ -18,7 +18,7 @@ import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
 from oracles.extreme import POISON, biased, extreme_rows, poisoned
-from rows import some
+from rows import some, some_pairs
 
 from spatial_pe import Rotary, rope_attention
 from spatial_pe.backends.triton import backend as triton
@@ -189,8 +189,7 @@ def test_the_second_pass_is_needed_and_seldom(monkeypatch):
         inputs.call("triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize(("poison", "dtype"), some_pairs(POISON, [torch.float32, torch.float16]))
 def test_nan_and_inf_propagate(poison, dtype, monkeypatch):
     choose(monkeypatch, "hopper")
     inputs, expected = poisoned(poison, dtype)
@@ -218,7 +217,7 @@ def test_long_sequences_pre_rotate_k():
 
 
 # packed: k rotated before (300) or in the loop (200), windows of the forward (128), and of the backward too (64)
-@pytest.mark.parametrize("hint", ["dense", 300, 200, 128, 64])
+@pytest.mark.parametrize("hint", some(["dense", 300, 200, 128, 64]))
 def test_offsets_beyond_32_bits(hint, tmp_path):
     """The last token lies more than 2^32 elements behind the first: an address must not wrap around."""
     tokens, dim = 300, 16
@@ -301,7 +300,7 @@ def test_gradients_are_the_same_every_time(monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("tokens", [64, 150, 300])
+@pytest.mark.parametrize("tokens", some([64, 150, 300]))
 def test_identity_start_is_exact(tokens):
     """Angles of 0 and no rotary give the same bits: a tower that starts as the identity is the pretrained one."""
     inputs = make(Case(batch=2, tokens=tokens, dim=72, rotary_dim=0, dtype=torch.float16))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from spatial_pe import cli
-from spatial_pe._utils import clock
+from spatial_pe._utils import clock, environment
 from spatial_pe._utils.errors import UserError
 from spatial_pe.backends import cpu
 from spatial_pe.lab.bench import machine, memory, report, suites, timing, tower_peers, towers, variants
@@ -269,6 +269,7 @@ def test_an_engine_that_computes_something_else_takes_no_part(tiny_tower, monkey
     assert row["refused"] == {"wrong": "differs from the tower by 1", "broken": "RuntimeError: no such operator"}
 
 
+@pytest.mark.slow
 def test_what_a_process_pays_once():
     seconds = suites.Start(1).run("cpu")["seconds"]
     assert {"import torch", "import spatial_pe", "first call", "second call"} == set(seconds)
@@ -276,14 +277,14 @@ def test_what_a_process_pays_once():
 
 
 def test_plans_hold_what_the_report_shows():
-    full = list(suites.full("cpu"))
+    full = list(suites.full("cpu", 2))
     kinds = {suites.Tower: "towers", suites.Memory: "memory", suites.Start: "start"}
     assert {kinds.get(type(c)) or c.suite for c in full} == set(report.TABLES)
     tokens = [int(c.name) for c in full if getattr(c, "axis", "") == "tokens"]
     assert tokens[0] == 64 and tokens[-1] == 16384
     batches = [int(c.name) for c in full if getattr(c, "axis", "") == "batch"]
     assert (batches[0], batches[-1]) == (1, 64)
-    assert len(list(suites.quick("cpu"))) < len(full) / 3
+    assert len(list(suites.quick("cpu", 2))) < len(full) / 3
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -296,7 +297,7 @@ def small(monkeypatch):
         case(rounds=2),
         suites.Attention("growth", "24", DENSE, "bf16", "forward", 1, ("eager", "ours"), 2, "tokens"),
     ]
-    monkeypatch.setitem(suites.PLANS, "quick", lambda device: iter(cases))
+    monkeypatch.setitem(suites.PLANS, "quick", lambda device, threads: iter(cases))
     monkeypatch.setattr(machine, "peaks", lambda device: None)
     return cases
 
@@ -314,9 +315,69 @@ def test_command(small, tmp_path, capsys):
     assert len(row["seconds"]["ours"]) == 2  # all samples are kept
 
 
+def test_an_interrupted_run_goes_on(small, tmp_path, capsys, monkeypatch):
+    """Ctrl-C says what was kept; the same command adds the rest, and another one does not overwrite it."""
+    monkeypatch.chdir(tmp_path)
+    real, ran = suites.Attention.run, []
+
+    def interrupted(self, device):
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        ran.append(str(self))
+        return real(self, device)
+
+    monkeypatch.setattr(suites.Attention, "run", interrupted)
+    assert cli.main(["bench", "--quick"]) == 130
+    assert "bench.json has 1 of 2 cases, and the same command resumes there" in capsys.readouterr().err
+    first = results.load(tmp_path / "bench.json")["rows"]
+    assert cli.main(["bench", "--quick", "--threads", "1"]) == 2
+    assert "holds 1 cases of an unfinished run that differs in command" in capsys.readouterr().err
+    monkeypatch.setattr(suites.Attention, "run", real)
+    assert cli.main(["bench", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "bench.json has 1 of 2 cases of this command: the others follow" in out
+    rows = results.load(tmp_path / "bench.json")["rows"]
+    assert len(rows) == 2 and rows[:1] == first
+    assert cli.main(["bench", "--quick"]) == 0 and "the others follow" not in capsys.readouterr().out  # a new one
+
+
+def test_nothing_that_was_finished_says_so(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suites.Attention, "run", lambda self, device: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["bench", "--quick"]) == 130
+    assert "Stopped. No case was finished." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments", "threads"),
+    [(None, [], None), ("3", [], 3), ("5,2", [], 5), ("junk", [], None), ("3", ["--threads", "4"], 4)],
+)
+def test_threads(variable, arguments, threads, small, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(suites.PLANS, "quick", lambda device, threads: iter(seen.append(threads) or small))
+    if variable is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--quick", *arguments]) == 0
+    assert seen == [threads or environment.usable_cores()]
+
+
+def test_the_machine_comes_first_and_empty_columns_are_left_out(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(f"{environment.usable_cores()} cores")
+    growth = " ".join(out.split("How speed changes.")[1].split("As fast:")[0].split())
+    assert "eager" in growth and "rotation" not in growth
+    assert max(map(len, out.splitlines()[1:-2])) <= 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--json", "."], "--json"),
         (["--out", "."], "--out"),
         (["--device", "cuda:7"], "--device cuda:7"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import sys
@@ -58,7 +59,7 @@ def test_tables_are_means_over_seeds(encodings):
     assert "2.0 index" not in sizes["learned-1d"]  # a table cannot be numbered on
 
 
-def test_comparisons_follow_the_numbers(encodings):
+def test_comparisons_follow_the_numbers(encodings, monkeypatch):
     """Where one encoding is made better on every seed, that is what is said, and of the opposite the opposite."""
     changed = copy.deepcopy(encodings)
     for run in changed["runs"]:
@@ -76,6 +77,7 @@ def test_comparisons_follow_the_numbers(encodings):
     }
     assert found["relation"].verdict == "worse" and found["count"].verdict == "better"
     assert found["place"].verdict == "no difference shown"
+    monkeypatch.setattr(page, "plain", functools.partial(page.plain, width=300))  # a row in one line
     said = report.text({**changed, "runs": [run for run in changed["runs"] if run["part"] == "objects"]})
     row = next(line for line in said.splitlines() if line.startswith(" − ".join((LABELS["mixed"], LABELS["axial"]))))
     assert "-20.0 ± 0.0 ▼" in row and "+20.0 ± 0.0 ▲" in row

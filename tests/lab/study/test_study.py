@@ -80,11 +80,30 @@ def test_a_killed_study_goes_on(tmp_path):
     assert done.stderr.startswith(f"{len(kept)}/4")
     runs = json.loads(path.read_text())["runs"]
     assert len(runs) == 4 and all(run in runs for run in kept)
-    assert "Accuracy by task" in done.stdout
+    assert "Accuracy by task" in done.stdout and "Its numbers are no result" in done.stdout
     again = study.STUDIES["encodings"].parts["smoke"]["objects"].recipe.run("axial", 1)
     del again["seconds"]
     first = next(run for run in runs if (run["encoding"], run["seed"]) == ("axial", 1))
     assert json.loads(json.dumps(again)) == {key: first[key] for key in again}  # bit for bit repeatable
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    """Which is killed, and cannot end them; without a word."""
+    code = (
+        "import os, time\n"
+        "from spatial_pe.lab.study import study\n"
+        "if __name__ == '__main__':\n"
+        "    pool = study.pool_of(1)\n"
+        "    print(pool.apply(os.getpid), flush=True)\n"
+        "    pool.apply(time.sleep, (600,))\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert int(process.stdout.readline()) != process.pid
+    process.kill()
+    _, said = process.communicate(timeout=30)  # returns once the worker, too, has closed its end
+    assert said == ""
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
