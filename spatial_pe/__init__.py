@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """2D rotary position encoding fused into attention, for vision transformers."""
 
+from ._utils import needs_torch as _needs_torch  # noqa: F401  first: says what to do where torch is missing
 from ._version import __version__ as __version__
 from .conventions import CONVENTIONS, convention
 from .encodings import AxialRoPE, MixedRoPE

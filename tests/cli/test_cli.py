@@ -232,6 +232,17 @@ def test_inspect_without_transformers(run, missing):
     assert "pip install 'spatial_pe[hf]'" in result.err
 
 
+@pytest.mark.parametrize(("program", "code"), [("spatial-pe", 1), ("notebook", 1)])
+def test_without_torch(program, code):
+    """One line with the command, and no traceback where a command was called."""
+    hide = "import sys; sys.argv = [sys.argv[1]]; sys.modules['torch'] = None; import spatial_pe"
+    done = subprocess.run([sys.executable, "-c", hide, program], capture_output=True, text=True)
+    assert done.returncode == code
+    last = done.stderr.strip().splitlines()[-1]
+    assert "spatial_pe needs torch, which is missing: pip install torch" in last
+    assert ("Traceback" in done.stderr) == (program == "notebook")
+
+
 # -------------------------------------------------------------------------------------------------------------- parser
 
 
