@@ -34,6 +34,11 @@ spe::DType dtype(const std::string& name) {
                              {"float16", spe::DType::float16}}, name, "dtype");
 }
 
+spe::Tables tables(const py::dict& d, const char* cos_name, const char* sin_name) {
+  const auto cos = view(d[cos_name].cast<ViewTuple>()), sin = view(d[sin_name].cast<ViewTuple>());
+  return {static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), cos.batch, cos.token, cos.head};
+}
+
 spe::Problem problem(const py::dict& d) {
   spe::Problem p;
   p.dtype = dtype(d["dtype"].cast<std::string>());
@@ -44,11 +49,11 @@ spe::Problem problem(const py::dict& d) {
   p.head_dim = d["head_dim"].cast<int>();
   p.scale = d["scale"].cast<float>();
   p.threads = d["threads"].cast<int>();
-  for (const auto& [sample, start, length] : d["sequences"].cast<std::vector<std::array<int64_t, 3>>>())
-    if (length > 0) p.sequences.push_back({sample, start, length});
+  for (const auto& [sample, start, length, key_start, keys] : d["sequences"].cast<std::vector<std::array<int64_t, 5>>>())
+    if (length > 0 && keys > 0) p.sequences.push_back({sample, start, length, key_start, keys});
   if (d.contains("cos")) {
-    const auto cos = view(d["cos"].cast<ViewTuple>()), sin = view(d["sin"].cast<ViewTuple>());
-    p.tables = {static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), cos.batch, cos.token, cos.head};
+    p.tables = tables(d, "cos", "sin");
+    p.key_tables = d.contains("cos_k") ? tables(d, "cos_k", "sin_k") : p.tables;
     const auto pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
                                                {"axis_half", spe::Pairing::axis_half}},
                                               d["pairing"].cast<std::string>(), "pairing");

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoPE2DAttention: multi-head self-attention over a patch grid."""
+"""RoPE2DAttention and RoPE2DCrossAttention: multi-head attention over patch grids."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ._utils.dispatcher import fx_node
@@ -40,14 +41,9 @@ class RoPE2DAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}")
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, embed_dim // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = _heads(embed_dim, num_heads, num_kv_heads)
         self.backend = backend
-        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
+        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
         # last: it stays float32 in a model of any dtype, and libraries take a model's dtype from its first parameter
         self.rope = _encoding(rope, self.head_dim, num_heads)
@@ -70,7 +66,7 @@ class RoPE2DAttention(nn.Module):
             raise ValueError(
                 f"grid packs {len(grid.images)} images: x must be packed (T, C), got shape {tuple(x.shape)}"
             )
-        rotary = self._rotary(grid, x)
+        rotary = _rotary(self.rope, grid, x)
         if x.ndim == 2 and cu_seqlens is None:
             if not isinstance(grid, PatchGrid):
                 raise ValueError("packed x (T, C) needs cu_seqlens, or a PatchGrid that has them")
@@ -86,17 +82,106 @@ class RoPE2DAttention(nn.Module):
         )
         return self.proj(out.flatten(-2))
 
-    def _rotary(self, grid: PatchGrid | Tensor | Rotary | None, x: Tensor) -> Rotary | None:
-        if isinstance(grid, Rotary):
-            return grid
-        if self.rope is None:
-            return None
-        if grid is None:
-            raise ValueError("grid is None: pass a PatchGrid, (N, 2) coordinates or a Rotary, or build with rope=None")
-        return self.rope(grid).to(x.device)
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+class RoPE2DCrossAttention(nn.Module):
+    """Multi-head cross-attention with 2D RoPE on q and k: the tokens of one image attend to those of another, or to a
+    memory, each with the positions of its own grid.
+
+    Args:
+        embed_dim: width C of the tokens; ``num_heads`` must divide it.
+        num_heads: H; head_dim D = C / H.
+        context_dim: width of the other tokens; None is ``embed_dim``.
+        rope, qkv_bias, proj_bias, num_kv_heads, backend: see ``RoPE2DAttention``.
+
+    Shapes:
+        forward(x, context, grid, context_grid): x (B, N, C), context (B, M, context_dim), and for each a grid,
+        coordinates or a Rotary -> (B, N, C); or packed (T, C) and (S, context_dim) with ``PatchGrid.packed`` of as
+        many images each, or ``cu_seqlens`` and ``cu_seqlens_k``. A context that is not rotated has
+        ``Rotary.identity``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        context_dim: int | None = None,
+        rope: str | nn.Module | None = "axial",
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        num_kv_heads: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = _heads(embed_dim, num_heads, num_kv_heads)
+        self.backend = backend
+        self.q = nn.Linear(embed_dim, embed_dim, bias=qkv_bias)
+        self.kv = nn.Linear(context_dim or embed_dim, 2 * self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
+        self.rope = _encoding(rope, self.head_dim, num_heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        grid: PatchGrid | Tensor | Rotary | None = None,
+        context_grid: PatchGrid | Tensor | Rotary | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        seqlens_k: Tensor | None = None,
+    ) -> Tensor:
+        if x.ndim not in (2, 3) or context.ndim != x.ndim:
+            raise ValueError(
+                f"x and context must be (B, N, C) and (B, M, C), or packed (T, C) and (S, C), got shapes "
+                f"{tuple(x.shape)} and {tuple(context.shape)}"
+            )
+        rotary, rotary_k = _rotary(self.rope, grid, x), _rotary(self.rope, context_grid, context, "context_grid")
+        if x.ndim == 2 and cu_seqlens is None:
+            if not isinstance(grid, PatchGrid) or not isinstance(context_grid, PatchGrid):
+                raise ValueError("packed x (T, C) needs cu_seqlens and cu_seqlens_k, or two PatchGrids that have them")
+            cu_seqlens, max_seqlen = grid.cu_seqlens.to(x.device), grid.max_seqlen
+            cu_seqlens_k, max_seqlen_k = context_grid.cu_seqlens.to(x.device), context_grid.max_seqlen
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))
+        k, v = self.kv(context).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
+        # lengths of their own, also where both have as many tokens
+        if seqlens is not None and seqlens_k is None:
+            seqlens_k = torch.full_like(seqlens, context.shape[1])
+        out = rope_attention(
+            q, k, v, rotary, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, seqlens=seqlens, rotary_k=rotary_k,
+            cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k, backend=self.backend,
+        )  # fmt: skip
+        return self.proj(out.flatten(-2))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+def _heads(embed_dim: int, num_heads: int, num_kv_heads: int | None) -> tuple[int, int, int]:
+    """Return the query heads, key heads and head_dim."""
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}")
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
+    return num_heads, kv_heads, embed_dim // num_heads
+
+
+def _rotary(
+    rope: nn.Module | None, grid: PatchGrid | Tensor | Rotary | None, x: Tensor, name: str = "grid"
+) -> Rotary | None:
+    if isinstance(grid, Rotary):
+        return grid
+    if rope is None:
+        return None
+    if grid is None:
+        raise ValueError(f"{name} is None: pass a PatchGrid, (N, 2) coordinates or a Rotary, or build with rope=None")
+    return rope(grid).to(x.device)
 
 
 def _encoding(rope: str | nn.Module | None, head_dim: int, num_heads: int) -> nn.Module | None:

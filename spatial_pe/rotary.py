@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -90,6 +91,31 @@ class Rotary:
         if not isinstance(angles, Tensor):
             raise TypeError(f"angles must be a torch.Tensor, got {type(angles).__name__}")
         return cls(angles.cos(), angles.sin(), pairing)
+
+    @classmethod
+    def identity(
+        cls, num_tokens: int, rotary_dim: int, pairing: Pairing = "half", device: torch.device | str | None = None
+    ) -> Rotary:
+        """Return the table of tokens that are not rotated, e.g. for the keys of a cross-attention."""
+        shape = (1, num_tokens, 1, rotary_dim // 2)
+        return cls(torch.ones(shape, device=device), torch.zeros(shape, device=device), pairing)
+
+    @classmethod
+    def cat(cls, tables: Sequence[Rotary]) -> Rotary:
+        """Return the rows of several tables behind each other: of images, memories, and tokens that are not rotated.
+
+        Raises:
+            ValueError: there are none, or they rotate different pairs.
+        """
+        kinds = {(table.rotary_dim, table.pairing) for table in tables}
+        if len(kinds) != 1:
+            raise ValueError(f"tables must rotate the same pairs, got {sorted(kinds) or 'no table'}")
+        batch, heads = (max(table.cos.shape[i] for table in tables) for i in (0, 2))
+        cos, sin = (
+            torch.cat([x.expand(batch, -1, heads, -1) for x in parts], dim=1)
+            for parts in ([table.cos for table in tables], [table.sin for table in tables])
+        )
+        return cls(cos, sin, tables[0].pairing)
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         """Return the node of a constant in a torch.fx graph."""
@@ -214,10 +240,10 @@ def join_pairs(first: Tensor, second: Tensor, pairing: str) -> Tensor:
     return torch.stack(halves, dim=-2).flatten(-3)
 
 
-def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
+def check_rotary_fits(x: Tensor, rotary: Rotary, name: str, table: str = "rotary") -> None:
     """Raise unless the tables match x of shape (B, N, H, D)."""
     if not isinstance(rotary, Rotary):
-        raise TypeError(f"rotary must be a spatial_pe.Rotary or None, got {type(rotary).__name__}")
+        raise TypeError(f"{table} must be a spatial_pe.Rotary or None, got {type(rotary).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -230,12 +256,12 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str) -> None:
         hint = ""
         if 0 < tokens - table_tokens <= 16:
             hint = f": did you forget prefix={tokens - table_tokens}?"
-        raise ValueError(f"rotary has {table_tokens} tokens, {name} has {tokens}{hint}")
+        raise ValueError(f"{table} has {table_tokens} tokens, {name} has {tokens}{hint}")
     if rotary.rotary_dim > dim:
-        raise ValueError(f"rotary rotates {rotary.rotary_dim} channels, {name} has head_dim {dim}: R must be <= D")
+        raise ValueError(f"{table} rotates {rotary.rotary_dim} channels, {name} has head_dim {dim}: R must be <= D")
     if table_heads not in (1, heads):
-        raise ValueError(f"rotary has {table_heads} heads, {name} has {heads}: it must have 1 or {heads}")
+        raise ValueError(f"{table} has {table_heads} heads, {name} has {heads}: it must have 1 or {heads}")
     if table_batch not in (1, batch):
-        raise ValueError(f"rotary has batch {table_batch}, {name} has {batch}: it must have 1 or {batch}")
+        raise ValueError(f"{table} has batch {table_batch}, {name} has {batch}: it must have 1 or {batch}")
     if rotary.device != x.device:
-        raise ValueError(f"rotary is on {rotary.device}, {name} on {x.device}: use rotary.to({str(x.device)!r})")
+        raise ValueError(f"{table} is on {rotary.device}, {name} on {x.device}: use {table}.to({str(x.device)!r})")

@@ -17,9 +17,10 @@ struct View {
   int64_t batch = 0, token = 0, head = 0;
 };
 
-// Tokens [start, start + length) of one sample attend to each other.
+// Tokens [start, start + length) of one sample attend to tokens [key_start, key_start + keys) of k and v: to themselves,
+// or to other ones.
 struct Sequence {
-  int64_t sample, start, length;
+  int64_t sample, start, length, key_start, keys;
 };
 
 // cos and sin of (sample, token, head, pair); a stride of 0 broadcasts.
@@ -31,10 +32,10 @@ struct Tables {
 
 struct Problem {
   DType dtype = DType::float32;
-  int64_t batch = 0, tokens = 0;
+  int64_t batch = 0, tokens = 0;  // of q
   int heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 1.0f;
-  Tables tables;
+  Tables tables, key_tables;
   ChannelPairs pairs;  // of q and k; none if they are not rotated
   std::vector<Sequence> sequences;
   int threads = 1;

@@ -20,16 +20,19 @@ class Backward {
  public:
   Backward(const Problem& problem, const BackwardTensors& tensors)
       : p_(problem), t_(tensors), w_(problem.head_dim) {
-    for (const Sequence& s : p_.sequences) longest_ = s.length > longest_ ? s.length : longest_;
+    for (const Sequence& s : p_.sequences) {
+      longest_ = s.length > longest_ ? s.length : longest_;
+      longest_keys_ = s.keys > longest_keys_ ? s.keys : longest_keys_;
+    }
     at_ = lay_out();
   }
 
   int phases() const { return 3; }
 
   int64_t parts(const Item& item, int phase) const {
-    const int64_t n = item.sequence.length;
-    if (phase == 0) return (n + kSlice - 1) / kSlice;
-    return phase == 1 ? key_blocks(n) : (n + kRows - 1) / kRows * group();
+    const int64_t n = item.sequence.length, keys = item.sequence.keys;
+    if (phase == 0) return ((n > keys ? n : keys) + kSlice - 1) / kSlice;
+    return phase == 1 ? key_blocks(keys) : (n + kRows - 1) / kRows * group();
   }
 
   size_t item_bytes() const { return at_.query + static_cast<size_t>(group()) * at_.query_bytes; }
@@ -86,9 +89,9 @@ class Backward {
       return at;
     };
     Offsets o;
-    o.k_panels = take(w_.panel_words(longest_));
-    o.k_lanes = take(w_.lane_words(longest_));
-    o.v_panels = take(w_.panel_words(longest_));
+    o.k_panels = take(w_.panel_words(longest_keys_));
+    o.k_lanes = take(w_.lane_words(longest_keys_));
+    o.v_panels = take(w_.panel_words(longest_keys_));
     o.query = used;
     used = 0;
     o.q_rows = take(padded() * w_.row);
@@ -120,18 +123,20 @@ class Backward {
 
   void prepare(const Item& item, int64_t from, const Operands& ops, char* memory) const {
     const Sequence& s = item.sequence;
-    const int64_t n = s.length, to = from + kSlice < n ? from + kSlice : n;
     alignas(64) word scratch[L * Widths<Dot>::kLongestRow];
-    pack(source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
+    const int64_t last = from + kSlice < s.keys ? from + kSlice : s.keys;
+    pack(key_source<const T>(p_, t_.k, s, item.kv_head, item.kv_head, p_.pairs), w_, from, last,
          Packed{nullptr, ops.k_panels, ops.k_lanes}, scratch);
-    pack(source<const T>(p_, t_.v, s, item.kv_head, 0, plain_), w_, from, to, Packed{nullptr, ops.v_panels, nullptr},
-         scratch);
+    pack(key_source<const T>(p_, t_.v, s, item.kv_head, 0, plain_), w_, from, last,
+         Packed{nullptr, ops.v_panels, nullptr}, scratch);
+    const int64_t n = s.length, to = from + kSlice < n ? from + kSlice : n;
+    if (from >= n) return;  // more keys than queries
     for (int g = 0; g < group(); ++g) {
       const int head = item.kv_head * group() + g;
       const QueryOperands q = query_operands(memory, g);
-      const auto dout = source<const T>(p_, t_.dout, s, head, 0, plain_);
-      const auto out = source<const T>(p_, t_.out, s, head, 0, plain_);
-      pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, to, Packed{q.q_rows, nullptr, q.q_lanes}, scratch);
+      const auto dout = query_source<const T>(p_, t_.dout, s, head, 0, plain_);
+      const auto out = query_source<const T>(p_, t_.out, s, head, 0, plain_);
+      pack(query_source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, to, Packed{q.q_rows, nullptr, q.q_lanes}, scratch);
       pack(dout, w_, from, to, Packed{q.dout_rows, nullptr, q.dout_lanes}, scratch);
       const float* lse = t_.lse + (s.sample * p_.heads + head) * p_.tokens + s.start;
       for (int64_t i = from; i < to; ++i) {
@@ -163,7 +168,7 @@ class Backward {
   void key_block(const Item& item, int64_t block, bool with_dq, const Operands& ops, char* memory, Thread& thread,
                  float* dk, float* dv) const {
     const Sequence& s = item.sequence;
-    const Keys keys = keys_of(s.length, block);
+    const Keys keys = keys_of(s.keys, block);
     std::memset(dk, 0, sizeof(float) * static_cast<size_t>(keys.count * w_.lanes()));
     std::memset(dv, 0, sizeof(float) * static_cast<size_t>(keys.count * w_.lanes()));
     for (int g = 0; g < group(); ++g) {
@@ -180,8 +185,8 @@ class Backward {
         if (with_dq) add_dq(q, from, rows, keys, ops, thread);
       }
     }
-    const auto to_k = source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, p_.pairs);
-    const auto to_v = source<T>(p_, t_.dv, s, item.kv_head, 0, plain_);
+    const auto to_k = key_source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, p_.pairs);
+    const auto to_v = key_source<T>(p_, t_.dv, s, item.kv_head, 0, plain_);
     for (int i = 0; i < keys.count; ++i) {
       const int64_t token = keys.from + i;
       store_row(to_k.row(token), to_k.cos_row(token), to_k.sin_row(token), p_.pairs, w_.D, dk + i * w_.lanes(), p_.scale);
@@ -194,13 +199,13 @@ class Backward {
     const Sequence& s = item.sequence;
     const QueryOperands q = query_operands(memory, in_group);
     const int rows = static_cast<int>(s.length - from < kRows ? s.length - from : kRows);
-    for (int64_t b = 0; compute && b < key_blocks(s.length); ++b) {
-      const Keys keys = keys_of(s.length, b);
+    for (int64_t b = 0; compute && b < key_blocks(s.keys); ++b) {
+      const Keys keys = keys_of(s.keys, b);
       weights_and_gradients(q, from, rows, keys, ops, thread);
       add_dq(q, from, rows, keys, ops, thread);
     }
     const int head = item.kv_head * group() + in_group;
-    const auto to = source<T>(p_, t_.dq, s, head, head, p_.pairs);
+    const auto to = query_source<T>(p_, t_.dq, s, head, head, p_.pairs);
     for (int64_t i = from; i < from + rows; ++i)
       store_row(to.row(i), to.cos_row(i), to.sin_row(i), p_.pairs, w_.D, q.dq + i * w_.lanes(), p_.scale);
   }
@@ -267,7 +272,7 @@ class Backward {
   const BackwardTensors& t_;
   const Widths<Dot> w_;
   const ChannelPairs plain_{};  // v, out and dout are not rotated
-  int64_t longest_ = 0;
+  int64_t longest_ = 0, longest_keys_ = 0;  // queries and keys of a sequence
   Offsets at_;
 };
 

@@ -64,15 +64,14 @@ class Forward {
  public:
   Forward(const Problem& problem, const ForwardTensors& tensors)
       : p_(problem), t_(tensors), w_(problem.head_dim) {
-    for (const Sequence& s : p_.sequences) longest_ = s.length > longest_ ? s.length : longest_;
+    for (const Sequence& s : p_.sequences) longest_ = s.keys > longest_ ? s.keys : longest_;
   }
 
   int phases() const { return 2; }
 
   int64_t parts(const Item& item, int phase) const {
-    const int64_t n = item.sequence.length;
-    if (phase == 0) return (n + kSlice - 1) / kSlice;
-    return (n + kRows - 1) / kRows * group();
+    if (phase == 0) return (item.sequence.keys + kSlice - 1) / kSlice;
+    return (item.sequence.length + kRows - 1) / kRows * group();
   }
 
   size_t item_bytes() const { return sizeof(word) * static_cast<size_t>(panel_words() + w_.lane_words(longest_)); }
@@ -85,10 +84,10 @@ class Forward {
     Thread& thread = *reinterpret_cast<Thread*>(thread_memory);
     word* const scratch = reinterpret_cast<word*>(thread_memory + sizeof(Thread));
     if (phase == 0) {
-      const int64_t from = part * kSlice, n = item.sequence.length, to = from + kSlice < n ? from + kSlice : n;
-      pack(source<const T>(p_, t_.k, item.sequence, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
+      const int64_t from = part * kSlice, n = item.sequence.keys, to = from + kSlice < n ? from + kSlice : n;
+      pack(key_source<const T>(p_, t_.k, item.sequence, item.kv_head, item.kv_head, p_.pairs), w_, from, to,
            Packed{nullptr, panels, nullptr}, scratch);
-      pack(source<const T>(p_, t_.v, item.sequence, item.kv_head, 0, plain_), w_, from, to,
+      pack(key_source<const T>(p_, t_.v, item.sequence, item.kv_head, 0, plain_), w_, from, to,
            Packed{nullptr, nullptr, lanes}, scratch);
     } else {
       const int head = item.kv_head * group() + static_cast<int>(part % group());
@@ -120,12 +119,12 @@ class Forward {
     const int rows = static_cast<int>(s.length - from < kRows ? s.length - from : kRows);
     word* const q = scratch;                                                             // (rows, w_.row)
     float* const o = reinterpret_cast<float*>(scratch + (kRows + kScoreRows) * w_.row);  // (rows, lanes)
-    pack(source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, from + rows, Packed{q - from * w_.row}, q);
-    sweep<Purpose::first>(s.length, q, rows, panels, lanes, thread, o);
+    pack(query_source<const T>(p_, t_.q, s, head, head, p_.pairs), w_, from, from + rows, Packed{q - from * w_.row}, q);
+    sweep<Purpose::first>(s.keys, q, rows, panels, lanes, thread, o);
     if (!totals_in_range(thread, rows)) {
       for (int r = 0; r < rows; ++r) thread.shift[r] = -kInfinity;
-      sweep<Purpose::maximum>(s.length, q, rows, panels, lanes, thread, o);
-      sweep<Purpose::next>(s.length, q, rows, panels, lanes, thread, o);
+      sweep<Purpose::maximum>(s.keys, q, rows, panels, lanes, thread, o);
+      sweep<Purpose::next>(s.keys, q, rows, panels, lanes, thread, o);
       totals_in_range(thread, rows);
     }
     store_rows(s, head, from, rows, thread, o);
@@ -202,7 +201,7 @@ class Forward {
   }
 
   void store_rows(const Sequence& s, int head, int64_t from, int rows, const Thread& thread, const float* o) const {
-    const auto out = source<T>(p_, t_.out, s, head, 0, plain_);
+    const auto out = query_source<T>(p_, t_.out, s, head, 0, plain_);
     for (int r = 0; r < rows; ++r) {
       prefetch_row<true>(out.row(from + r) + w_.D, w_.D);
       store_row(out.row(from + r), nullptr, nullptr, plain_, w_.D, o + r * w_.lanes(), 1.0f / thread.total[r]);
@@ -216,7 +215,7 @@ class Forward {
   const ForwardTensors& t_;
   const Widths<Dot> w_;
   const ChannelPairs plain_{};  // v and out are not rotated
-  int64_t longest_ = 0;
+  int64_t longest_ = 0;  // keys of a sequence
 };
 
 }  // namespace spe::SPE_ISA

@@ -167,12 +167,25 @@ struct Source {
   const float* sin_row(int64_t token) const { return sin + token * table_stride; }
 };
 
-// Head `head` of a view, rotated by the tables of head `table_head`.
+// Head `head` of a view from token `start` on, rotated by the tables of head `table_head`.
 template <class T>
-Source<T> source(const Problem& p, const View& v, const Sequence& s, int head, int table_head, const ChannelPairs& pairs) {
-  const int64_t at = s.sample * p.tables.batch + s.start * p.tables.token + table_head * p.tables.head;
-  T* data = static_cast<T*>(v.data) + s.sample * v.batch + s.start * v.token + head * v.head;
-  return {data, v.token, p.tables.cos + at, p.tables.sin + at, p.tables.token, &pairs};
+Source<T> source(const Tables& tables, const View& v, int64_t sample, int64_t start, int head, int table_head,
+                 const ChannelPairs& pairs) {
+  const int64_t at = sample * tables.batch + start * tables.token + table_head * tables.head;
+  T* data = static_cast<T*>(v.data) + sample * v.batch + start * v.token + head * v.head;
+  return {data, v.token, tables.cos + at, tables.sin + at, tables.token, &pairs};
+}
+
+// The same of q, out, and their gradients, and of k, v, and theirs.
+template <class T>
+Source<T> query_source(const Problem& p, const View& v, const Sequence& s, int head, int table_head,
+                       const ChannelPairs& pairs) {
+  return source<T>(p.tables, v, s.sample, s.start, head, table_head, pairs);
+}
+template <class T>
+Source<T> key_source(const Problem& p, const View& v, const Sequence& s, int head, int table_head,
+                     const ChannelPairs& pairs) {
+  return source<T>(p.key_tables, v, s.sample, s.key_start, head, table_head, pairs);
 }
 
 // Sizes that follow from head_dim, for operands made of Dot's words.

@@ -18,8 +18,20 @@ Form = Literal["dense", "packed", "padded"]
 
 
 @dataclass(frozen=True, eq=False)
+class Keys:
+    """The side of the keys of a call whose queries are other tokens: their table, and their lengths, each as that of
+    the queries."""
+
+    rotary: Rotary | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    seqlens: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Checked arguments of rope_attention. q, k, v are (B, N, H|Hkv, D); packed sequences are one sample, B = 1."""
+    """Checked arguments of rope_attention. q is (B, N, H, D), k and v are (B, M, Hkv, D); packed sequences are one
+    sample, B = 1. ``keys`` is None where the tokens attend to themselves: M = N, and one table and lengths for both."""
 
     q: Tensor
     k: Tensor
@@ -29,6 +41,7 @@ class AttentionCall:
     cu_seqlens: Tensor | None
     max_seqlen: int | None
     seqlens: Tensor | None
+    keys: Keys | None = None
 
     @property
     def form(self) -> Form:
@@ -53,23 +66,49 @@ class AttentionCall:
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that may require a gradient."""
         rotary = self.rotary
-        return (self.q, self.k, self.v) if rotary is None else (self.q, self.k, self.v, rotary.cos, rotary.sin)
+        if rotary is None:
+            return self.q, self.k, self.v
+        if self.keys is None or self.keys.rotary is None:
+            return self.q, self.k, self.v, rotary.cos, rotary.sin
+        return self.q, self.k, self.v, rotary.cos, rotary.sin, self.keys.rotary.cos, self.keys.rotary.sin
+
+    @property
+    def key_rotary(self) -> Rotary | None:
+        """The table of k."""
+        return self.rotary if self.keys is None else self.keys.rotary
 
     def sequences(self) -> Iterator[tuple[int, int, int]]:
         """Yield (sample, start, stop) of each sequence. Reads the lengths, so on a GPU it waits for them."""
-        batch, tokens = self.q.shape[:2]
-        if self.cu_seqlens is not None:
-            bounds = self.cu_seqlens.tolist()
-            check_cu_seqlens(bounds, tokens, self.max_seqlen)
-            for start, stop in pairwise(bounds):
-                yield 0, start, stop
-        else:
-            lengths = [tokens] * batch
-            if self.seqlens is not None:
-                lengths = self.seqlens.tolist()
-                check_seqlens(lengths, tokens)
-            for b, length in enumerate(lengths):
-                yield b, 0, length
+        return _sequences(self.q, self.cu_seqlens, self.max_seqlen, self.seqlens, "")
+
+    def pairs(self) -> Iterator[tuple[int, int, int, int, int]]:
+        """Yield (sample, start, stop of the queries, start, stop of the keys) of each sequence."""
+        keys = self.keys
+        if keys is None:
+            for sample, start, stop in self.sequences():
+                yield sample, start, stop, start, stop
+            return
+        of_keys = _sequences(self.k, keys.cu_seqlens, keys.max_seqlen, keys.seqlens, "_k")
+        for (sample, start, stop), (_, first, last) in zip(self.sequences(), of_keys, strict=True):
+            yield sample, start, stop, first, last
+
+
+def _sequences(
+    x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, seqlens: Tensor | None, side: str
+) -> Iterator[tuple[int, int, int]]:
+    batch, tokens = x.shape[:2]
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        check_cu_seqlens(bounds, tokens, max_seqlen, side)
+        for start, stop in pairwise(bounds):
+            yield 0, start, stop
+    else:
+        lengths = [tokens] * batch
+        if seqlens is not None:
+            lengths = seqlens.tolist()
+            check_seqlens(lengths, tokens, side)
+        for b, length in enumerate(lengths):
+            yield b, 0, length
 
 
 class Backend(Protocol):
@@ -119,9 +158,10 @@ def table_strides(cos: Tensor) -> tuple[int, int, int]:
 
 
 def allocator(call: AttentionCall) -> Callable[..., Tensor]:
-    """Return a function that allocates results like q: with padding zeros, as the kernels write only the tokens of the
-    sequences."""
-    return call.q.new_empty if call.seqlens is None else call.q.new_zeros
+    """Return a function that allocates results like q: zeros where there is padding, or a sequence may have no keys or
+    no queries, as the kernels write only the tokens of sequences that have both."""
+    whole = call.seqlens is None and (call.keys is None or (call.cu_seqlens is None and call.keys.seqlens is None))
+    return call.q.new_empty if whole else call.q.new_zeros
 
 
 def view(x: Tensor) -> tuple[int, int, int, int]:

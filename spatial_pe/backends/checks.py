@@ -24,24 +24,100 @@ def check_call(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     seqlens: Tensor | None,
-) -> None:
-    """Check shapes, dtypes, devices and strides of ``rope_attention``. Reads no values, so it can be traced."""
+    rotary_k: Rotary | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    seqlens_k: Tensor | None = None,
+) -> bool:
+    """Check shapes, dtypes, devices and strides of ``rope_attention``. Reads no values, so it can be traced.
+
+    Returns:
+        Whether the keys are other tokens than the queries, or have a table or lengths of their own.
+    """
     _check_tensors(q, k, v)
     packed = cu_seqlens is not None
     _check_shapes(q, k, v, packed)
-    _check_lengths(q, cu_seqlens, max_seqlen, seqlens)
+    _check_lengths(q, cu_seqlens, max_seqlen, seqlens, "q", "")
+    given = (rotary_k, cu_seqlens_k, max_seqlen_k, seqlens_k)
+    cross = q.shape[-3] != k.shape[-3] or any(x is not None for x in given)
+    if cross:
+        _check_keys(q, k, rotary, cu_seqlens, seqlens, *given)
     if rotary is not None:
         check_rotary_fits(q[None] if packed else q, rotary, "q")
         _check_table_heads(rotary, q, k)
+    return cross
+
+
+def _check_keys(
+    q: Tensor,
+    k: Tensor,
+    rotary: Rotary | None,
+    cu_seqlens: Tensor | None,
+    seqlens: Tensor | None,
+    rotary_k: Rotary | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
+    seqlens_k: Tensor | None,
+) -> None:
+    """Check what belongs to keys of their own."""
+    packed, other = cu_seqlens is not None, q.shape[-3] != k.shape[-3]
+    if packed and seqlens_k is not None:
+        raise ValueError("seqlens_k is for a padded batch: pass cu_seqlens_k beside cu_seqlens")
+    if not packed and cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k needs cu_seqlens, the starts of the queries' sequences, which is None")
+    if packed and cu_seqlens_k is None and other:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens, k {k.shape[0]}: pass cu_seqlens_k, the starts of the keys' sequences"
+        )
+    if max_seqlen_k is not None and not packed:
+        raise ValueError("max_seqlen_k is the length of the longest packed sequence: it needs cu_seqlens_k")
+    _check_lengths(k, cu_seqlens_k, max_seqlen_k, seqlens_k, "k", "_k")
+    if cu_seqlens_k is not None and cu_seqlens is not None and cu_seqlens_k.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have as many sequences as cu_seqlens, {cu_seqlens.shape[0] - 1}, got "
+            f"{cu_seqlens_k.shape[0] - 1}"
+        )
+    if rotary is None:
+        if rotary_k is not None:
+            raise ValueError(
+                "rotary_k is given, but rotary is None: queries that are not rotated have a table of cos = 1, sin = 0"
+            )
+        return
+    if rotary_k is None:
+        if other:
+            raise ValueError(
+                f"rotary is for the {q.shape[-3]} tokens of q, and k has {k.shape[-3]}: pass rotary_k, the table of "
+                "the keys (keys that are not rotated have rows of cos = 1, sin = 0)"
+            )
+        return
+    check_rotary_fits(k[None] if packed else k, rotary_k, "k", "rotary_k")
+    _check_table_heads(rotary_k, q, k)
+    if (rotary_k.rotary_dim, rotary_k.pairing) != (rotary.rotary_dim, rotary.pairing):
+        raise ValueError(
+            f"rotary_k must rotate the pairs of rotary, {rotary.rotary_dim} channels ({rotary.pairing}), got "
+            f"{rotary_k.rotary_dim} ({rotary_k.pairing})"
+        )
 
 
 def check_fits(call: Any) -> None:
     """Run the same checks on a call that came through the torch op, e.g. from a traced graph."""
     packed = call.cu_seqlens is not None
     q, k, v = (x[0] if packed and x.ndim == 4 else x for x in (call.q, call.k, call.v))
-    if call.rotary is not None:
-        call.rotary.check()
-    check_call(q, k, v, call.rotary, call.cu_seqlens, call.max_seqlen, call.seqlens)
+    for rotary in (call.rotary, call.key_rotary):
+        if rotary is not None:
+            rotary.check()
+    own: tuple = ()
+    if (keys := call.keys) is not None:
+        own = (keys.rotary, keys.cu_seqlens, keys.max_seqlen, keys.seqlens)
+        for name, x, of_keys in (
+            ("rotary", call.rotary, keys.rotary),
+            ("cu_seqlens", call.cu_seqlens, keys.cu_seqlens),
+        ):
+            if (x is None) != (of_keys is None):
+                raise ValueError(f"with keys of their own, {name} and {name}_k must be given together")
+    elif q.ndim == k.ndim and k.shape == v.shape and q.shape[:-2] != k.shape[:-2]:
+        raise ValueError(f"q and k must have the same batch and tokens, got {tuple(q.shape)} and {tuple(k.shape)}")
+    check_call(q, k, v, call.rotary, call.cu_seqlens, call.max_seqlen, call.seqlens, *own)
 
 
 def check_gradients(call: Any, out: Tensor, lse: Tensor, dout: Tensor) -> None:
@@ -93,19 +169,26 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def _check_lengths(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, seqlens: Tensor | None) -> None:
+def _check_lengths(
+    x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, seqlens: Tensor | None, name: str, side: str
+) -> None:
+    """Check the lengths of q, or those of k, whose arguments end in ``side``."""
     if cu_seqlens is not None and seqlens is not None:
-        raise ValueError("pass cu_seqlens (packed sequences) or seqlens (padded batch), not both")
+        raise ValueError(f"pass cu_seqlens{side} (packed sequences) or seqlens{side} (padded batch), not both")
     if cu_seqlens is not None:
-        _check_index(cu_seqlens, "cu_seqlens", q)
+        _check_index(cu_seqlens, f"cu_seqlens{side}", x, name)
         if cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens must have sequences + 1 entries, got {cu_seqlens.shape[0]}")
+            raise ValueError(f"cu_seqlens{side} must have sequences + 1 entries, got {cu_seqlens.shape[0]}")
         if max_seqlen is not None and not isinstance(max_seqlen, INTEGERS):
-            raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}: use int(max_seqlen)")
+            raise TypeError(
+                f"max_seqlen{side} must be an int or None, got {type(max_seqlen).__name__}: use int(max_seqlen{side})"
+            )
     if seqlens is not None:
-        _check_index(seqlens, "seqlens", q)
-        if seqlens.shape[0] != q.shape[0]:
-            raise ValueError(f"seqlens must have an entry for each of the {q.shape[0]} samples, got {seqlens.shape[0]}")
+        _check_index(seqlens, f"seqlens{side}", x, name)
+        if seqlens.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"seqlens{side} must have an entry for each of the {x.shape[0]} samples, got {seqlens.shape[0]}"
+            )
 
 
 def _check_table_heads(rotary: Rotary, q: Tensor, k: Tensor) -> None:
@@ -125,8 +208,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}{hint}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[:-2] != k.shape[:-2]:
-        raise ValueError(f"q and k must have the same batch and tokens, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have the same batch, got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same head_dim, got {q.shape[-1]} and {k.shape[-1]}")
     heads, kv_heads = q.shape[-2], k.shape[-2]
@@ -136,34 +219,38 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError("head_dim must be at least 1, got 0")
 
 
-def _check_index(index: Tensor, name: str, q: Tensor) -> None:
+def _check_index(index: Tensor, name: str, x: Tensor, of: str) -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be an int32 torch.Tensor, got {type(index).__name__}")
     if index.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {index.dtype}: use {name}.int()")
     if index.ndim != 1:
         raise ValueError(f"{name} must have one dimension, got shape {tuple(index.shape)}")
-    if index.device != q.device:
-        raise ValueError(f"{name} is on {index.device}, q on {q.device}: they must be on one device")
+    if index.device != x.device:
+        raise ValueError(f"{name} is on {index.device}, {of} on {x.device}: they must be on one device")
 
 
-def check_cu_seqlens(cu_seqlens: list[int], total: int, max_seqlen: int | None = None) -> None:
-    """Check the values of cu_seqlens, where reading them costs no device synchronisation."""
+def check_cu_seqlens(cu_seqlens: list[int], total: int, max_seqlen: int | None = None, side: str = "") -> None:
+    """Check the values of cu_seqlens (cu_seqlens_k: side "_k"), where reading them costs no device synchronisation."""
     if cu_seqlens[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {cu_seqlens[0]}")
+        raise ValueError(f"cu_seqlens{side} must start at 0, got {cu_seqlens[0]}")
     if cu_seqlens[-1] != total:
-        raise ValueError(f"cu_seqlens must end at the number of tokens, {total}, got {cu_seqlens[-1]}")
+        raise ValueError(f"cu_seqlens{side} must end at the number of tokens, {total}, got {cu_seqlens[-1]}")
     for i, (a, b) in enumerate(pairwise(cu_seqlens)):
         if b < a:
-            raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at entry {i + 1}")
+            raise ValueError(f"cu_seqlens{side} must not decrease, got {a} then {b} at entry {i + 1}")
         if max_seqlen is not None and b - a > max_seqlen:
             raise ValueError(
-                f"max_seqlen must be at least the longest sequence, got {max_seqlen}: sequence {i} has {b - a} tokens"
+                f"max_seqlen{side} must be at least the longest sequence, got {max_seqlen}: sequence {i} has {b - a} "
+                "tokens"
             )
 
 
-def check_seqlens(seqlens: list[int], tokens: int) -> None:
-    """Check the values of seqlens."""
+def check_seqlens(seqlens: list[int], tokens: int, side: str = "") -> None:
+    """Check the values of seqlens (seqlens_k: side "_k")."""
+    of = "k" if side else "q"
     for i, length in enumerate(seqlens):
         if not 0 <= length <= tokens:
-            raise ValueError(f"seqlens must lie between 0 and the {tokens} tokens of q, got {length} for sample {i}")
+            raise ValueError(
+                f"seqlens{side} must lie between 0 and the {tokens} tokens of {of}, got {length} for sample {i}"
+            )

@@ -49,10 +49,11 @@ def cannot_serve(call: AttentionCall) -> str | None:
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Return out (B, N, H, D) and lse (B, H, N) float32, zero where a sample has no token."""
     q = call.q
+    problem = _problem(call)
     empty = allocator(call)
     out = empty(q.shape)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    _module().forward(_problem(call), q=view(q), k=view(call.k), v=view(call.v), out=view(out), lse=lse.data_ptr())
+    _module().forward(problem, q=view(q), k=view(call.k), v=view(call.v), out=view(out), lse=lse.data_ptr())
     return out, lse
 
 
@@ -93,7 +94,7 @@ def _problem(call: AttentionCall) -> dict:
     The dict also holds the tensors behind its addresses, which keeps them alive.
     """
     batch, tokens, heads, dim = call.q.shape
-    starts = [(b, start, stop - start) for b, start, stop in call.sequences()]
+    starts = [(b, start, stop - start, first, last - first) for b, start, stop, first, last in call.pairs()]
     problem = {
         "dtype": DTYPES[call.q.dtype],
         "batch": batch,
@@ -114,5 +115,13 @@ def _problem(call: AttentionCall) -> dict:
             "cos": (cos.data_ptr(), *strides),
             "sin": (sin.data_ptr(), *strides),
             "keep": (cos, sin),
+        }
+    if call.keys is not None and call.keys.rotary is not None:
+        cos, sin = float32_tables(call.keys.rotary)
+        strides = table_strides(cos)
+        problem |= {
+            "cos_k": (cos.data_ptr(), *strides),
+            "sin_k": (sin.data_ptr(), *strides),
+            "keep_k": (cos, sin),
         }
     return problem

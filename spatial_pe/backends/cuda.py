@@ -64,6 +64,8 @@ def _runtime_error() -> str | None:
 
 
 def cannot_serve(call: AttentionCall) -> str | None:
+    if call.keys is not None:
+        return "keys that are other tokens than the queries: not in these kernels yet"
     q, k, v = call.q, call.k, call.v
     if q.device.type != ("cpu" if EMULATED else "cuda"):
         return f"q is on {q.device}: this backend runs on a CUDA device"

@@ -28,9 +28,11 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     out = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
     batch, tokens, heads, _ = call.q.shape
     lse = call.q.new_zeros((batch, heads, tokens), dtype=torch.float32)
-    for b, start, stop in call.sequences():
-        q, k, v = _rotated(call, b, start, stop)
-        scores = _scores(q, k) * call.scale  # (H, n, n)
+    for b, start, stop, first, last in call.pairs():
+        if last == first:
+            continue  # no keys: 0
+        q, k, v = _rotated(call, b, start, stop, first, last)
+        scores = _scores(q, k) * call.scale  # (H, n, m)
         row = torch.logsumexp(scores, dim=-1)
         out[b, start:stop] = _einsum("hnm,mhd->nhd", torch.softmax(scores, dim=-1), v).to(out.dtype)
         lse[b, :, start:stop] = row.float()
@@ -46,19 +48,20 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
     wide = _wide(call.q)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.q, call.k, call.v))
     group = call.q.shape[2] // call.k.shape[2]
-    for b, start, stop in call.sequences():
-        q, k, v = _rotated(call, b, start, stop)
+    for b, start, stop, first, last in call.pairs():
+        if last == first:
+            continue
+        q, k, v = _rotated(call, b, start, stop, first, last)
         g = dout[b, start:stop].to(wide)
         p = torch.softmax(_scores(q, k) * call.scale, dim=-1)
         dp = _einsum("nhd,mhd->hnm", g, v)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * call.scale
         dq[b, start:stop] = _einsum("hnm,mhd->nhd", ds, k)
         # (n, H, D) -> (n, Hkv, group, D): query heads that share a key head are summed
-        dk[b, start:stop] = _einsum("hnm,nhd->mhd", ds, q).unflatten(1, (-1, group)).sum(2)
-        dv[b, start:stop] = _einsum("hnm,nhd->mhd", p, g).unflatten(1, (-1, group)).sum(2)
-    if call.rotary is not None:
-        back = call.rotary.inverse()
-        dq, dk = rotated(dq, back), rotated(dk, back)
+        dk[b, first:last] = _einsum("hnm,nhd->mhd", ds, q).unflatten(1, (-1, group)).sum(2)
+        dv[b, first:last] = _einsum("hnm,nhd->mhd", p, g).unflatten(1, (-1, group)).sum(2)
+    if call.rotary is not None and call.key_rotary is not None:
+        dq, dk = rotated(dq, call.rotary.inverse()), rotated(dk, call.key_rotary.inverse())
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
 
 
@@ -66,10 +69,15 @@ def angle_gradient(
     q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
 ) -> Tensor:
     """Return dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k."""
+    return one_angle_gradient(q, dq, cos, pairing, seqlens) + one_angle_gradient(k, dk, cos, pairing, seqlens)
+
+
+def one_angle_gradient(x: Tensor, dx: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None) -> Tensor:
+    """Return dφ from the final gradient of q, or of k."""
     if seqlens is not None:  # padding tokens may be NaN, and 0 * NaN is not 0
-        exists = (torch.arange(q.shape[1], device=q.device) < seqlens[:, None])[:, :, None, None]
-        q, k = torch.where(exists, q, 0), torch.where(exists, k, 0)
-    return rotary.angle_gradient(q, dq, cos, pairing) + rotary.angle_gradient(k, dk, cos, pairing)
+        exists = (torch.arange(x.shape[1], device=x.device) < seqlens[:, None])[:, :, None, None]
+        x = torch.where(exists, x, 0)
+    return rotary.angle_gradient(x, dx, cos, pairing)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -85,12 +93,14 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return _einsum("nhd,mhd->hnm", q, k)
 
 
-def _rotated(call: AttentionCall, b: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q̂, k̂, v of one sequence, each (n, H, D) in the wide dtype; key heads are repeated to H."""
+def _rotated(
+    call: AttentionCall, b: int, start: int, stop: int, first: int, last: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q̂ (n, H, D), k̂ and v (m, H, D) of one sequence in the wide dtype; key heads are repeated to H."""
     wide = _wide(call.q)
-    q, k, v = (x[b, start:stop].to(wide) for x in (call.q, call.k, call.v))
-    if call.rotary is not None:
-        rows = call.rotary.slice(b, start, stop)
-        q, k = rotated(q, rows), rotated(k, rows)
+    q, k, v = call.q[b, start:stop].to(wide), call.k[b, first:last].to(wide), call.v[b, first:last].to(wide)
+    if call.rotary is not None and call.key_rotary is not None:
+        q = rotated(q, call.rotary.slice(b, start, stop))
+        k = rotated(k, call.key_rotary.slice(b, first, last))
     group = q.shape[1] // k.shape[1]
     return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

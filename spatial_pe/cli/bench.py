@@ -21,7 +21,9 @@ from ..lab.bench import machine, report, result, suites
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="two minutes on two cores, instead of an hour")
     parser.add_argument("--model", metavar="M", help="the tower of a checkpoint folder or hub id, and nothing else")
-    parser.add_argument("--suite", metavar="NAME", help="one of attention, layers, growth, memory, towers, start")
+    parser.add_argument(
+        "--suite", metavar="NAME", help="one of attention, layers, cross, growth, memory, towers, start"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="most threads of a case (default: OMP_NUM_THREADS, or one per core)"

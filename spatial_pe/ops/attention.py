@@ -23,10 +23,11 @@ from .._utils.dispatcher import (
     unrecorded,
 )
 from ..backends import reference
-from ..backends.base import AttentionCall
+from ..backends.base import AttentionCall, Keys
 from ..backends.checks import check_angle_gradient, check_call, check_fits, check_gradients
 from ..rotary import Rotary, table_gradients
 from . import batching, composed, decompositions
+from .decompositions import unflatten
 from .select import BACKENDS, select
 
 
@@ -40,15 +41,22 @@ def rope_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     seqlens: Tensor | None = None,
+    rotary_k: Rotary | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    seqlens_k: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Compute bidirectional attention with q and k rotated inside the kernel: softmax(R(q) R(k)ᵀ · scale) v.
+
+    The tokens attend to themselves, or to other tokens (cross-attention): k and v then have M tokens, and a table and
+    lengths of their own, the arguments that end in ``_k``.
 
     Args:
         q: (B, N, H, D), or packed (T, H, D) with ``cu_seqlens``. float32, float16, bfloat16 (float64 without a
             fused kernel). Only the last dimension must be contiguous: views into a fused qkv projection are read
             in place.
-        k, v: (B, N, Hkv, D) or (T, Hkv, D); Hkv divides H (grouped-query attention).
+        k, v: (B, M, Hkv, D) or (S, Hkv, D); Hkv divides H (grouped-query attention).
         rotary: the angles, one row per token, prefix tokens included; None is plain attention.
         scale: factor on the scores; None is 1/sqrt(D).
         cu_seqlens: (sequences + 1,) int32, starts of the packed sequences and T; tokens attend within their sequence.
@@ -56,6 +64,11 @@ def rope_attention(
             ``cu_seqlens`` need not be read from the device. A longer sequence raises on the CPU; on a GPU its rows
             are NaN.
         seqlens: (B,) int32: sample b has only its first ``seqlens[b]`` tokens, the rest of its output is 0.
+        rotary_k: the angles of k, of the pairs of ``rotary``; None: those of q, where k has as many tokens. Keys that
+            are not rotated have rows of cos = 1, sin = 0.
+        cu_seqlens_k, max_seqlen_k: starts of the sequences of k, as many as those of q; None: those of q.
+        seqlens_k: (B,) int32, tokens of k; None: as ``seqlens``, where k has as many tokens, else all M. Queries
+            without a key get 0.
         backend: "auto", or a name from ``spatial_pe.backends()``, which raises if it cannot compute the call.
 
     Returns:
@@ -75,13 +88,15 @@ def rope_attention(
     if has_torch_function((q, k, v)) and not torch.compiler.is_compiling():
         return handle_torch_function(
             rope_attention, (q, k, v), q, k, v, rotary,
-            scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, seqlens=seqlens, backend=backend,
+            scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, seqlens=seqlens, rotary_k=rotary_k,
+            cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k, backend=backend,
         )  # fmt: skip
     if torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
     intercepted = is_intercepted()
     read = unrecorded if intercepted else _call
-    read(check_call, q, k, v, rotary, cu_seqlens, max_seqlen, seqlens)
+    own = (rotary_k, cu_seqlens_k, max_seqlen_k, seqlens_k)
+    cross = read(check_call, q, k, v, rotary, cu_seqlens, max_seqlen, seqlens, *own)
     if scale is None:
         scale = 1.0 / math.sqrt(read(_head_dim, q))
     elif isinstance(scale, Tensor):
@@ -95,7 +110,8 @@ def rope_attention(
     packed = cu_seqlens is not None
     if packed:
         q, k, v = q[None], k[None], v[None]
-    call = AttentionCall(q, k, v, rotary, float(scale), cu_seqlens, max_seqlen, seqlens)
+    keys = _keys(q, k, rotary, cu_seqlens, max_seqlen, seqlens, *own) if cross else None
+    call = AttentionCall(q, k, v, rotary, float(scale), cu_seqlens, max_seqlen, seqlens, keys)
     tensors = call.tensors
     dispatched = intercepted or are_special(tensors)
     plain = read(needs_plain_ops, tensors) if dispatched else None
@@ -103,15 +119,24 @@ def rope_attention(
     if name == "composed":
         out = composed.attention(call)
     elif dispatched:
-        out, _ = torch.ops.spatial_pe.rope_attention(*_flatten(call), name)
+        out, _ = torch.ops.spatial_pe.rope_attention(*_flatten(call, name))
     elif requires_grad(tensors):
-        out, _ = _Attention.apply(_forward, *_flatten(call), name)  # type: ignore[attr-defined]
+        out, _ = _Attention.apply(_forward, *_flatten(call, name))  # type: ignore[attr-defined]
     else:
         out, _ = BACKENDS[name].forward(call)
     return out[0] if packed else out
 
 
 _TINY = torch.finfo(torch.float32).tiny
+
+
+def _keys(q, k, rotary, cu_seqlens, max_seqlen, seqlens, rotary_k, cu_seqlens_k, max_seqlen_k, seqlens_k) -> Keys:
+    """Return the side of the keys, with what they have from the queries."""
+    if cu_seqlens is not None and cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen if max_seqlen_k is None else max_seqlen_k
+    if seqlens_k is None and seqlens is not None and q.shape[1] == k.shape[1]:
+        seqlens_k = seqlens
+    return Keys(rotary if rotary_k is None else rotary_k, cu_seqlens_k, max_seqlen_k, seqlens_k)
 
 
 def _autocast(x: Any) -> Any:
@@ -133,9 +158,12 @@ def _call(function: Callable, *args: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------- the torch op
 
+# The last five are there, or not, together: without them the tokens attend to themselves.
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str pairing, float scale, "
-    "Tensor? cu_seqlens, SymInt? max_seqlen, Tensor? seqlens, str backend"
+    "Tensor? cu_seqlens, SymInt? max_seqlen, Tensor? seqlens, str backend, bool cross=False, "
+    "Tensor? cos_k=None, Tensor? sin_k=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_k=None, "
+    "Tensor? seqlens_k=None"
 )
 _LIBRARY = torch.library.Library("spatial_pe", "DEF")
 _LIBRARY.define(f"rope_attention({_ARGS}) -> (Tensor, Tensor)")
@@ -146,28 +174,28 @@ _LIBRARY.define(
 _LIBRARY.define(f"rope_attention_backward(Tensor dout, Tensor out, Tensor lse, {_ARGS}) -> (Tensor, Tensor, Tensor)")
 
 
-def _flatten(call: AttentionCall) -> tuple:
-    """Return the call as the op's arguments, except the backend. q, k, v have four dimensions."""
-    cos = sin = None
-    pairing = "half"
-    if call.rotary is not None:
-        cos, sin, pairing = call.rotary.cos, call.rotary.sin, call.rotary.pairing
-    return (call.q, call.k, call.v, cos, sin, pairing, call.scale, call.cu_seqlens, call.max_seqlen, call.seqlens)
+def _flatten(call: AttentionCall, backend: str) -> tuple:
+    """Return the call as the op's arguments. q, k, v have four dimensions."""
+    cos, sin, pairing = _tables(call.rotary)
+    flat = (call.q, call.k, call.v, cos, sin, pairing, call.scale, call.cu_seqlens, call.max_seqlen, call.seqlens)
+    if (keys := call.keys) is None:
+        return (*flat, backend)
+    cos, sin, _ = _tables(keys.rotary)
+    return (*flat, backend, True, cos, sin, keys.cu_seqlens, keys.max_seqlen, keys.seqlens)
 
 
-def _unflatten(q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlens) -> AttentionCall:
-    rotary = None if cos is None else Rotary._unchecked(cos, sin, pairing)
-    return AttentionCall(q, k, v, rotary, scale, cu_seqlens, max_seqlen, seqlens)
+def _tables(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, str]:
+    return (None, None, "half") if rotary is None else (rotary.cos, rotary.sin, rotary.pairing)
 
 
 def _forward(*args):
-    *flat, backend = args
-    return BACKENDS[backend].forward(_unflatten(*flat))
+    call, backend = unflatten(*args)
+    return BACKENDS[backend].forward(call)
 
 
 def _backward(dout, out, lse, *args):
-    *flat, backend = args
-    return BACKENDS[backend].backward(_unflatten(*flat), out, lse, dout)
+    call, backend = unflatten(*args)
+    return BACKENDS[backend].backward(call, out, lse, dout)
 
 
 def _angle_gradient(q, k, dq, dk, cos, pairing, seqlens, backend):
@@ -179,13 +207,13 @@ def _angle_gradient(q, k, dq, dk, cos, pairing, seqlens, backend):
 
 @torch.library.impl(_LIBRARY, "rope_attention", "CompositeExplicitAutograd")
 def _forward_op(*args):
-    check_fits(_unflatten(*args[:-1]))
+    check_fits(unflatten(*args)[0])
     return _forward(*args)
 
 
 @torch.library.impl(_LIBRARY, "rope_attention_backward", "CompositeExplicitAutograd")
 def _backward_op(dout, out, lse, *args):
-    call = _unflatten(*args[:-1])
+    call, _ = unflatten(*args)
     check_fits(call)
     check_gradients(call, out, lse, dout)
     return _backward(dout, out.contiguous(), lse.contiguous(), *args)
@@ -237,25 +265,41 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlens, backend = inputs
+    q, k, v, cos, sin, pairing, scale, cu_seqlens, max_seqlen, seqlens, backend, *keys = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, seqlens, out, lse)
     ctx.pairing, ctx.scale, ctx.max_seqlen, ctx.backend = pairing, scale, max_seqlen, backend
+    ctx.given, ctx.cross = len(inputs), bool(keys and keys[0])
+    of_keys: tuple = ()
+    if ctx.cross:
+        keys += [None] * (6 - len(keys))  # the dispatcher leaves out None at the end
+        _, cos_k, sin_k, cu_seqlens_k, ctx.max_seqlen_k, seqlens_k = keys
+        of_keys = (cos_k, sin_k, cu_seqlens_k, seqlens_k)
+    ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, seqlens, out, lse, *of_keys)
 
 
 def _gradients(ctx, dout: Tensor) -> tuple:
-    q, k, v, cos, sin, cu_seqlens, seqlens, out, lse = ctx.saved_tensors
-    flat = (q, k, v, cos, sin, ctx.pairing, ctx.scale, cu_seqlens, ctx.max_seqlen, seqlens)
+    q, k, v, cos, sin, cu_seqlens, seqlens, out, lse, *of_keys = ctx.saved_tensors
+    flat: tuple = (q, k, v, cos, sin, ctx.pairing, ctx.scale, cu_seqlens, ctx.max_seqlen, seqlens, ctx.backend)
+    if ctx.cross:
+        cos_k, sin_k, cu_seqlens_k, seqlens_k = of_keys
+        flat += (True, cos_k, sin_k, cu_seqlens_k, ctx.max_seqlen_k, seqlens_k)
     # with gradients recorded (create_graph=True), call the op, which raises when they are differentiated again
     seen = torch.is_grad_enabled() or needs_dispatcher((q, k, v, dout))
     backward = torch.ops.spatial_pe.rope_attention_backward if seen else _backward
-    dq, dk, dv = backward(dout, out, lse, *flat, ctx.backend)
-    dcos = dsin = None
+    dq, dk, dv = backward(dout, out, lse, *flat)
+    dcos = dsin = dcos_k = dsin_k = None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-        dphi = _dphi(seen)(q, k, dq, dk, cos, ctx.pairing, seqlens, ctx.backend)
+        if ctx.cross:
+            dphi = reference.one_angle_gradient(q, dq, cos, ctx.pairing, seqlens)
+        else:
+            dphi = _dphi(seen)(q, k, dq, dk, cos, ctx.pairing, seqlens, ctx.backend)
         dcos, dsin = table_gradients(cos, sin, dphi)
-    return dq, dk, dv, dcos, dsin, None, None, None, None, None, None
+    if ctx.cross and any(ctx.needs_input_grad[13:15]):
+        dphi = reference.one_angle_gradient(k, dk, cos_k, ctx.pairing, seqlens_k)
+        dcos_k, dsin_k = table_gradients(cos_k, sin_k, dphi)
+    grads = (dq, dk, dv, dcos, dsin, *(None,) * 7, dcos_k, dsin_k, None, None, None)
+    return grads[: ctx.given]
 
 
 def _dphi(seen: bool) -> Callable[..., Tensor]:

@@ -13,29 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# positions of the arguments that the two ops share; the backward has dout, out and lse before them
-COS, SIN, CU_SEQLENS, COUNT = 3, 4, 7, 11
+# Positions of the arguments that the two ops share; the backward has GRADIENTS before them: dout, out and lse. Those of
+# keys of their own are at the end, or left out.
+TABLES, CU_SEQLENS, GRADIENTS = (3, 4, 12, 13), 7, 3
 
 Results = tuple[tuple[Tensor, ...], tuple[int, ...]]
 
 
 def forward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Results:
-    return _batched(torch.ops.spatial_pe.rope_attention, info.batch_size, in_dims, args)
+    return _batched(torch.ops.spatial_pe.rope_attention, info.batch_size, in_dims, args, 0)
 
 
 def backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Results:
-    return _batched(torch.ops.spatial_pe.rope_attention_backward, info.batch_size, in_dims, args)
+    return _batched(torch.ops.spatial_pe.rope_attention_backward, info.batch_size, in_dims, args, GRADIENTS)
 
 
-def _batched(op: Callable, lanes: int, in_dims: Sequence[int | None], args: tuple) -> Results:
-    shared = len(args) - COUNT
+def _batched(op: Callable, lanes: int, in_dims: Sequence[int | None], args: tuple, shared: int) -> Results:
     by_lane = [_lanes_first(x, dim, lanes) for x, dim in zip(args, in_dims, strict=True)]
     if args[shared + CU_SEQLENS] is not None:
         each = [op(*(_readable(x[i]) if isinstance(x, Tensor) else x for x in by_lane)) for i in range(lanes)]
         results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     else:
         samples = by_lane[0].shape[1]
-        tables = (shared + COS, shared + SIN)
+        tables = [shared + position for position in TABLES]
         folded = [
             _folded_table(x, in_dims[i], by_lane[i], samples) if i in tables else _folded(by_lane[i])
             for i, x in enumerate(args)

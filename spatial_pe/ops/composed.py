@@ -42,17 +42,20 @@ def attention(call: AttentionCall) -> Tensor:
         return served
     q, k, v = call.q, call.k, call.v
     if call.cu_seqlens is not None and not is_traced(call.cu_seqlens):
-        if call.rotary is not None:
-            q, k = apply_rotary_qk(q, k, call.rotary)
-        return _packed(q[0], k[0], v[0], call)[None]
+        q, k = _rotated(q, k, call)
+        packed = _packed if call.keys is None else _packed_pairs
+        return packed(q[0], k[0], v[0], call)[None]
     if call.seqlens is not None and has_values(call.seqlens):
         check_seqlens(call.seqlens.tolist(), q.shape[1])
+    if call.keys is not None and call.keys.seqlens is not None and has_values(call.keys.seqlens):
+        check_seqlens(call.keys.seqlens.tolist(), k.shape[1], "_k")
     mask, valid = masks_of(call)
+    # padding tokens may hold anything, NaN included, which must not be multiplied by a zero weight
     if call.seqlens is not None:
-        # padding tokens may hold anything, NaN included, which must not be multiplied by a zero weight
-        q, k, v = (torch.where(valid[:, :, None, None], x, 0) for x in (q, k, v))  # type: ignore[index]
-    if call.rotary is not None:
-        q, k = apply_rotary_qk(q, k, call.rotary)
+        q = torch.where(valid_queries(call)[:, :, None, None], q, 0)  # type: ignore[index]
+    if call.cu_seqlens is None and (there := valid_keys(call)) is not None:
+        k, v = (torch.where(there[:, :, None, None], x, 0) for x in (k, v))
+    q, k = _rotated(q, k, call)
     order = _order(q, k, v) if mask is None else None
     if order is None:
         out = _sdpa(q, k, v, call.scale, mask)
@@ -115,24 +118,63 @@ def _numbers(order: tuple[SDPBackend, ...]) -> list[int]:
     return [int(kernel) for kernel in order]  # type: ignore[call-overload]
 
 
-def masks_of(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
-    """Return the mask of the keys of each query, (B|1, 1, N, N) bool, and of the tokens that belong to a sequence,
-    (B|1, N) bool; None where all do. Computed from the lengths without reading them.
+def _rotated(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    if call.rotary is None:
+        return q, k
+    return apply_rotary_qk(q, k, call.rotary, None if call.keys is None else call.keys.rotary)
 
-    A sample without tokens attends to its first one, so that its softmax stays finite; the result is dropped.
+
+def masks_of(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mask of the keys of each query, (B|1, 1, N, M) bool, and of the queries that belong to a sequence and
+    have keys, (B|1, N) bool; None where all do. Computed from the lengths without reading them.
+
+    A query without keys attends to the first one, so that its softmax stays finite; the result is dropped.
     """
     tokens = call.q.shape[1]
-    if call.seqlens is not None:
-        token = torch.arange(tokens, device=call.q.device)
-        valid = token < call.seqlens[:, None]
-        # as many rows as queries: a view to torch, and ONNX Runtime's Attention does not broadcast
-        return (valid | (token == 0))[:, None, None, :].expand(-1, -1, tokens, -1), valid
     if call.cu_seqlens is not None:
-        token = torch.arange(tokens, device=call.q.device)
-        sequence = (token[:, None] >= call.cu_seqlens).sum(-1)  # 1 .. sequences, 0 and sequences + 1 outside
-        valid = (sequence > 0) & (token < call.cu_seqlens[-1])
-        return (sequence[:, None] == sequence)[None, None], valid[None]
-    return None, None
+        sequence, valid = _sequences_of(call.q, call.cu_seqlens)
+        if call.keys is None:
+            return (sequence[:, None] == sequence)[None, None], valid[None]
+        assert call.keys.cu_seqlens is not None
+        of_keys, in_one = _sequences_of(call.k, call.keys.cu_seqlens)
+        same = (sequence[:, None] == of_keys) & in_one
+        valid = valid & same.any(-1)
+        first = torch.arange(call.k.shape[1], device=call.q.device) == 0
+        return (same | (first & ~valid[:, None]))[None, None], valid[None]
+    there, known = valid_keys(call), valid_queries(call)
+    if there is None:
+        return None, known
+    keys = torch.arange(call.k.shape[1], device=call.q.device)
+    # as many rows as queries: a view to torch, and ONNX Runtime's Attention does not broadcast
+    mask = (there | (keys == 0))[:, None, None, :].expand(-1, -1, tokens, -1)
+    if call.keys is None:
+        return mask, known
+    any_key = there.any(-1, keepdim=True)
+    return mask, any_key.expand(-1, tokens) if known is None else known & any_key
+
+
+def _sequences_of(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of the sequence of each token of x (B, N, ...), and whether it belongs to one, (N,) each."""
+    token = torch.arange(x.shape[1], device=x.device)
+    sequence = (token[:, None] >= bounds).sum(-1)  # 1 .. sequences, 0 and sequences + 1 outside
+    return sequence, (sequence > 0) & (token < bounds[-1])
+
+
+def valid_queries(call: AttentionCall) -> Tensor | None:
+    """Return which tokens of a padded batch are there, (B, N) bool, or None if all are."""
+    if call.seqlens is None:
+        return None
+    return torch.arange(call.q.shape[1], device=call.q.device) < call.seqlens[:, None]
+
+
+def valid_keys(call: AttentionCall) -> Tensor | None:
+    """Return which tokens of k are there, (B|1, M) bool, or None if all are."""
+    if call.keys is not None and call.keys.cu_seqlens is not None:
+        return _sequences_of(call.k, call.keys.cu_seqlens)[1][None]
+    if call.cu_seqlens is not None:
+        return _sequences_of(call.k, call.cu_seqlens)[1][None]
+    lengths = call.seqlens if call.keys is None else call.keys.seqlens
+    return None if lengths is None else torch.arange(call.k.shape[1], device=call.k.device) < lengths[:, None]
 
 
 def outside(call: AttentionCall) -> Tensor:
@@ -140,8 +182,22 @@ def outside(call: AttentionCall) -> Tensor:
     is possible here only if the lengths could not be read before."""
     zero, nan = torch.zeros((), device=call.q.device), torch.full((), torch.nan, device=call.q.device)
     if call.seqlens is None:
-        return nan.to(call.q.dtype)
+        if call.keys is None:
+            return nan.to(call.q.dtype)
+        return _without_keys(call, zero, nan)
     fits = (call.seqlens >= 0) & (call.seqlens <= call.q.shape[1])
+    return torch.where(fits, zero, nan).to(call.q.dtype)[:, None, None, None]
+
+
+def _without_keys(call: AttentionCall, zero: Tensor, nan: Tensor) -> Tensor:
+    """Return, for a call whose queries are all there or packed: 0 for those of a sequence without keys, else NaN."""
+    assert call.keys is not None
+    if call.cu_seqlens is not None:
+        _, valid = _sequences_of(call.q, call.cu_seqlens)
+        return torch.where(valid, zero, nan).to(call.q.dtype)[None, :, None, None]
+    lengths = call.keys.seqlens
+    assert lengths is not None
+    fits = (lengths >= 0) & (lengths <= call.k.shape[1])
     return torch.where(fits, zero, nan).to(call.q.dtype)[:, None, None, None]
 
 
@@ -152,15 +208,37 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
         group = 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = {"enable_gqa": True} if group > 1 else {}  # a branch: with symbolic heads the comparison is no bool
     if derivatives_beyond_reverse() is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **grouped)
     else:
         bias = None  # ONNX's operator would add True as 1
         if mask is not None:
             bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
         attention = torch.ops.aten._scaled_dot_product_attention_math
-        out, _ = attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=group > 1)
+        out, _ = attention(q, k, v, attn_mask=bias, scale=scale, **grouped)
     return out.transpose(1, 2).contiguous()
+
+
+def _packed_pairs(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """Compute packed attention to other tokens, (T, H, D) and (S, Hkv, D) -> (T, H, D): one SDPA call per distinct pair
+    of lengths; sequences without keys give 0."""
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for _, start, stop, first, last in call.pairs():
+        if stop > start:
+            groups.setdefault((stop - start, last - first), []).append((start, first))
+    order, outs = [], []
+    for (length, keys), begin in groups.items():
+        rows, columns = (
+            (torch.tensor(at, device="cpu")[:, None] + torch.arange(n, device="cpu")).to(q.device)
+            for at, n in zip(zip(*begin, strict=True), (length, keys), strict=True)
+        )
+        out = _sdpa(q[rows], k[columns], v[columns], call.scale) if keys else q[rows] * 0
+        outs.append(out.flatten(0, 1))
+        order.append(rows.flatten())
+    if not outs:
+        return q + k.sum() * 0 + v.sum() * 0  # no queries; but differentiable
+    return torch.cat(outs)[torch.cat(order).argsort()]
 
 
 def _heads(x: Tensor) -> int:

@@ -108,6 +108,8 @@ def choose(call: AttentionCall) -> tuple[Row | None, str]:
         return None, _DISPATCHED
     if call.seqlens is not None:
         return None, "padded samples need a mask"
+    if call.keys is not None:
+        return None, "keys of other tokens: torch's SDPA"
     plain = q.shape[2] == call.k.shape[2] and call.scale == 1.0 / math.sqrt(q.shape[-1])
     found = _choose(q.device, q.dtype, q.shape[-1], packed, LONG if q.shape[1] >= LONG else 1, plain)
     if found[0] is None:  # most dense calls

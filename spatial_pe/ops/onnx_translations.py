@@ -36,12 +36,23 @@ def _rope_attention(
     max_seqlen: int | None = None,
     seqlens: Any = None,
     backend: str = "auto",
+    cross: bool = False,
+    cos_k: Any = None,
+    sin_k: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_k: int | None = None,
+    seqlens_k: Any = None,
 ):
     """Compute out (B, N, H, D) and lse (B, H, N); lse is eliminated as dead code if unused."""
     from onnxscript import opset23 as op
 
     heads, kv_heads, dim = q.shape[2], k.shape[2], q.shape[3]  # before any operator: results have no shape yet
     mask = valid = None
+    if cross:  # masks of two sides: as plain operators
+        raise NotImplementedError(
+            "spatial_pe: attention to other tokens has no translation: leave custom_translation_table out, and it is "
+            "exported as plain operators"
+        )
     if cu_seqlens is not None:
         mask, valid = _packed(op, q, cu_seqlens)
     elif seqlens is not None:

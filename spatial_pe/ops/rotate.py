@@ -37,31 +37,36 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
     return _apply([x], rotary, inplace)[0]
 
 
-def apply_rotary_qk(q: Tensor, k: Tensor, rotary: Rotary, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def apply_rotary_qk(
+    q: Tensor, k: Tensor, rotary: Rotary, rotary_k: Rotary | None = None, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotate q and k as apply_rotary does, by one kernel on a GPU with Triton, for use before another attention.
 
     Args:
         q, k: (B, N, H, D) and (B, N, Hkv, D), or packed (T, H, D) and (T, Hkv, D), of one dtype; views of a
-            projection are read in place.
+            projection are read in place. With ``rotary_k``, k may have another number of tokens.
         rotary: tables with N (or T) tokens; with tables per head, Hkv must be H.
+        rotary_k: tables for k (then a kernel for each); None: those of q.
         inplace: overwrite q and k, and return them. Only if no gradient is recorded.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
     if has_torch_function((q, k)) and not torch.compiler.is_compiling():
-        return handle_torch_function(apply_rotary_qk, (q, k), q, k, rotary, inplace=inplace)
+        return handle_torch_function(apply_rotary_qk, (q, k), q, k, rotary, rotary_k, inplace=inplace)
     if isinstance(q, Tensor) and isinstance(k, Tensor) and q.ndim == k.ndim == 3:
-        q, k = apply_rotary_qk(q[None], k[None], rotary, inplace=inplace)
+        q, k = apply_rotary_qk(q[None], k[None], rotary, rotary_k, inplace=inplace)
         return q[0], k[0]
-    unrecorded(_check_qk, q, k, rotary)
-    q, k = _apply([q, k], rotary, inplace)
-    return q, k
+    unrecorded(_check_qk, q, k, rotary, rotary_k)
+    if rotary_k is None:
+        q, k = _apply([q, k], rotary, inplace)
+        return q, k
+    return _apply([q], rotary, inplace)[0], _apply([k], rotary_k, inplace)[0]
 
 
-def _check_qk(q: Tensor, k: Tensor, rotary: Rotary) -> None:
-    for name, x in (("q", q), ("k", k)):
-        check_rotary_fits(x, rotary, name)
+def _check_qk(q: Tensor, k: Tensor, rotary: Rotary, rotary_k: Rotary | None) -> None:
+    check_rotary_fits(q, rotary, "q")
+    check_rotary_fits(k, rotary if rotary_k is None else rotary_k, "k", "rotary" if rotary_k is None else "rotary_k")
     if q.dtype != k.dtype:
         raise TypeError(f"q and k must share a dtype, got q {q.dtype}, k {k.dtype}")
     if q.shape[-1] != k.shape[-1]:

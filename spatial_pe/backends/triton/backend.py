@@ -49,6 +49,8 @@ def unavailable() -> str | None:
 
 
 def cannot_serve(call: AttentionCall) -> str | None:
+    if call.keys is not None:
+        return "keys that are other tokens than the queries: not in these kernels yet"
     return _cannot_compute(call) or _unsound_products(call.q.device)
 
 

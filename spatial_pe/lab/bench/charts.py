@@ -120,6 +120,7 @@ def case(row: dict) -> str:
     what = (
         f"{shape['batch']} windows of {shape['tokens']}" if shape["packed"] else f"{shape['batch']} × {shape['tokens']}"
     )
+    what += f" to {shape['keys']}" if shape.get("keys") else ""
     return f"{what}, {row['dtype']}, {row['direction']}, {threads} thread{'s' * (threads > 1)}"
 
 

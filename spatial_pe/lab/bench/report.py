@@ -80,6 +80,15 @@ def layers_table(result: dict) -> Table:
     return Table("RoPE2DAttention, with its projections, against the same around eager attention.", header, rows)
 
 
+def cross_table(result: dict) -> Table:
+    rows = [
+        [charts.case(row), _rate(row, "ours"), _times(row, "eager"), _times(row, "compiled"), _cost(row)]
+        for row in results.rows(result, "cross")
+    ]
+    header = ["", "GFLOP/s", "against eager", "compiled", "rotation costs"]
+    return Table("Attention to other tokens: keys with a table of their own.", header, rows)
+
+
 def growth_table(result: dict) -> Table:
     rows = [
         [charts.AXES[row["axis"]], row["name"], _rate(row, "ours"), _times(row, "eager"), _cost(row)]
@@ -158,6 +167,7 @@ TABLES: dict[str, Callable[[dict], Sequence[Table]]] = {
     "towers": lambda result: [towers_table(result)],
     "attention": lambda result: [attention_table(result)],
     "layers": lambda result: [layers_table(result)],
+    "cross": lambda result: [cross_table(result)],
     "growth": lambda result: [growth_table(result)],
     "memory": lambda result: [memory_table(result)],
     "start": lambda result: [start_table(result)],
@@ -189,6 +199,7 @@ SECTIONS = {
         (charts.roofline, "Rates reached, under what the machine can do (line; filled: one thread)."),
     ),
     "layers": _section("Layers", "layers"),
+    "cross": _section("Attention to other tokens", "cross"),
     "growth": _section(
         "How it grows", "growth", (charts.growth, "Rates against tokens, batch, heads, windows, threads.")
     ),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...backends import cpu
 from . import memory, timing, towers
-from .cases import DIRECTIONS, DTYPES, SPEED, Inputs, Shape
+from .cases import CROSS, DIRECTIONS, DTYPES, SPEED, Inputs, Shape
 from .variants import PEERS, VARIANTS, RefusedError, build
 
 Row = dict
@@ -199,6 +199,9 @@ def full(device: str, cores: int) -> Iterator[Case]:
         for name, direction in itertools.product(LAYERS, DIRECTIONS):
             variants = ("eager", "ours", "off", "compiled")
             yield Attention("layers", name, SPEED[name], dtype, direction, cores, variants, 7, level="layer")
+    for dtype in dense_dtypes(device):
+        for (name, shape), direction in itertools.product(CROSS.items(), DIRECTIONS):
+            yield Attention("cross", name, shape, dtype, direction, cores, ("eager", "ours", "off", "compiled"), 5)
     for axis, shapes in GROWTH.items():
         for shape in shapes:
             rounds = 5 if shape.tokens < 8192 else 3

@@ -29,8 +29,8 @@ class RefusedError(Exception):
 
 
 def ours(inputs: Inputs) -> Attention:
-    bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
-    return lambda q, k, v: rope_attention(q, k, v, inputs.rotary, cu_seqlens=bounds, max_seqlen=longest)
+    how = {"cu_seqlens": inputs.cu_seqlens, "max_seqlen": inputs.max_seqlen, "rotary_k": inputs.rotary_k}
+    return lambda q, k, v: rope_attention(q, k, v, inputs.rotary, **how)  # type: ignore[arg-type]
 
 
 def off(inputs: Inputs) -> Attention:
@@ -41,7 +41,7 @@ def off(inputs: Inputs) -> Attention:
 def eager(inputs: Inputs) -> Attention:
     """Rotate-half in float32, cast back, then torch's SDPA, one call per window (transformers' towers)."""
     attend = windows(inputs) if inputs.shape.packed else sdpa(inputs)
-    return lambda q, k, v: attend(*rotate(q, k, inputs.cos, inputs.sin), v)
+    return lambda q, k, v: attend(*rotate(q, k, inputs.cos, inputs.sin, inputs.cos_k, inputs.sin_k), v)
 
 
 def compiled(inputs: Inputs) -> Attention:
@@ -52,7 +52,7 @@ def naive(inputs: Inputs) -> Attention:
     """Eager rotation and attention: the scores are materialised (transformers' attn_implementation="eager")."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = rotate(q, k, inputs.cos, inputs.sin)
+        q, k = rotate(q, k, inputs.cos, inputs.sin, inputs.cos_k, inputs.sin_k)
         q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
         scores = (q @ k.mT) * q.shape[-1] ** -0.5
         return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(-3, -2).contiguous()
@@ -65,7 +65,7 @@ def naive(inputs: Inputs) -> Attention:
 def separate(inputs: Inputs) -> Attention:
     """Our rotary kernel, then torch's SDPA."""
     attend = sdpa(inputs)
-    return lambda q, k, v: attend(*apply_rotary_qk(q, k, inputs.rotary), v)
+    return lambda q, k, v: attend(*apply_rotary_qk(q, k, inputs.rotary, inputs.rotary_k), v)
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,17 @@ def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q, k (..., N, H, D) by cos, sin (N, D) float32."""
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, cos_k: Tensor | None = None, sin_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rotate q, k (..., N, H, D) by cos, sin (N, D) float32; k by its own, if given."""
 
-    def rotated(x: Tensor) -> Tensor:
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x32 = x.float()
         a, b = x32.chunk(2, dim=-1)
-        return (x32 * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+        return (x32 * cos.unsqueeze(-2) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(-2)).to(x.dtype)
 
-    return rotated(q), rotated(k)
+    return rotated(q, cos, sin), rotated(k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
 
 
 def sdpa(inputs: Inputs, backend: SDPBackend | None = None) -> Attention:

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to other tokens: keys with a table and lengths of their own, against float64 by complex numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from oracles import CPU_KERNELS, pair_channels, threads
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import spatial_pe
+from spatial_pe import PatchGrid, RoPE2DAttention, RoPE2DCrossAttention, Rotary, apply_rotary_qk, rope_attention
+from spatial_pe.backends import cpu
+
+BACKENDS = [*(["cpu"] if cpu.unavailable() is None else []), "composed", "reference"]
+Q, K = torch.randn(1, 6, 2, 16), torch.randn(1, 9, 2, 16)
+OF_Q, OF_K = (Rotary.from_angles(torch.zeros(n, 8)) for n in (6, 9))
+BOUNDS = torch.tensor([0, 2, 6], dtype=torch.int32)
+NAMES = ("out", "q", "k", "v", "rotary", "rotary_k")
+
+
+@dataclass
+class Cross:
+    """A call: queries and keys of each sequence. form: "dense", "packed" or "padded"."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    form: str = "packed"
+    heads: int = 2
+    kv_heads: int = 2
+    dim: int = 64
+    rotary_dim: int = 64
+    pairing: str = "half"
+    table: str = "shared"  # or a table per "head", per "sample"
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lengths = f"{self.form}-{self.queries}-{self.keys}"
+        return f"{lengths}-{self.heads}/{self.kv_heads}x{self.dim}-{self.rotary_dim}-{self.pairing}-{self.table}"
+
+    def make(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        many = self.form != "packed"
+        rows, columns = (max(x) if many else sum(x) for x in (self.queries, self.keys))
+        lead = (len(self.queries),) if many else ()
+        self.tensors = {
+            "q": randn(*lead, rows, self.heads, self.dim).to(dtype),
+            "k": randn(*lead, columns, self.kv_heads, self.dim).to(dtype),
+            "v": randn(*lead, columns, self.kv_heads, self.dim).to(dtype),
+        }
+        tables = (len(self.queries) if self.table == "sample" else 1, self.heads if self.table == "head" else 1)
+        for name, tokens in (("rotary", rows), ("rotary_k", columns)):
+            self.tensors[name] = 3 * randn(tables[0], tokens, tables[1], self.rotary_dim // 2)
+        self.tensors["dout"] = randn(*lead, rows, self.heads, self.dim).to(dtype)
+        if self.form == "padded":  # nothing that is read may come from there
+            for b, (n, m) in enumerate(zip(self.queries, self.keys, strict=True)):
+                self.tensors["q"][b, n:] = torch.nan
+                self.tensors["k"][b, m:] = self.tensors["v"][b, m:] = torch.nan
+
+    def sequences(self):
+        """(sample, first and last query, first and last key)."""
+        row = column = 0
+        for b, (n, m) in enumerate(zip(self.queries, self.keys, strict=True)):
+            if self.form == "packed":
+                yield 0, row, row + n, column, column + m
+                row, column = row + n, column + m
+            else:
+                yield b, 0, n, 0, m
+
+    def lengths(self) -> dict[str, Tensor]:
+        def of(values: tuple[int, ...], name: str) -> Tensor:
+            if name == "seqlens":
+                return torch.tensor(values, dtype=torch.int32)
+            return torch.tensor([0, *values]).cumsum(0).to(torch.int32)
+
+        name = {"packed": "cu_seqlens", "padded": "seqlens"}.get(self.form)
+        return {} if name is None else {name: of(self.queries, name), f"{name}_k": of(self.keys, name)}
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        names = ("q", "k", "v", "rotary", "rotary_k")
+        found = {name: self.tensors[name].detach() for name in names}
+        return {name: (x if dtype is None else x.to(dtype)).clone().requires_grad_() for name, x in found.items()}
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        leaves = self.leaves()
+        rotary, rotary_k = (Rotary.from_angles(leaves[name], self.pairing) for name in ("rotary", "rotary_k"))
+        qkv = [leaves[name] for name in "qkv"]
+        out = rope_attention(*qkv, rotary, rotary_k=rotary_k, backend=backend, **self.lengths())
+        grads = torch.autograd.grad(out, list(leaves.values()), self.tensors["dout"])
+        return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    def exact(self) -> dict[str, Tensor]:
+        leaves = self.leaves(torch.float64)
+        q, k, v = (x if x.ndim == 4 else x[None] for x in (leaves[name] for name in "qkv"))
+        out, group = torch.zeros_like(q), self.heads // self.kv_heads
+        for b, start, stop, first, last in self.sequences():
+            if last == first or stop == start:
+                continue
+            rows, columns = (
+                leaves[name][b if self.table == "sample" else 0, part]
+                for name, part in (("rotary", slice(start, stop)), ("rotary_k", slice(first, last)))
+            )
+            x, y = self.rotated(q[b, start:stop], rows), self.rotated(k[b, first:last], columns)
+            y, z = (t.repeat_interleave(group, dim=1) for t in (y, v[b, first:last]))
+            weights = (torch.einsum("nhd,mhd->hnm", x, y) * self.dim**-0.5).softmax(-1)
+            attended = torch.einsum("hnm,mhd->nhd", weights, z)
+            out = out.index_put((torch.tensor(b), torch.arange(start, stop)), attended)
+        out = out if leaves["q"].ndim == 4 else out[0]
+        grads = torch.autograd.grad(out, list(leaves.values()), self.tensors["dout"].double())
+        return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    def rotated(self, x: Tensor, angles: Tensor) -> Tensor:
+        first, second = pair_channels(self.rotary_dim, self.pairing)
+        z = torch.complex(x[..., first], x[..., second]) * torch.polar(torch.ones_like(angles), angles)
+        order = torch.tensor([*first, *second, *range(self.rotary_dim, self.dim)]).argsort()
+        return torch.cat([z.real, z.imag, x[..., self.rotary_dim :]], dim=-1)[..., order]
+
+
+CASES = [
+    Cross((5,), (37,), "dense", 4, 2, 64, 48),
+    Cross((130, 130), (7, 7), "dense", dim=80, rotary_dim=80, pairing="interleaved"),
+    Cross((300,), (1000,), "dense", 2, 1, 64, 32, "axis_half"),
+    Cross((64, 64), (129, 129), "dense", 3, 3, 256, 256, table="head"),
+    Cross((70, 70, 70), (70, 70, 70), "dense", table="sample"),
+    Cross((5, 0, 130, 1, 7, 64), (37, 9, 3, 200, 0, 64), heads=4),
+    Cross((1, 1, 0), (0, 300, 0), dim=72, rotary_dim=36),
+    Cross((70, 0, 33, 1), (150, 20, 0, 1), "padded", 4, 2),
+    Cross((9, 9), (9, 3), "padded", dim=32, rotary_dim=32),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_and_gradients_follow_the_error_rule(backend, case, dtype):
+    case.make(dtype)
+    exact, eager, got = case.exact(), case.run("composed"), case.run(backend)
+    for name in NAMES:
+        error, own = ((x[name].double() - exact[name]).norm().item() for x in (got, eager))
+        assert got[name].shape == exact[name].shape and got[name].isfinite().all(), name
+        assert error <= 1.5 * own + 1e-5 * (1 + exact[name].norm().item()), (name, error, own)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS, ids=str)
+def test_every_instruction_set(kernel):
+    case = Cross((5, 130, 0, 41), (37, 3, 4, 300), heads=4, kv_heads=2, dim=72, rotary_dim=40)
+    case.make(torch.float32)
+    exact = case.exact()
+    for count in (1, 2):
+        with kernel.selected(), threads(count):
+            got = case.run("cpu")
+        for name in NAMES:
+            assert (got[name].double() - exact[name]).norm() <= 1e-5 * (1 + exact[name].norm()), name
+
+
+def test_the_same_tokens_are_self_attention():
+    """Bit for bit, through either door."""
+    case = Cross((20, 33), (20, 33))
+    case.make(torch.float32)
+    q, k, v = (case.tensors[name] for name in "qkv")
+    rotary = Rotary.from_angles(case.tensors["rotary"])
+    bounds = case.lengths()["cu_seqlens"]
+    own = rope_attention(q, k, v, rotary, cu_seqlens=bounds)
+    assert torch.equal(rope_attention(q, k, v, rotary, cu_seqlens=bounds, cu_seqlens_k=bounds), own)
+    assert torch.equal(rope_attention(q, k, v, rotary, rotary_k=rotary, cu_seqlens=bounds), own)
+
+
+def test_one_table_for_both_gets_both_gradients():
+    x = torch.randn(3, 1, 12, 2, 16)
+    gradients = []
+    for explicit in (False, True):
+        angles = torch.zeros(12, 8).requires_grad_()
+        rotary = Rotary.from_angles(angles)
+        out = rope_attention(*x, rotary, rotary_k=rotary if explicit else None)
+        gradients.append(torch.autograd.grad(out.square().sum(), angles)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_keys_that_are_not_rotated():
+    q, k, v = torch.randn(1, 6, 2, 16), *torch.randn(2, 1, 9, 2, 16)
+    rotary = Rotary.from_angles(torch.randn(6, 8))
+    still = Rotary.identity(9, 16)
+    expected = rope_attention(apply_rotary_qk(q, k, rotary, still)[0], k, v)
+    torch.testing.assert_close(rope_attention(q, k, v, rotary, rotary_k=still), expected)
+
+
+def test_tables_behind_each_other():
+    a, b = Rotary.from_angles(torch.randn(4, 8)), Rotary.from_angles(torch.randn(2, 5, 3, 8))
+    both = Rotary.cat([a, b, Rotary.identity(2, 16)])
+    assert both.cos.shape == (2, 11, 3, 8)
+    assert torch.equal(both.cos[:, 4:9], b.cos) and torch.equal(both.sin[1, :4, 2], a.sin[0, :, 0])
+    assert (both.cos[:, 9:] == 1).all() and (both.sin[:, 9:] == 0).all()
+    with pytest.raises(ValueError, match="tables must rotate the same pairs, got no table"):
+        Rotary.cat([])
+    with pytest.raises(ValueError, match="tables must rotate the same pairs"):
+        Rotary.cat([a, Rotary.identity(2, 16, "interleaved")])
+
+
+# ----------------------------------------------------------------------------------------------------------- transforms
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=lambda case: case.form)
+@pytest.mark.parametrize("way", ["make_fx", "decomposed", "compiled", "backward_decomposed"])
+def test_transforms(case, way):
+    case.make(torch.float32)
+    q, k, v, dout = (case.tensors[name].nan_to_num() for name in ("q", "k", "v", "dout"))
+    rotary, rotary_k = (Rotary.from_angles(case.tensors[name]) for name in ("rotary", "rotary_k"))
+
+    def attend(q, k, v):
+        return rope_attention(q, k, v, rotary, rotary_k=rotary_k, **case.lengths())
+
+    def both(q, k, v):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    expected = both(q, k, v)
+    if way == "make_fx":
+        found = (make_fx(attend)(q, k, v)(q, k, v),)
+    elif way == "decomposed":
+        graph = make_fx(attend, spatial_pe.decompositions())(q, k, v)
+        assert "spatial_pe" not in graph.code
+        found = (graph(q, k, v),)
+    elif way == "compiled":
+        torch._dynamo.reset()
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = torch.compile(attend, backend="aot_eager", fullgraph=True)(*leaves)
+        found = (out, *torch.autograd.grad(out, leaves, dout))
+    else:
+        found = make_fx(both, spatial_pe.decompositions())(q, k, v)(q, k, v)
+    for x, y in zip(found, expected, strict=False):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap():
+    q, k, v = torch.randn(3, 2, 5, 2, 16), *torch.randn(2, 3, 2, 9, 2, 16)
+    rotary, rotary_k = (Rotary.from_angles(torch.randn(n, 8)) for n in (5, 9))
+
+    def attend(q, k, v):
+        return rope_attention(q, k, v, rotary, rotary_k=rotary_k)
+
+    torch.testing.assert_close(
+        torch.vmap(attend)(q, k, v), torch.stack([attend(*x) for x in zip(q, k, v, strict=True)])
+    )
+
+    def loss(q, k, v):
+        return attend(q, k, v).square().sum()
+
+    each = torch.stack([torch.func.grad(loss)(*x) for x in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(q, k, v), each)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({11: False}, "q and k must have the same batch and tokens"),
+        ({12: None, 13: None}, "rotary and rotary_k must be given together"),
+        ({14: torch.tensor([0, 9], dtype=torch.int32)}, "cu_seqlens and cu_seqlens_k must be given together"),
+        ({12: torch.ones(1, 8, 1, 8), 13: torch.zeros(1, 8, 1, 8)}, "rotary_k has 8 tokens, k has 9"),
+        ({16: torch.tensor([9, 9], dtype=torch.int32)}, "seqlens_k must have an entry for each of the 1 samples"),
+    ],
+)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "composed"])
+def test_the_op_checks_what_could_crash(backend, change, message):
+    table = [torch.ones(1, 6, 1, 8), torch.zeros(1, 6, 1, 8)]
+    keys = [True, torch.ones(1, 9, 1, 8), torch.zeros(1, 9, 1, 8), None, None, None]
+    args = [Q, K, K, *table, "half", 0.25, None, None, None, backend, *keys]
+    torch.ops.spatial_pe.rope_attention(*args)
+    for position, value in change.items():
+        args[position] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.spatial_pe.rope_attention(*args)
+
+
+# --------------------------------------------------------------------------------------------------------------- module
+
+
+def test_the_module_is_two_calls_of_attention():
+    """Of one view to the other, as DUSt3R's decoder has it; packed pairs too."""
+    torch.manual_seed(0)
+    module = RoPE2DCrossAttention(48, 3, context_dim=32)
+    view, other = PatchGrid(3, 5), PatchGrid(4, 2)
+    x, context = torch.randn(2, 15, 48), torch.randn(2, 8, 32)
+    out = module(x, context, view, other)
+    q = module.q(x).unflatten(-1, (3, 16))
+    k, v = module.kv(context).unflatten(-1, (6, 16)).split(3, dim=-2)
+    expected = rope_attention(q, k, v, module.rope(view), rotary_k=module.rope(other)).flatten(-2)
+    torch.testing.assert_close(out, module.proj(expected))
+    views, others = PatchGrid.packed([(3, 5), (3, 5)]), PatchGrid.packed([(4, 2), (4, 2)])
+    packed = module(x.flatten(0, 1), context.flatten(0, 1), views, others)
+    torch.testing.assert_close(packed, out.flatten(0, 1))
+    ones = torch.full((2,), 15, dtype=torch.int32)
+    torch.testing.assert_close(module(x, context, view, other, seqlens=ones), out)
+    with pytest.raises(ValueError, match="context_grid is None"):
+        module(x, context, view)
+    with pytest.raises(ValueError, match=r"x and context must be \(B, N, C\)"):
+        module(x, context[0], view, other)
+    with pytest.raises(ValueError, match="needs cu_seqlens and cu_seqlens_k"):
+        module(x[0], context[0], torch.zeros(15, 2), torch.zeros(8, 2))
+    assert sum(p.numel() for p in RoPE2DAttention(48, 3).parameters()) == 48 * 48 * 4 + 48 * 4
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rope_attention(Q, K, K, OF_Q), "rotary is for the 6 tokens of q, and k has 9: pass rotary_k"),
+        (lambda: rope_attention(Q, K, K, rotary_k=OF_K), "rotary_k is given, but rotary is None"),
+        (lambda: rope_attention(Q, K, K, OF_Q, rotary_k=OF_Q), "rotary_k has 6 tokens, k has 9"),
+        (
+            lambda: rope_attention(Q, K, K, OF_Q, rotary_k=Rotary.identity(9, 8)),
+            r"rotary_k must rotate the pairs of rotary, 16 channels \(half\), got 8",
+        ),
+        (lambda: rope_attention(Q, K, K, cu_seqlens_k=BOUNDS), "cu_seqlens_k needs cu_seqlens"),
+        (lambda: rope_attention(Q[0], K[0], K[0], cu_seqlens=BOUNDS), "pass cu_seqlens_k, the starts of the keys"),
+        (
+            lambda: rope_attention(Q[0], K[0], K[0], cu_seqlens=BOUNDS, cu_seqlens_k=BOUNDS[:2] * 0),
+            "cu_seqlens_k must have as many sequences as cu_seqlens, 2, got 1",
+        ),
+        (
+            lambda: rope_attention(Q[0], K[0], K[0], cu_seqlens=BOUNDS, cu_seqlens_k=BOUNDS),
+            "cu_seqlens_k must end at the number of tokens, 9, got 6",
+        ),
+        (
+            lambda: rope_attention(Q, K, K, seqlens_k=torch.tensor([10], dtype=torch.int32)),
+            "seqlens_k must lie between 0 and the 9 tokens of k, got 10",
+        ),
+        (lambda: rope_attention(Q, K, K, max_seqlen_k=9), "max_seqlen_k is the length of the longest packed sequence"),
+        (
+            lambda: rope_attention(Q, K.expand(2, -1, -1, -1), K.expand(2, -1, -1, -1)),
+            "q and k must have the same batch",
+        ),
+        (lambda: apply_rotary_qk(Q, K, OF_Q), "rotary has 6 tokens, k has 9"),
+        (lambda: apply_rotary_qk(Q, K, OF_Q, OF_Q), "rotary_k has 6 tokens, k has 9"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
