@@ -149,7 +149,10 @@ class PatchGrid:
         """
         _check_int("size", size, 1)
         if self.prefix or self.suffix:
-            raise ValueError(f"windows hold patches only, but the grid has prefix={self.prefix}, suffix={self.suffix}")
+            raise ValueError(
+                f"windows hold patches only, but the grid has prefix={self.prefix}, suffix={self.suffix}: take a grid "
+                "without them, and the tokens of the patches alone"
+            )
         if size % self.merge_size:
             raise ValueError(f"size={size} must be a multiple of merge_size={self.merge_size}")
         order, lengths, start = [], [], 0
@@ -189,6 +192,11 @@ class Windows:
         Raises:
             TypeError, ValueError: something else, or another number of tokens. A batch of images is one packed grid.
         """
+        if len(parts) > 2 and all(isinstance(part, Tensor) for part in parts):
+            raise ValueError(
+                "pack the rotary too, windows.pack(q, k, v, rotary): in the grid's order it rotates every token by the "
+                "angles of another one (None: attention without rotation)"
+            )
         return tuple(self._packed(part, index) for index, part in enumerate(parts))
 
     def unpack(self, out: Tensor) -> Tensor:

@@ -254,7 +254,9 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str, table: str = "rotary
     table_batch, table_tokens, table_heads, _ = rotary.cos.shape
     if table_tokens != tokens:
         hint = ""
-        if 0 < tokens - table_tokens <= 16:
+        if heads == table_tokens and tokens != table_tokens:
+            hint = f": {name} must be (batch, tokens, heads, head_dim), and looks like {name}.transpose(1, 2) of it"
+        elif 0 < tokens - table_tokens <= 16:
             hint = f": did you forget prefix={tokens - table_tokens}?"
         raise ValueError(f"{table} has {table_tokens} tokens, {name} has {tokens}{hint}")
     if rotary.rotary_dim > dim:

@@ -26,8 +26,9 @@ LEVELS = ("fine", "suspicious", "wrong")
 # rounds differently from a scalar one), and the slowest pair in use (theta 1e6, head_dim 128) changes by 1.2e-6 a
 # patch. Angles up to 256 in float32 are rounded by 1.5e-5.
 STILL, ROUNDING = 3e-7, 1e-4
-# An axis whose fastest pair rotates by less than this over the whole image leaves scores as they are: cos(0.1) = 0.995.
-LEAST_TURN = 0.1
+# An axis whose fastest pair rotates by less than this over the whole image leaves scores nearly as they are:
+# cos(0.5) = 0.88. A ladder from 1 radian a patch rotates by 15 over 16 patches.
+LEAST_TURN = 0.5
 # Of a predicted angle, in radians, wrapped; and of the logarithm of the ratio of neighbours in a geometric sequence.
 PREDICTED, GEOMETRIC = 0.05, 0.02
 DEGREES = math.degrees(1)
@@ -39,8 +40,8 @@ class Finding:
 
     Attributes:
         level: "wrong": not 2D RoPE; "suspicious": it may be meant, and seldom is.
-        cause: a short name: "two_angles", "lengths", "not_relative", "no_position", "axis_missing", "flattened",
-            "full_width", "prefix", "aliasing", "degrees", "slow", "still".
+        cause: a short name: "two_angles", "sign", "lengths", "not_relative", "no_position", "axis_missing",
+            "flattened", "full_width", "prefix", "aliasing", "degrees", "slow", "still".
         text: what, where, and what to do.
     """
 
@@ -120,6 +121,7 @@ class Probed:
     norm_ratio: tuple[float, float]
     determinant: tuple[float, float]
     table: Rotary | None
+    shifted: bool  # relative if the prefix tokens are counted as the first patches
 
     @property
     def largest(self) -> Image:
@@ -143,6 +145,12 @@ def _rotates(probed: Probed) -> list[Finding]:
         for pair, local in head.items():
             if (angles := two_angles(local)) is not None:
                 pairs.setdefault(pair, angles)
+    if pairs and all(bool((a + b).sin().abs().max() < 1e-3) for a, b in (x.unbind(-1) for x in pairs.values())):
+        text = (
+            f"a minus sign is missing in {len(pairs)} pairs: its two channels are rotated by opposite angles. "
+            "A pair (x1, x2) becomes (x1 cos - x2 sin, x1 sin + x2 cos); rotate-half is torch.cat([-x2, x1], -1)"
+        )
+        return [Finding("wrong", "sign", text)]
     if pairs:
         pair, angles = next(iter(pairs.items()))
         at = int((angles[:, 0] - angles[:, 1]).sin().abs().argmax())
@@ -170,6 +178,12 @@ def _rotates(probed: Probed) -> list[Finding]:
 def _relative(probed: Probed) -> list[Finding]:
     if probed.is_relative or not probed.is_rotation:
         return []
+    if probed.shifted:
+        text = (
+            "shifted by the prefix: the angles of the first token of all, and not of the first patch, are those of "
+            "patch 0. Count patches from behind the prefix tokens"
+        )
+        return [Finding("wrong", "prefix", text)]
     text = (
         "not relative: scores of patches at the same offset differ. The angles must be linear in row and column, and "
         "the same for all tokens, q and k"
@@ -208,11 +222,29 @@ def _axes(probed: Probed) -> list[Finding]:
             "their own"
         )
         return [Finding("wrong", "flattened", text)]
+    if height > 1 and width > 1 and (one := _one_combination(probed)) is not None:
+        row, column = one
+        text = (
+            f"rows and columns enter every pair in one combination, {row:.3g} row + {column:.3g} column: all patches "
+            "along a diagonal are the same to attention"
+        )
+        return [Finding("wrong", "axis_missing", text)]
     still = sum(axis == "none" for axis in probed.axes.values())
     if still:
         text = f"{still} of {len(probed.axes)} pairs never rotate: channels that pass through need no pair"
         return [Finding("suspicious", "still", text)]
     return []
+
+
+def _one_combination(probed: Probed) -> tuple[float, float] | None:
+    """Return (row, column) of the direction that the angles of all pairs of all heads have in common, if they have."""
+    speeds = [pair for head in probed.heads for pair in probed.speeds(head).values() if max(map(abs, pair)) > ROUNDING]
+    if len(speeds) < 2 or any(abs(row) < STILL or abs(column) < STILL for row, column in speeds):
+        return None
+    row, column = max(speeds, key=lambda pair: math.hypot(*pair))
+    size = math.hypot(row, column)
+    alike = all(abs(r * column - c * row) < 1e-3 * math.hypot(r, c) * size for r, c in speeds)
+    return (row / size, column / size) if alike else None
 
 
 def _flattened(speeds: dict[Pair, tuple[float, float]], size: tuple[int, int]) -> bool:
@@ -240,7 +272,7 @@ def _wavelengths(probed: Probed) -> list[Finding]:
             elif max(along) * extent < LEAST_TURN:
                 text = (
                     f"{axis}: the fastest pair rotates by {max(along) * extent:.2g} radians over {extent + 1} patches, "
-                    "which scores do not show: are the coordinates divided twice, or by too much?"
+                    "which scores hardly show: are the coordinates divided by too much, or radians taken for degrees?"
                 )
                 found.setdefault("slow " + axis, Finding("suspicious", "slow", text))
     return list(found.values())
@@ -318,6 +350,10 @@ def doubled(table: Rotary) -> str | None:
         return f"[..., :{half}]"
     if all(torch.equal(x[..., 0::2], x[..., 1::2]) for x in (cos, sin)):
         return "[..., ::2]"
+    if columns % 4 == 0:
+        parts = [x.unflatten(-1, (2, 2, -1)) for x in (cos, sin)]
+        if all(torch.equal(x[..., :, 0, :], x[..., :, 1, :]) for x in parts):  # [rows, rows, columns, columns]
+            return ".unflatten(-1, (2, 2, -1))[..., 0, :].flatten(-2)"
     return None
 
 

@@ -138,6 +138,7 @@ def verify_rotary(
         norm_ratio=_hull([part.norm_ratio for part in parts]),
         determinant=determinant,
         table=given if isinstance(given, Rotary) else None,
+        shifted=max(part.shifted_deviation for part in parts) <= tolerance,
     )
     return RotaryReport(
         is_rotation=probed.is_rotation,
@@ -156,6 +157,8 @@ def verify_rotary(
 
 def _called(given: Any, grid: PatchGrid) -> Any:
     """Return the table of an encoding; anything else as it is: a function of x fails on a grid."""
+    if isinstance(given, type):
+        raise TypeError(f"fn_or_rotary is the class {given.__name__}: make one, {given.__name__}(head_dim)")
     if isinstance(given, Rotary) or not callable(given):
         return given
     try:
@@ -171,7 +174,10 @@ def _functions(
     """Return one (N, D) -> (N, D) function per sample and head, the known pairs, and D."""
     if not isinstance(given, Rotary):
         if not callable(given):
-            raise TypeError(f"fn_or_rotary must be a Rotary or a function, got {type(given).__name__}")
+            hint = ": Rotary(cos, sin), with a column for each pair" if isinstance(given, tuple | list) else ""
+            raise TypeError(
+                f"fn_or_rotary must be a Rotary, an encoding or a function, got {type(given).__name__}{hint}"
+            )
         dim = 64 if head_dim is None else head_dim
         if dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {dim}")
@@ -209,6 +215,7 @@ class _Part:
     axes: dict[tuple[int, ...], str]
     pairs: dict[tuple[int, ...], Tensor]  # (N, 2, 2) of each pair
     unrotated_error: float
+    shifted_deviation: float  # if the tokens before the patches were the first patches
 
 
 def _probe(
@@ -217,8 +224,14 @@ def _probe(
     tokens = grid.num_tokens
 
     def call(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            out = fn(x.clone())
+        try:
+            with torch.no_grad():
+                out = fn(x.clone())
+        except Exception as failed:
+            raise ValueError(
+                f"fn fails on x ({tokens}, {dim}), the tokens of the grid and head_dim: "
+                f"{type(failed).__name__}: {failed}"
+            ) from failed
         if not isinstance(out, Tensor):
             raise TypeError(f"fn must return a tensor, got {type(out).__name__}")
         if out.shape != (tokens, dim):
@@ -258,6 +271,12 @@ def _probe(
         axes=axes,
         pairs=mixed,
         unrotated_error=float(still.abs().max()) if still.numel() else 0.0,
+        shifted_deviation=max(
+            _deviation(x, y, grid, grid.prefix) / float(pair.norm(dim=-1).prod())
+            for x, y, pair in zip(q, k, probes, strict=True)
+        )
+        if grid.prefix
+        else float("inf"),
     )
 
 
@@ -311,10 +330,12 @@ def _axis(local: Tensor, grid: PatchGrid) -> str:
     return {(True, True): "both", (True, False): "rows", (False, True): "cols", (False, False): "none"}[rows, cols]
 
 
-def _deviation(q: Tensor, k: Tensor, grid: PatchGrid) -> float:
-    """Return the largest spread of <q_n, k_m> among the patches n, m of an image with the same offset."""
+def _deviation(q: Tensor, k: Tensor, grid: PatchGrid, shift: int = 0) -> float:
+    """Return the largest spread of <q_n, k_m> among the patches n, m of an image with the same offset; of the tokens
+    that lie ``shift`` before them."""
     worst = 0.0
-    for image, (height, width) in _images(grid):
+    for patches, (height, width) in _images(grid):
+        image = patches - shift
         place = torch.arange(height * width)
         row, column = place // width, place % width
         low = torch.full(((2 * height - 1) * (2 * width - 1),), torch.inf, dtype=torch.float64)

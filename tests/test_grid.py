@@ -174,26 +174,15 @@ def test_hashable_and_comparable():
         (lambda: PatchGrid.packed([]), ValueError, "images is empty"),
         (lambda: PatchGrid.packed([(1, 4, 4)]), ValueError, "repeat a pair for each video frame"),
         (lambda: PatchGrid(4, 4, prefix=1).windows(2), ValueError, "windows hold patches only"),
+        (lambda: WINDOWS.pack(torch.ones(2, 16, 3)), ValueError, "argument 0 of pack must be .16, ...."),
         (
-            lambda: PatchGrid(4, 4).windows(2).pack(torch.ones(2, 16, 3)),
+            lambda: WINDOWS.pack(*torch.ones(3, 16, 2)),
             ValueError,
-            "argument 0 of pack must be .16, ....",
+            "pack the rotary too, windows.pack",
         ),
-        (
-            lambda: PatchGrid(4, 4).windows(2).pack(None, [1]),
-            TypeError,
-            "argument 1 of pack must be a tensor, a Rotary",
-        ),
-        (
-            lambda: PatchGrid(4, 4).windows(2).unpack(torch.ones(15)),
-            ValueError,
-            "out must be .16, ...., a row for each",
-        ),
-        (
-            lambda: PatchGrid(4, 4).windows(2).pack(AxialRoPE(8)(PatchGrid(3, 4))),
-            ValueError,
-            "the rotary has 12 tokens",
-        ),
+        (lambda: WINDOWS.pack(None, [1]), TypeError, "argument 1 of pack must be a tensor, a Rotary or None"),
+        (lambda: WINDOWS.unpack(torch.ones(15)), ValueError, "out must be .16, ...., a row for each token"),
+        (lambda: WINDOWS.pack(AxialRoPE(8)(PatchGrid(3, 4))), ValueError, "the rotary has 12 tokens"),
         (lambda: PatchGrid(4, 4, merge_size=2).windows(3), ValueError, "size=3 must be a multiple of merge_size=2"),
     ],
 )

@@ -375,7 +375,42 @@ def cls_moved():
     return AxialRoPE(HEAD)(PatchGrid(16, 16, prefix=1).coordinates() + 1)
 
 
+def one_diagonal():
+    rows, columns = ladders()
+    return Rotary.from_angles(torch.cat([rows + columns, (rows + columns) / 2], dim=1).float())
+
+
+def full_width_by_axis():
+    rows, columns = ladders()
+    return Rotary.from_angles(torch.cat([rows, rows, columns, columns], dim=1).float())
+
+
+def no_minus():
+    angles = torch.cat(ladders(), dim=1)
+
+    def rotate(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angles.cos() + b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+
+    return rotate
+
+
+def cls_counted():
+    token = torch.arange(257)
+    at = torch.stack([token // 16, token % 16], dim=1).float()
+    return AxialRoPE(HEAD)(at)
+
+
+def radians_for_degrees():
+    return Rotary.from_angles(torch.deg2rad(torch.cat(ladders(), dim=1)).float())
+
+
 CAUSES = {
+    one_diagonal: ("wrong", "axis_missing", "in one combination, 0.707 row + 0.707 column"),
+    full_width_by_axis: ("wrong", "full_width", "32 columns, each angle twice.*unflatten(-1, (2, 2, -1))"),
+    no_minus: ("wrong", "sign", "a minus sign is missing in 16 pairs"),
+    cls_counted: ("wrong", "prefix", "shifted by the prefix"),
+    radians_for_degrees: ("suspicious", "slow", "radians taken for degrees"),
     the_seed: ("wrong", "two_angles", "of 16 pairs, e.g. channels (0, 16).*both halves must hold all angles"),
     ernie_image: ("wrong", "two_angles", "both halves must hold all angles, torch.cat"),
     v_jepa_2: ("wrong", "two_angles", "e.g. channels (0, 1).*each angle must stand twice side by side"),
@@ -403,7 +438,7 @@ CAUSES = {
 @pytest.mark.parametrize("make", CAUSES, ids=lambda make: make.__name__)
 def test_the_cause_is_named(make):
     level, cause, text = CAUSES[make]
-    grid = PatchGrid(16, 16, prefix=1) if make is cls_moved else SQUARE
+    grid = PatchGrid(16, 16, prefix=1) if make in (cls_moved, cls_counted) else SQUARE
     report = verify_rotary(make(), grid, head_dim=HEAD)
     assert (report.level, report.findings[0].level, report.findings[0].cause) == (level, level, cause), str(report)
     pattern = ".*".join(map(re.escape, text.split(".*")))
@@ -463,7 +498,10 @@ GRID = PatchGrid(3, 3)
     [
         (Rotary.from_angles(torch.zeros(10, 4)), {}, ValueError, "rotary has 10 tokens, the grid 9"),
         (Rotary.from_angles(torch.zeros(9, 4)), {"head_dim": 6}, ValueError, "at least rotary_dim=8, got 6"),
-        ("rope", {}, TypeError, "must be a Rotary or a function, got str"),
+        ("rope", {}, TypeError, "must be a Rotary, an encoding or a function, got str"),
+        (AxialRoPE, {}, TypeError, r"is the class AxialRoPE: make one, AxialRoPE\(head_dim\)"),
+        ((torch.ones(9, 4), torch.zeros(9, 4)), {}, TypeError, r"got tuple: Rotary\(cos, sin\), with a column"),
+        (lambda x: x + torch.ones(4, 1), {}, ValueError, r"fn fails on x \(9, 64\), the tokens of the grid"),
         (lambda x: x, {"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
         (lambda x: (x, x), {}, TypeError, "fn must return a tensor, got tuple"),
         (lambda x: x[:, :4], {}, ValueError, r"fn must map \(9, 64\) to the same shape, got \(9, 4\)"),

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import itertools
 import sys
+import textwrap
 
 import torch
 
@@ -27,31 +28,36 @@ def run(options: argparse.Namespace) -> int:
     """Print the report. Missing optional parts are not errors; installed but broken parts are."""
     machine = environment.describe()
     for package, number in machine["versions"].items():
-        print(f"{package:<12} {number}")
+        _say(f"{package:<12} {number}")
     if "transformers" not in machine["versions"]:
-        print("transformers missing: patch() and inspect need it (pip install spatial_pe[hf])")
-    print(f"system       {machine['system']} {machine['machine']}")
-    print(f"cpu          {machine['cpu']}, {machine['cores']} usable cores, torch uses {machine['threads']} threads")
-    print(f"gpu          {machine['gpu'] or 'none that torch can use'}")
-    print(f"torch sees   {machine['torch_cpu_capability']}")
+        _say("transformers missing: patch() and inspect need it (pip install spatial_pe[hf])")
+    _say(f"system       {machine['system']} {machine['machine']}")
+    _say(f"cpu          {machine['cpu']}, {machine['cores']} usable cores, torch uses {machine['threads']} threads")
+    _say(f"gpu          {machine['gpu'] or 'none that torch can use'}")
+    _say(f"torch sees   {machine['torch_cpu_capability']}")
     broken = [*_print_extension(), *_print_backends()]
     for what in broken:
         print(f"BROKEN: {what}", file=sys.stderr)
     return 1 if broken else 0
 
 
+def _say(line: str) -> None:
+    """Print a line, at most 100 columns wide."""
+    print("\n".join(textwrap.wrap(line, 100, subsequent_indent=" " * 15, break_on_hyphens=False, drop_whitespace=True)))
+
+
 def _print_extension() -> list[str]:
     """Print the features of the compiled extension; return what is broken about it."""
     if importlib.util.find_spec("spatial_pe._C") is None:
-        print("extension    not built, so no cpu backend: the reason is below")
+        _say("extension    not built, so no cpu backend: the reason is below")
         return []
     try:
         features = importlib.import_module("spatial_pe._C").cpu_features()
-        print(f"extension    uses {features['isa']} kernels; sees {' '.join(features['flags']) or 'no flags'}")
+        _say(f"extension    uses {features['isa']} kernels; sees {' '.join(features['flags']) or 'no flags'}")
         threads = "OpenMP" if features["openmp"] else "no OpenMP: one thread only"
-        print(f"             compiled by {features['compiler']}, {threads}")
+        _say(f"             compiled by {features['compiler']}, {threads}")
     except Exception as error:  # a binary built for another machine or Python may raise anything
-        print("extension    built, but it does not work")
+        _say("extension    built, but it does not work")
         return [f"the compiled extension does not work ({type(error).__name__}: {error}): reinstall spatial_pe"]
     if importlib.util.find_spec("spatial_pe._cuda") is None:
         return []  # shown in the table of backends
@@ -59,32 +65,32 @@ def _print_extension() -> list[str]:
         cuda = importlib.import_module("spatial_pe._cuda")
         devices, why = cuda.devices()
         found = ", ".join(device["name"] for device in devices) or f"no device ({why})"
-        print(f"             CUDA kernels for {cuda.architectures}, compiled by {cuda.compiler}; finds {found}")
+        _say(f"             CUDA kernels for {cuda.architectures}, compiled by {cuda.compiler}; finds {found}")
     except Exception as error:
-        print("             CUDA kernels built, but they do not load")
+        _say("             CUDA kernels built, but they do not load")
         return [f"the CUDA extension does not load ({type(error).__name__}: {error}): reinstall spatial_pe"]
     return []
 
 
 def _print_backends() -> list[str]:
     """Print the table of backends, each available one checked against the reference; return what is broken."""
-    print("backends")
+    _say("backends")
     broken = []
     for name, why in backends():
         if why is not None:
-            print(f"  {name:<10} missing: {why}")
+            _say(f"  {name:<10} missing: {why}")
             continue
         try:
             error = _self_check(name)
         except Exception as failure:  # a broken kernel may raise anything: report it, and continue with the others
             error = f"{type(failure).__name__}: {failure}"
         if error is None:
-            print(f"  {name:<10} available, agrees with the reference")
+            _say(f"  {name:<10} available, agrees with the reference")
         else:
-            print(f"  {name:<10} available, BUT WRONG")
+            _say(f"  {name:<10} available, BUT WRONG")
             broken.append(f'backend "{name}": {error}')
     for line in (*_automatic(), *_behind_the_rotation()) if not broken else ():
-        print(line)
+        _say(line)
     return broken
 
 

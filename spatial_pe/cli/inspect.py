@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +60,8 @@ def _load_config(name: str) -> PretrainedConfig:
         raise UserError(f"{name!r} holds no config.json (found: {found})")
     if not path.exists() and name in CONFIG_MAPPING:
         return CONFIG_MAPPING[name]()
+    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".json"):
+        raise UserError(f"{name!r} does not exist")
     if not path.exists() and name.count("/") != 1:
         close = [key for key in CONFIG_MAPPING if name.lower().split("_")[0].split("-")[0] in key][:8]
         hint = f"; model types like it: {', '.join(close)}" if close else ""
@@ -68,7 +71,8 @@ def _load_config(name: str) -> PretrainedConfig:
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError, ... for files it does not understand
-        raise UserError(f"no configuration in {name!r}: {first_line(error)}") from error
+        what = f"the configuration in {name!r} is not valid" if path.exists() else f"no configuration of {name!r}"
+        raise UserError(f"{what}: {shorten(first_line(error), 200)}") from error
 
 
 def _build(config: PretrainedConfig) -> torch.nn.Module:

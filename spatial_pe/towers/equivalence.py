@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rotary import join_pairs
+from ..rotary import Rotary, join_pairs
 from .classes import swapped_class
 from .cost import Cost, cost_of
 from .forms import ForwardForm
@@ -96,6 +96,11 @@ def prove_added(module: nn.Module, encoding: nn.Module, binding: Binding) -> Non
             tables = encoding(grids.where(grids.example(3, 5), x, binding.prefix, binding.suffix)).to(x.device)
         except Exception as failed:
             raise ValueError(f"{name} fails on a grid of 3 x 5 patches: {_brief(failed)}") from failed
+        if isinstance(tables, Rotary) and tables.num_tokens != tokens:
+            raise ValueError(
+                f"{name} must return a row for each token, {tokens} for 3 x 5 patches and {tokens - 15} other tokens, "
+                f"got {tables.num_tokens}"
+            )
         cls = swapped_class(FusedAttention, type(module))
         fixed = replace(binding, grids=Fixed(tables), strict=True)
 

@@ -55,8 +55,8 @@ class ForwardForm:
     def check(self) -> None:
         """Raise unless the fields fit together."""
         for field in ("needs", "takes"):
-            if isinstance(getattr(self, field), str):
-                raise TypeError(f"{field} must be a set of names, got the string {getattr(self, field)!r}")
+            if not isinstance(getattr(self, field), frozenset | set):
+                raise TypeError(f"{field} must be a frozenset of names, got {getattr(self, field)!r}")
         if self.tables not in TABLES:
             raise ValueError(f"tables must be one of {TABLES}, got {self.tables!r}")
         if self.returns not in RETURNS:
@@ -143,23 +143,25 @@ FORMS = [
 ]
 
 
+BUILT_IN = frozenset(form.name for form in FORMS)
+
+
 def register_form(form: ForwardForm) -> None:
     """Add the form of an attention class of one's own, for ``patch`` and ``inspect`` in this process.
 
     Modules of this form are patched where the proof succeeds, as those of any class that is not part of the tests: the
-    patched forward must compute what the original one does. Forms that were registered last are tried first.
+    patched forward must compute what the original one does. Forms that were registered last are tried first; one of the
+    same name is replaced.
 
     Raises:
-        TypeError, ValueError: a field that does not fit the others, or another form of this name.
+        TypeError, ValueError: a field that does not fit the others, or the name of one of the package's own forms.
     """
     if not isinstance(form, ForwardForm):
         raise TypeError(f"form must be a spatial_pe.towers.ForwardForm, got {type(form).__name__}")
     form.check()
-    if form in FORMS:
-        return
-    if any(form.name == other.name for other in FORMS):
+    if form.name in BUILT_IN:
         raise ValueError(f"a form named {form.name!r} exists already: choose another name")
-    FORMS.insert(0, form)
+    FORMS[:] = [form, *(other for other in FORMS if other.name != form.name)]
 
 
 class Known(NamedTuple):

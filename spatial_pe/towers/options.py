@@ -31,6 +31,8 @@ class PatchOptions:
 
     def check(self) -> None:
         rope, start = self.rope, self.start
+        if isinstance(rope, type):
+            raise ValueError(f"rope is the class {rope.__name__}: make one, {rope.__name__}(head_dim)")
         if not isinstance(rope, nn.Module) and rope not in (None, "axial", "mixed"):
             raise ValueError(f'rope must be "axial", "mixed", a module or None, got {rope!r}')
         if start not in ("identity", "full"):
@@ -45,7 +47,7 @@ class PatchOptions:
         """Raise unless an encoding given as a module starts as ``start`` says."""
         rope = self.rope
         if isinstance(rope, nn.Module) and self.start == "identity":
-            table = rope(PatchGrid(3, 5))
+            table = _table_of(rope, PatchGrid(3, 5))
             if not isinstance(table, Rotary):
                 raise TypeError(_not_a_table(rope, table))
             if not bool((table.cos == 1).all() and (table.sin == 0).all()):
@@ -67,8 +69,8 @@ class PatchOptions:
     def name(self) -> str:
         if self.legacy is not None:
             return f"legacy {self.legacy}, not a rotation"
-        kind = self.rope if isinstance(self.rope, str) else type(self.rope).__name__
-        return f"{kind} RoPE added, start={self.start}"
+        kind = f"{self.rope} RoPE" if isinstance(self.rope, str) else type(self.rope).__name__
+        return f"{kind} added, start={self.start}"
 
     def encoding(self, layout: Layout) -> nn.Module:
         """Return a new encoding for one attention module; a given module is copied."""
@@ -122,7 +124,7 @@ class PatchOptions:
 def check_encoding(encoding: nn.Module, layout: Layout) -> None:
     """Raise unless its tables match the heads of this attention."""
     with torch.no_grad():
-        table = encoding(PatchGrid(1, 1))
+        table = _table_of(encoding, PatchGrid(1, 1))
     name = type(encoding).__name__
     if not isinstance(table, Rotary):
         if not callable(table):
@@ -139,6 +141,17 @@ def check_encoding(encoding: nn.Module, layout: Layout) -> None:
             f"rope has a table for each of {heads} heads, the tower's attention has {layout.heads} heads of queries "
             f"and {layout.kv_heads} of keys: they must be as many, or share one table"
         )
+
+
+def _table_of(rope: nn.Module, grid: PatchGrid) -> Any:
+    try:
+        return rope(grid)
+    except Exception as failed:
+        height, width = grid.images[0]
+        raise ValueError(
+            f"rope={type(rope).__name__} fails on a grid of {height} x {width} patches: "
+            f"{type(failed).__name__}: {failed}"
+        ) from failed
 
 
 def _not_a_table(rope: nn.Module, table: Any) -> str:

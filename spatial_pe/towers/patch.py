@@ -83,7 +83,6 @@ def patch(
     """
     options = PatchOptions(rope, start, keep_absolute, legacy)
     options.check()
-    options.check_start()
     _check_model(model)
     saved = _to_restore(model, options)
     report = apply(model, options, backend, verify)
@@ -378,6 +377,7 @@ class _Addition:
             with torch.device("cpu"):  # whatever the default device is: the weights say where it belongs
                 encoding = options.encoding(candidate.layout).to(device).train(candidate.module.training)
                 check_encoding(encoding, candidate.layout)
+                options.check_start()
             self.encodings.append(encoding)
         if not self.encodings[0].state_dict() and not list(self.encodings[0].parameters()):
             self.encodings = [self.encodings[0]] * len(members)

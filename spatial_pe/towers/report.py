@@ -70,7 +70,10 @@ class PatchReport:
 
             torch.optim.AdamW(report.parameter_groups(model), lr=2e-5)
         """
+        here = {id(p) for p in model.parameters()}
         rope = [p for p in self.parameters() if p.requires_grad]
+        if any(id(p) not in here for p in rope):
+            raise ValueError("model does not hold the encodings that this report's patch added: pass that model")
         chosen = {id(p) for p in rope}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         return [{"params": others}, {"params": rope, "lr": rope_lr, "weight_decay": 0.0}]

@@ -54,10 +54,12 @@ class Lost:
     def __str__(self) -> str:
         rope = self.entry.get("rope")
         kind = rope["class"].rpartition(".")[2] if isinstance(rope, dict) else rope or self.entry.get("legacy")
+        start = self.entry.get("start")
+        again = f"patch it as it was (rope={rope!r}, start={start!r}), " if isinstance(rope, str) else ""
         return (
-            f"{self.path} was saved with a RoPE added ({kind}, start={self.entry.get('start')}), which "
-            f"{self.loaded_by}.from_pretrained leaves out. Load it with "
-            f"spatial_pe.from_pretrained({self.loaded_by}, {self.path!r}), or start anew: spatial_pe.unpatch(model)"
+            f"{self.path} was saved with a RoPE added ({kind}, start={start}), which {self.loaded_by}.from_pretrained "
+            f"leaves out. Load it with spatial_pe.from_pretrained({self.loaded_by}, {self.path!r}), {again}or start "
+            "anew: spatial_pe.unpatch(model)"
         )
 
 

@@ -108,8 +108,6 @@ class TestTensors:
         q, k, v = qkv()
         refuses(ValueError, r"^k and v must have the same shape, got \(2, 10, 4, 16\) and \(2, 9, 4, 16\)",
                 q, k, v[:, :9], backend=backend)  # fmt: skip
-        refuses(ValueError, r"^q and k must have the same batch and tokens, got \(2, 10, 4, 16\) and \(2, 9, 4, 16\)",
-                q, k[:, :9], v[:, :9], backend=backend)  # fmt: skip
         refuses(ValueError, r"^q and k must have the same batch", q[:1], k, v, backend=backend)
         refuses(ValueError, r"^q and k must have the same head_dim, got 16 and 8",
                 q, *qkv(2, 10, 4, 8)[1:], backend=backend)  # fmt: skip

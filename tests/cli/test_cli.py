@@ -76,6 +76,7 @@ def test_doctor_without_the_extension_says_why_and_succeeds(run, missing, monkey
     assert result.code == 0
     assert "extension    not built" in result.out
     assert "missing: there is no compiler here" in result.out
+    assert max(map(len, result.out.splitlines())) <= 100
     assert "auto       float32 on the CPU: composed\n" in result.out
     assert result.out.count("no compiler") == 1
 
@@ -197,7 +198,7 @@ def test_inspect_reports_a_failed_proof_as_such(run, monkeypatch):
         ("dino", "model types like it: .*dinov2"),
         ("zzz", "no file or folder, no model type of transformers and no hub id"),
         ("a/b/c", "no file or folder"),
-        ("owner/name", "no configuration in 'owner/name'"),
+        ("owner/name", "no configuration of 'owner/name'"),
     ],
 )
 def test_inspect_of_an_unknown_name(run, name, message):
@@ -211,8 +212,8 @@ def test_inspect_of_an_unknown_name(run, name, message):
     ("content", "message"),
     [
         (None, "holds no config.json (found: weights.bin)"),
-        ("not json", "no configuration in"),
-        ('{"model_type": "no_such_type"}', "no configuration in"),
+        ("not json", "is not valid"),
+        ('{"model_type": "no_such_type"}', "is not valid"),
         (json.dumps({"model_type": "dinov2", "hidden_size": -1}), "no model could be built from this 'dinov2'"),
     ],
 )

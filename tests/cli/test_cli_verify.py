@@ -87,7 +87,10 @@ def test_another_grid(verify):
         (["my_ropes:right", "--grid", "16"], "--grid must be HxW, e.g. 16x16, got '16'"),
         (["my_ropes:right", "--grid", "0x16"], "--grid 0x16: height must be at least 1, got 0"),
         (["my_ropes:small"], "my_ropes:small: ValueError: rotary has 25 tokens, the grid 256"),
-        (["my_ropes:fails"], "my_ropes:fails: KeyError: 'freqs'"),
+        (
+            ["my_ropes:fails"],
+            "my_ropes:fails: ValueError: fn fails on x (256, 64), the tokens of the grid and head_dim: KeyError: 'freqs'",
+        ),
         (["my_ropes:CODE.x"], "'my_ropes' has no 'CODE'"),
     ],
 )

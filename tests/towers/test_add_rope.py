@@ -312,5 +312,7 @@ def test_parameter_groups():
     trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     assert {id(p) for p in others["params"] + rope["params"]} == {id(p) for p in trained}
     assert len(others["params"]) + 2 == len(trained)
+    with pytest.raises(ValueError, match="model does not hold the encodings"):
+        report.parameter_groups(FAMILIES["clip"].make())
     optimizer = torch.optim.AdamW([others, rope], lr=1e-5)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 0.1]

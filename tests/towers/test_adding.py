@@ -265,7 +265,7 @@ def test_what_computes_anything_else_is_left_alone(right, wrong, reason, own):
     ("changes", "error", "message"),
     [
         ({"name": "plain"}, ValueError, "a form named 'plain' exists already"),
-        ({"needs": "angles"}, TypeError, "needs must be a set of names, got the string 'angles'"),
+        ({"needs": "angles"}, TypeError, "needs must be a frozenset of names, got 'angles'"),
         ({"tables": "degrees"}, ValueError, "tables must be one of"),
         ({"returns": "list"}, ValueError, "returns must be one of"),
         ({"rotation": "rope"}, ValueError, "rotation='rope' must be among the arguments in needs or takes"),
@@ -282,6 +282,15 @@ def test_a_form_that_does_not_fit_is_refused(changes, error, message, own):
     with pytest.raises(TypeError, match=r"form must be a spatial_pe\.towers\.ForwardForm, got str"):
         register_form("mine")
     assert len(forms.FORMS) == len(set(forms.FORMS))
+
+
+def test_a_form_is_replaced_by_one_of_its_name(own):
+    from spatial_pe.towers import ForwardForm, register_form
+
+    before = len(forms.FORMS)
+    for first in ("x", "tokens"):
+        register_form(ForwardForm("mine", first=first, needs=frozenset({"angles"})))
+    assert len(forms.FORMS) == before + 1 and forms.FORMS[0].first == "tokens"
 
 
 def test_tokens_alone():
