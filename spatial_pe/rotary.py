@@ -255,7 +255,7 @@ def check_rotary_fits(x: Tensor, rotary: Rotary, name: str, table: str = "rotary
     if table_tokens != tokens:
         hint = ""
         if heads == table_tokens and tokens != table_tokens:
-            hint = f": {name} must be (batch, tokens, heads, head_dim), and looks like {name}.transpose(1, 2) of it"
+            hint = f": is {name} (batch, heads, tokens, head_dim)? Pass {name}.transpose(1, 2)"
         elif 0 < tokens - table_tokens <= 16:
             hint = f": did you forget prefix={tokens - table_tokens}?"
         raise ValueError(f"{table} has {table_tokens} tokens, {name} has {tokens}{hint}")

@@ -136,7 +136,9 @@ class TestRotary:
         refuses(ValueError, r"^rotary has 9 tokens, q has 10: did you forget prefix=1\?$", *qkv(), table(9),
                 backend=backend)  # fmt: skip
         refuses(ValueError, r"^rotary has 11 tokens, q has 10$", *qkv(), table(11), backend=backend)
-        refuses(ValueError, r"^rotary has 4 tokens, q has 25$", *qkv(2, 25, 4, 16), table(4), backend=backend)
+        refuses(ValueError, r"^rotary has 3 tokens, q has 25$", *qkv(2, 25, 4, 16), table(3), backend=backend)
+        refuses(ValueError, r"^rotary has 25 tokens, q has 4: is q \(batch, heads, tokens, head_dim\)\? Pass q",
+                *qkv(2, 4, 25, 16), table(25), backend=backend)  # fmt: skip
         refuses(ValueError, r"^rotary has 10 tokens, q has 12: did you forget prefix=2", *qkv(12, 4, 16), table(10),
                 cu_seqlens=int32(0, 12), backend=backend)  # fmt: skip
 

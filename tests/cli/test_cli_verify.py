@@ -89,7 +89,8 @@ def test_another_grid(verify):
         (["my_ropes:small"], "my_ropes:small: ValueError: rotary has 25 tokens, the grid 256"),
         (
             ["my_ropes:fails"],
-            "my_ropes:fails: ValueError: fn fails on x (256, 64), the tokens of the grid and head_dim: KeyError: 'freqs'",
+            "my_ropes:fails: ValueError: fn fails on x (256, 64), the tokens of the grid and head_dim: "
+            "KeyError: 'freqs'",
         ),
         (["my_ropes:CODE.x"], "'my_ropes' has no 'CODE'"),
     ],
