@@ -18,7 +18,7 @@ from .cost import Cost
 WIDTH = 100  # of the printed report
 
 # Of Adam, whose steps are as long as the learning rate: 100 steps move a strength from 0 to as much as 1. At the 5e-5
-# of a Trainer, 100 steps leave it at 0.0007: docs/patching.md has the measurement.
+# of a Trainer, 100 steps leave it at 0.0007. The study "rates" compares rates.
 ROPE_LR = 1e-2
 
 
