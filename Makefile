@@ -32,8 +32,8 @@ QUICK_TESTS := tests/ops/test_op.py tests/test_rotary.py tests/backends/test_che
   tests/test_encodings*.py tests/test_verify.py tests/cli/test_cli.py
 
 # the environments at once: most of an installation is waiting
-test: $(VENV)/installed
-	$(MAKE) --jobs 3 $(TEST_ENVS)
+test: $(VENV)/pip
+	$(MAKE) --jobs 4 $(TEST_ENVS)
 	$(OLDER) -m "not slow and not gpu" $(LATER:%=--ignore tests/towers/test_%.py)
 	$(PYTEST) -m "not slow and not gpu"
 
@@ -163,26 +163,26 @@ build/emulator/built: $(VENV)/installed $(shell find csrc tests/backends/cuda -n
 	touch $@
 
 # The Triton of torch 2.11, beside the newest: tests/backends/triton/test_budget.py compiles with both
-$(VENV)/triton-3.6: $(VENV)/installed
+$(VENV)/triton-3.6: | $(VENV)/pip
 	rm -rf $@
 	$(PIP_INSTALL) --no-deps --target $@ triton==3.6.0
 	touch $@
 
 # The oldest transformers that is supported, beside the newest, with the packages that it pins
-$(VENV)/transformers-4.57: $(VENV)/installed
+$(VENV)/transformers-4.57: | $(VENV)/pip
 	rm -rf $@
 	$(PIP_INSTALL) --no-deps --target $@ transformers==4.57.6 "huggingface_hub<1" "tokenizers<0.23" \
 	  requests urllib3 certifi idna charset_normalizer
 	touch $@
 
 # timm and the torchvision that it imports, beside a torch for the CPU (tests/towers/timm_path.py says how)
-$(VENV)/timm: $(VENV)/installed
+$(VENV)/timm: | $(VENV)/pip
 	rm -rf $@
 	$(PIP_INSTALL) --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 # lmms-eval and what its evaluator imports, without what only other models and videos need
-$(VENV)/lmms-eval: $(VENV)/installed
+$(VENV)/lmms-eval: | $(VENV)/pip
 	rm -rf $@
 	$(PIP_INSTALL) --no-deps --target $@ lmms-eval==0.7.3 "datasets<6" "filelock<4.3" aiohappyeyeballs aiohttp \
 	  aiosignal attrs certifi chardet charset_normalizer colorama dataproperty decord dill evaluate frozenlist loguru lxml \
@@ -196,7 +196,12 @@ wheel: $(VENV)/installed
 
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-$(VENV)/installed: $(SOURCES)
+$(VENV)/pip:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/installed: $(SOURCES) | $(VENV)/pip
 	$(call install,test)
 	touch $@
 
@@ -204,15 +209,13 @@ $(VENV)/installed: $(SOURCES)
 # imported a few.
 $(VENV)/demo: export SPATIAL_PE_CUDA := 0
 $(VENV)/demo: PIP_INSTALL += --no-compile
-$(VENV)/demo: $(SOURCES)
+$(VENV)/demo: $(SOURCES) | $(VENV)/pip
 	test -e $(VENV)/installed || { $(call install,demo); }
 	touch $@
 
 # Of an extra; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
 PIP_INSTALL := $(BIN)/pip install --quiet
-install = { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
-  $(BIN)/python -m pip install --quiet --upgrade pip && \
-  $(PIP_INSTALL) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
+install = $(PIP_INSTALL) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
   SPATIAL_PE_REQUIRE_EXT=1 $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[$(1)]"
 
 $(VENV)/bench: $(VENV)/installed
