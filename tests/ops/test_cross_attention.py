@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from oracles import CPU_KERNELS, pair_channels, threads
+from rows import some_pairs
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -136,8 +137,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), some_pairs(CASES, [torch.float32, torch.bfloat16, torch.float16]), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_and_gradients_follow_the_error_rule(backend, case, dtype):
     case.make(dtype)
