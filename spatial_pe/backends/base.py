@@ -160,7 +160,10 @@ def table_strides(cos: Tensor) -> tuple[int, int, int]:
 def allocator(call: AttentionCall) -> Callable[..., Tensor]:
     """Return a function that allocates results like q: zeros where there is padding, or a sequence may have no keys or
     no queries, as the kernels write only the tokens of sequences that have both."""
-    whole = call.seqlens is None and (call.keys is None or (call.cu_seqlens is None and call.keys.seqlens is None))
+    keys = call.keys
+    whole = call.seqlens is None
+    if keys is not None:
+        whole = call.form == "dense" and keys.seqlens is None and call.q.shape[1] > 0 and call.k.shape[1] > 0
     return call.q.new_empty if whole else call.q.new_zeros
 
 

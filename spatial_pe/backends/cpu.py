@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..rotary import Rotary
 from . import reference
 from .base import AttentionCall, allocator, float32_tables, table_strides, view
 
@@ -107,21 +108,14 @@ def _problem(call: AttentionCall) -> dict:
         "threads": torch.get_num_threads(),
     }
     if call.rotary is not None:
-        cos, sin = float32_tables(call.rotary)
-        strides = table_strides(cos)
-        problem |= {
-            "rotary_dim": call.rotary.rotary_dim,
-            "pairing": call.rotary.pairing,
-            "cos": (cos.data_ptr(), *strides),
-            "sin": (sin.data_ptr(), *strides),
-            "keep": (cos, sin),
-        }
+        problem |= {"rotary_dim": call.rotary.rotary_dim, "pairing": call.rotary.pairing, **_table(call.rotary)}
     if call.keys is not None and call.keys.rotary is not None:
-        cos, sin = float32_tables(call.keys.rotary)
-        strides = table_strides(cos)
-        problem |= {
-            "cos_k": (cos.data_ptr(), *strides),
-            "sin_k": (sin.data_ptr(), *strides),
-            "keep_k": (cos, sin),
-        }
+        problem |= _table(call.keys.rotary, "_k")
     return problem
+
+
+def _table(rotary: Rotary, side: str = "") -> dict:
+    cos, sin = float32_tables(rotary)
+    strides = table_strides(cos)
+    addresses = {"cos": (cos.data_ptr(), *strides), "sin": (sin.data_ptr(), *strides), "keep": (cos, sin)}
+    return {name + side: value for name, value in addresses.items()}

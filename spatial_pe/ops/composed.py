@@ -202,7 +202,10 @@ def _without_keys(call: AttentionCall, zero: Tensor, nan: Tensor) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Compute attention by torch's SDPA, (B, N, H, D) -> (B, N, H, D)."""
+    """Compute attention by torch's SDPA, (B, N, H, D) -> (B, N, H, D). Without keys it is 0, whatever q is."""
+    if unrecorded(_tokens, k) == 0:
+        everywhere = torch.ones((), dtype=torch.bool, device=q.device)
+        return q.masked_fill(everywhere, 0) + k.sum() + v.sum()  # no keys, so no elements; but differentiable
     group = unrecorded(_heads, q) // unrecorded(_heads, k)
     if group > 1 and in_torchscript_export():  # has no enable_gqa
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
@@ -233,12 +236,16 @@ def _packed_pairs(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tenso
             (torch.tensor(at, device="cpu")[:, None] + torch.arange(n, device="cpu")).to(q.device)
             for at, n in zip(zip(*begin, strict=True), (length, keys), strict=True)
         )
-        out = _sdpa(q[rows], k[columns], v[columns], call.scale) if keys else q[rows] * 0
+        out = _sdpa(q[rows], k[columns], v[columns], call.scale)
         outs.append(out.flatten(0, 1))
         order.append(rows.flatten())
     if not outs:
-        return q + k.sum() * 0 + v.sum() * 0  # no queries; but differentiable
+        return q + k.sum() + v.sum()  # no queries, so no elements; but differentiable
     return torch.cat(outs)[torch.cat(order).argsort()]
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[1]
 
 
 def _heads(x: Tensor) -> int:

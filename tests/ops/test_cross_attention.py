@@ -148,6 +148,24 @@ def test_outputs_and_gradients_follow_the_error_rule(backend, case, dtype):
         assert error <= 1.5 * own + 1e-5 * (1 + exact[name].norm().item()), (name, error, own)
 
 
+@pytest.mark.parametrize("form", ["dense", "packed", "padded"])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("lengths", [(6, 0), (0, 9), (0, 0)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_keys_or_queries_all_is_zero(backend, lengths, rotated, form):
+    """Whatever q holds, and the memory that the results get."""
+    case = Cross(lengths[:1], lengths[1:], form)
+    case.make(torch.float32)
+    q, k, v = (case.tensors[name].fill_(torch.nan).requires_grad_() for name in "qkv")
+    tables = {name: Rotary.from_angles(case.tensors[name]) if rotated else None for name in ("rotary", "rotary_k")}
+    for _ in range(4):  # freed memory, which an allocation of the same size gets
+        used = [torch.full_like(x, torch.nan) for x in (q, q, k, v) for _ in range(4)]
+        del used
+        out = rope_attention(q, k, v, backend=backend, **tables, **case.lengths())
+        for x in (out, *torch.autograd.grad(out.sum(), [q, k, v])):
+            assert torch.equal(x, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("kernel", CPU_KERNELS, ids=str)
 def test_every_instruction_set(kernel):
     case = Cross((5, 130, 0, 41), (37, 3, 4, 300), heads=4, kv_heads=2, dim=72, rotary_dim=40)
