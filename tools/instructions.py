@@ -87,7 +87,7 @@ def call(case: Case, calls: int) -> None:
     extension = _extension()
     n, dim = case.tokens, case.head_dim
     problem = {"dtype": case.dtype, "batch": 1, "tokens": n, "heads": 1, "kv_heads": 1, "head_dim": dim}
-    problem |= {"scale": dim**-0.5, "threads": 1, "sequences": [(0, 0, n)]}
+    problem |= {"scale": dim**-0.5, "threads": 1, "sequences": [(0, 0, n, 0, n)]}
     kept = []
 
     def view(values: array, width: int = dim) -> tuple[int, int, int, int]:
