@@ -13,7 +13,24 @@ from .ops.attention import rope_attention
 from .rotary import Rotary
 
 
-class RoPE2DAttention(nn.Module):
+class _MultiHeadAttention(nn.Module):
+    """Heads and backend, the common part of the two modules below."""
+
+    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int | None, backend: str) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}")
+        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {num_heads}")
+        self.head_dim = embed_dim // num_heads
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+class RoPE2DAttention(_MultiHeadAttention):
     """Multi-head self-attention with 2D RoPE on q and k, for a ViT block.
 
     Args:
@@ -40,9 +57,7 @@ class RoPE2DAttention(nn.Module):
         num_kv_heads: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = _heads(embed_dim, num_heads, num_kv_heads)
-        self.backend = backend
+        super().__init__(embed_dim, num_heads, num_kv_heads, backend)
         self.qkv = nn.Linear(embed_dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
         # last: it stays float32 in a model of any dtype, and libraries take a model's dtype from its first parameter
@@ -62,10 +77,6 @@ class RoPE2DAttention(nn.Module):
             return node
         if x.ndim not in (2, 3):
             raise ValueError(f"x must be (B, N, C) or packed (T, C), got shape {tuple(x.shape)}")
-        if x.ndim == 3 and isinstance(grid, PatchGrid) and len(grid.images) > 1:
-            raise ValueError(
-                f"grid packs {len(grid.images)} images: x must be packed (T, C), got shape {tuple(x.shape)}"
-            )
         rotary = _rotary(self.rope, grid, x)
         if x.ndim == 2 and cu_seqlens is None:
             if not isinstance(grid, PatchGrid):
@@ -82,11 +93,8 @@ class RoPE2DAttention(nn.Module):
         )
         return self.proj(out.flatten(-2))
 
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
 
-
-class RoPE2DCrossAttention(nn.Module):
+class RoPE2DCrossAttention(_MultiHeadAttention):
     """Multi-head cross-attention with 2D RoPE on q and k: the tokens of one image attend to those of another, or to a
     memory, each with the positions of its own grid.
 
@@ -114,9 +122,7 @@ class RoPE2DCrossAttention(nn.Module):
         num_kv_heads: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = _heads(embed_dim, num_heads, num_kv_heads)
-        self.backend = backend
+        super().__init__(embed_dim, num_heads, num_kv_heads, backend)
         self.q = nn.Linear(embed_dim, embed_dim, bias=qkv_bias)
         self.kv = nn.Linear(context_dim or embed_dim, 2 * self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
@@ -136,12 +142,17 @@ class RoPE2DCrossAttention(nn.Module):
         max_seqlen_k: int | None = None,
         seqlens_k: Tensor | None = None,
     ) -> Tensor:
+        lengths = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "seqlens": seqlens}
+        lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k, "seqlens_k": seqlens_k}
+        if (node := fx_node(self, x, context, grid, context_grid, **lengths)) is not None:
+            return node
         if x.ndim not in (2, 3) or context.ndim != x.ndim:
             raise ValueError(
                 f"x and context must be (B, N, C) and (B, M, C), or packed (T, C) and (S, C), got shapes "
                 f"{tuple(x.shape)} and {tuple(context.shape)}"
             )
-        rotary, rotary_k = _rotary(self.rope, grid, x), _rotary(self.rope, context_grid, context, "context_grid")
+        rotary = _rotary(self.rope, grid, x)
+        rotary_k = _rotary(self.rope, context_grid, context, "context_grid", "context")
         if x.ndim == 2 and cu_seqlens is None:
             if not isinstance(grid, PatchGrid) or not isinstance(context_grid, PatchGrid):
                 raise ValueError("packed x (T, C) needs cu_seqlens and cu_seqlens_k, or two PatchGrids that have them")
@@ -158,23 +169,14 @@ class RoPE2DCrossAttention(nn.Module):
         )  # fmt: skip
         return self.proj(out.flatten(-2))
 
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
-
-
-def _heads(embed_dim: int, num_heads: int, num_kv_heads: int | None) -> tuple[int, int, int]:
-    """Return the query heads, key heads and head_dim."""
-    if num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}")
-    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if kv_heads < 1 or num_heads % kv_heads:
-        raise ValueError(f"num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
-    return num_heads, kv_heads, embed_dim // num_heads
-
 
 def _rotary(
-    rope: nn.Module | None, grid: PatchGrid | Tensor | Rotary | None, x: Tensor, name: str = "grid"
+    rope: nn.Module | None, grid: PatchGrid | Tensor | Rotary | None, x: Tensor, name: str = "grid", tokens: str = "x"
 ) -> Rotary | None:
+    if x.ndim == 3 and isinstance(grid, PatchGrid) and len(grid.images) > 1:
+        raise ValueError(
+            f"{name} packs {len(grid.images)} images: {tokens} must be packed (T, C), got shape {tuple(x.shape)}"
+        )
     if isinstance(grid, Rotary):
         return grid
     if rope is None:

@@ -316,6 +316,9 @@ def test_the_module_is_two_calls_of_attention():
     torch.testing.assert_close(packed, out.flatten(0, 1))
     ones = torch.full((2,), 15, dtype=torch.int32)
     torch.testing.assert_close(module(x, context, view, other, seqlens=ones), out)
+    message = r"context_grid packs 2 images: context must be packed \(T, C\), got shape \(2, 8, 32\)"
+    with pytest.raises(ValueError, match=message):
+        module(x, context, view, others)
     with pytest.raises(ValueError, match="context_grid is None"):
         module(x, context, view)
     with pytest.raises(ValueError, match=r"x and context must be \(B, N, C\)"):
@@ -323,6 +326,23 @@ def test_the_module_is_two_calls_of_attention():
     with pytest.raises(ValueError, match="needs cu_seqlens and cu_seqlens_k"):
         module(x[0], context[0], torch.zeros(15, 2), torch.zeros(8, 2))
     assert sum(p.numel() for p in RoPE2DAttention(48, 3).parameters()) == 48 * 48 * 4 + 48 * 4
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = RoPE2DCrossAttention(48, 3, context_dim=32)
+
+    def forward(self, x: Tensor, context: Tensor, view: Tensor, other: Tensor) -> Tensor:
+        return self.cross(x, context, view, other)
+
+
+def test_the_module_is_a_leaf_of_a_symbolic_trace():
+    decoder = Decoder()
+    args = torch.randn(2, 15, 48), torch.randn(2, 8, 32), torch.rand(15, 2), torch.rand(8, 2)
+    graph = torch.fx.symbolic_trace(decoder)
+    assert [node.op for node in graph.graph.nodes].count("call_module") == 1
+    torch.testing.assert_close(graph(*args), decoder(*args))
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
