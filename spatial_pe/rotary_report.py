@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._utils.console import wrap
 from .grid import PatchGrid
 from .rotary import Rotary, rotated, split_pairs
 from .rotary_findings import STILL, Finding, Probed, doubled, findings, worst
@@ -82,7 +82,7 @@ class RotaryReport:
                 label = "no position" if axis == "none" else axis
                 lines.append(f"  {label:<17} {len(blocks)} pairs: {shown}")
         for finding in self.findings:
-            lines += textwrap.wrap(str(finding), 100, initial_indent="  ", subsequent_indent="    ")
+            lines += wrap(str(finding), "  ", "    ")
         return "\n".join(lines)
 
 

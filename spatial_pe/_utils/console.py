@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import Protocol
+
+WIDTH = 100  # columns of what commands and reports print
 
 
 class Show(Protocol):
@@ -51,6 +54,14 @@ def _lines(label: str) -> Show:
             print(label or f"{done}/{total} {step}", file=sys.stderr, flush=True)
 
     return show
+
+
+def wrap(line: str, first: str = "", others: str = "") -> list[str]:
+    """Break a line into lines of at most WIDTH columns that begin with ``first`` and ``others``. Names and paths stay
+    whole."""
+    return textwrap.wrap(
+        line, WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -8,11 +8,11 @@ import importlib
 import importlib.util
 import itertools
 import sys
-import textwrap
 
 import torch
 
 from .._utils import environment
+from .._utils.console import wrap
 from ..backends.base import AttentionCall
 from ..ops import flash
 from ..ops.attention import rope_attention
@@ -42,8 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
-    """Print a line, at most 100 columns wide."""
-    print("\n".join(textwrap.wrap(line, 100, subsequent_indent=" " * 15, break_on_hyphens=False, drop_whitespace=True)))
+    print("\n".join(wrap(line, others=" " * 15)))
 
 
 def _print_extension() -> list[str]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,13 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._utils.console import wrap
 from ..encodings import AxialRoPE, MixedRoPE
 from .cost import Cost
 
-WIDTH = 100  # of the printed report
-
-# Of Adam, whose steps are as long as the learning rate: 100 steps move a strength from 0 to as much as 1. At the 5e-5
-# of a Trainer, 100 steps leave it at 0.0007. The study "rates" compares rates.
+# Of Adam, whose steps are as long as the learning rate: 100 steps move a strength from 0 to at most 1, at the 5e-5 of a
+# Trainer to at most 0.005. The study "rates" compares rates.
 ROPE_LR = 1e-2
 
 
@@ -95,7 +92,7 @@ class PatchReport:
         if added:
             lines += ["", f"{added} parameters added: report.parameters()"]
         for note in self.notes:
-            lines += ["", *_wrap(note, WIDTH)]
+            lines += ["", *wrap(note)]
         return "\n".join(lines)
 
     def _patched_lines(self) -> list[str]:
@@ -119,7 +116,7 @@ class PatchReport:
             lines.append(name)
             for _ in kinds:
                 row_of_table, more = next(table)
-                lines += [f"  {row_of_table}", *(line for text in more for line in _wrapped(text))]
+                lines += [f"  {row_of_table}", *(line for text in more for line in wrap(text, "    ", "      "))]
         lines.insert(1, "-" * max(map(len, lines)))
         return lines
 
@@ -130,11 +127,8 @@ class PatchReport:
         return [
             line
             for (attention, reason), rows in groups.items()
-            for line in _wrap(
-                f"{len(rows)} {attention} ({rows[0].name}{', ...' if len(rows) > 1 else ''}): {reason}",
-                WIDTH,
-                initial_indent="  ",
-                subsequent_indent="    ",
+            for line in wrap(
+                f"{len(rows)} {attention} ({rows[0].name}{', ...' if len(rows) > 1 else ''}): {reason}", "  ", "    "
             )
         ]
 
@@ -173,14 +167,6 @@ def _costs(row: PatchedRow) -> list[str]:
 
 def _columns(rows: list[PatchedRow]) -> tuple[list[float | None], list[float | None]]:
     return [row.error for row in rows], [row.own_error for row in rows]
-
-
-def _wrapped(text: str) -> list[str]:
-    return _wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ")
-
-
-# names and paths stay whole
-_wrap = functools.partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(cells: list[tuple[str, ...]]) -> list[str]:

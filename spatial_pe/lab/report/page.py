@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..._utils.console import WIDTH
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -52,7 +54,7 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> s
     return template.render(title=title, lead=lead, sections=sections, footer=footer, drawn=drawn, id=id)
 
 
-def plain(table: Table, width: int = 100) -> str:
+def plain(table: Table, width: int = WIDTH) -> str:
     """Format a table for a terminal of this width: headings are broken into lines, and what the first column holds, so
     far as it must be."""
     columns = list(zip(table.header, *table.rows, strict=True))
