@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spatial_pe.backends import cpu
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -40,6 +42,16 @@ def test_patch_qwen_vl(printed):
     assert re.search(r"Qwen2_5_VLVisionAttention +2 +own RoPE, packed \(half\)", text)
     assert number("unpatched: relative difference", text) < 1e-5
     assert "unpatched again, bit for bit: True" in text
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="without the extension another backend is shown")
+def test_the_readme_shows_what_it_prints(printed):
+    """But for the errors, which differ from machine to machine."""
+    pytest.importorskip("transformers")
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    table = next(block for block in readme.split("```") if "Qwen2_5_VLVisionAttention" in block)
+    shown, now = (re.sub(r"\d\.\de-\d\d", "", x) for x in (table, printed("patch_qwen_vl.py")))
+    assert now.split()[: len(shown.split())] == shown.split()
 
 
 def test_add_rope_to_clip(printed):
