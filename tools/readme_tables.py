@@ -214,6 +214,14 @@ def engines() -> str:
     )
 
 
+def cross() -> str:
+    result = load("cross")
+    found = bench_report.cross_table(result)
+    return (
+        f"{table(list(found.header), [list(row) for row in found.rows])}\n\n`{result['command']}`; {machine(result)}."
+    )
+
+
 def left_out(result: dict) -> str:
     """Return a sentence on the engines that took no part, with their reasons."""
     reasons: dict[str, list[str]] = {}
@@ -323,7 +331,7 @@ def machine(result: dict) -> str:
 # file -> its blocks
 BLOCKS = {
     "README.md": {"numbers": numbers},
-    "docs/benchmarks.md": {"demo": demo, "results": results, "engines": engines},
+    "docs/benchmarks.md": {"demo": demo, "results": results, "cross": cross, "engines": engines},
     "docs/spatial-study.md": {"accuracy": accuracy},
 }
 
