@@ -28,7 +28,7 @@ LEVELS = ("fine", "suspicious", "wrong")
 STILL, ROUNDING = 3e-7, 1e-4
 # An axis whose fastest pair rotates by less than this over the whole image leaves scores nearly as they are:
 # cos(0.5) = 0.88. A ladder from 1 radian a patch rotates by 15 over 16 patches.
-LEAST_TURN = 0.5
+LEAST_ANGLE = 0.5
 # Of a predicted angle, in radians, wrapped; and of the logarithm of the ratio of neighbours in a geometric sequence.
 PREDICTED, GEOMETRIC = 0.05, 0.02
 DEGREES = math.degrees(1)
@@ -147,7 +147,7 @@ def _rotates(probed: Probed) -> list[Finding]:
                 pairs.setdefault(pair, angles)
     if pairs and all(bool((a + b).sin().abs().max() < 1e-3) for a, b in (x.unbind(-1) for x in pairs.values())):
         text = (
-            f"a minus sign is missing in {len(pairs)} pairs: its two channels are rotated by opposite angles. "
+            f"a minus sign is missing in {len(pairs)} pairs: the two channels of each are rotated by opposite angles. "
             "A pair (x1, x2) becomes (x1 cos - x2 sin, x1 sin + x2 cos); rotate-half is torch.cat([-x2, x1], -1)"
         )
         return [Finding("wrong", "sign", text)]
@@ -269,7 +269,7 @@ def _wavelengths(probed: Probed) -> list[Finding]:
             fastest = fastest_of(along)
             if fastest > math.pi:
                 found.setdefault("aliasing", _aliasing(axis, fastest))
-            elif max(along) * extent < LEAST_TURN:
+            elif max(along) * extent < LEAST_ANGLE:
                 text = (
                     f"{axis}: the fastest pair rotates by {max(along) * extent:.2g} radians over {extent + 1} patches, "
                     "which scores hardly show: are the coordinates divided by too much, or radians taken for degrees?"

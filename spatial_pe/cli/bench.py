@@ -70,9 +70,7 @@ def run(options: argparse.Namespace) -> int:
         found |= {"peaks": machine.peaks(options.device), "rows": []}
     show = progress()
     try:
-        for index, case in enumerate(cases):
-            if index < len(found["rows"]):
-                continue
+        for index, case in list(enumerate(cases))[len(found["rows"]) :]:
             show(index, len(cases), str(case))
             try:
                 found["rows"].append(case.run(options.device))

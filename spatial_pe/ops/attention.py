@@ -158,7 +158,7 @@ def _call(function: Callable, *args: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------- the torch op
 
-# The last five are there, or not, together: without them the tokens attend to themselves.
+# ``cross`` says whether k has other tokens than q: then those behind it are read, else they are None.
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str pairing, float scale, "
     "Tensor? cu_seqlens, SymInt? max_seqlen, Tensor? seqlens, str backend, bool cross=False, "

@@ -41,7 +41,7 @@ def unfinished(path: Path, begun: dict) -> dict | None:
     try:
         found = load(path)
     except UserError:
-        return None  # of another version, or something else: check_writable has said what is written here
+        return None  # of another version, or no result: it is replaced, as a finished run is
     left = len(found.get("cases", ())) - len(found["rows"])
     if left <= 0:
         return None

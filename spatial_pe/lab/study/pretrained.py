@@ -239,15 +239,15 @@ def _features(recipe: PretrainedRecipe, variant: str, seed: int, device: torch.d
 
 
 def _tune(model: Probe, train: Exam, recipe: PretrainedRecipe, seed: int) -> list[float]:
-    named = [(name, p) for name, p in model.tower.named_parameters() if p.requires_grad]
-    apart = isinstance(recipe, RateRecipe)
-    groups = [
-        {"params": [p for name, p in named if not (apart and ".rope." in name)], "lr": recipe.tower_rate},
+    named = {name: p for name, p in model.tower.named_parameters() if p.requires_grad}
+    groups = []
+    if isinstance(recipe, RateRecipe):
+        rope = [named.pop(name) for name in list(named) if ".rope." in name]
+        groups = [{"params": rope, "lr": recipe.rope_rate, "weight_decay": 0.0}]
+    groups += [
+        {"params": list(named.values()), "lr": recipe.tower_rate},
         {"params": list(model.head.parameters()), "lr": recipe.tuned_rate},
     ]
-    if isinstance(recipe, RateRecipe):
-        rope = [p for name, p in named if ".rope." in name]
-        groups.append({"params": rope, "lr": recipe.rope_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.decay)
     recipe = replace(recipe, steps=recipe.tuned_steps, batch=recipe.tuned_batch)
     device = next(model.parameters()).device
