@@ -205,16 +205,15 @@ $(VENV)/installed: $(SOURCES) | $(VENV)/pip
 	$(call install,test)
 	touch $@
 
-# Without CUDA kernels, which take a minute. Compiling every module of torch and transformers takes 40 s, those that are
-# imported a few.
+# Without CUDA kernels, which take a minute.
 $(VENV)/demo: export SPATIAL_PE_CUDA := 0
-$(VENV)/demo: PIP_INSTALL += --no-compile
 $(VENV)/demo: $(SOURCES) | $(VENV)/pip
 	test -e $(VENV)/installed || { $(call install,demo); }
 	touch $@
 
 # Of an extra; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
-PIP_INSTALL := $(BIN)/pip install --quiet
+# Python compiles what is imported, in a few seconds; every module of torch and transformers takes pip 40.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 install = $(PIP_INSTALL) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
   SPATIAL_PE_REQUIRE_EXT=1 $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[$(1)]"
 

@@ -6,10 +6,10 @@ of memory, no crash.
 
 A failure names the case and the seed that reproduces it.
 
-Memory: torch and the libraries below it cache something for each new shape, on a CPU with AMX 2 MB for each call of its
-attention in 16 bits, and dynamo for each compilation. So the last third repeats earlier cases, without compilations,
-and there nothing may grow. malloc has one arena: by default it makes one for each thread, up to eight a core, and keeps
-them.
+Memory: torch and the libraries below it cache something for each new shape, and dynamo for each compilation. So the
+last third repeats earlier cases, without compilations, and there nothing may grow. malloc has one arena: by default it
+makes one for each thread, up to eight a core, and keeps them. oneDNN keeps no kernels: with its cache of 1,024, up to
+2 MB each on a CPU with AMX, resident memory goes up and down by 180 MB; without it, by 40.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import os
 import random
 import re
 import sys
@@ -37,6 +38,7 @@ import spatial_pe
 from spatial_pe.rotary import PAIRINGS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"  # read at oneDNN's first call
 M_ARENA_MAX = -8  # of mallopt(3)
 LAYOUTS = ("contiguous", "fused", "projection", "wide", "heads_first")
 # Tokens of one call: the float64 result of more takes seconds.
