@@ -98,7 +98,7 @@ def test_lengths_and_head_dims(case, family, monkeypatch):
     check_kernels(case, monkeypatch, family)
 
 
-@pytest.mark.parametrize("case", some([*SHORT[1:3], SMALL_DIMS[2], SEQUENCES[0], GROUPS[0]], first=1), ids=str)
+@pytest.mark.parametrize("case", some([*SHORT[1:3], SMALL_DIMS[2], SEQUENCES[0], GROUPS[0]], 5, first=1), ids=str)
 def test_one_image(case, monkeypatch):
     """Where blocks of 128 queries would leave SMs without a program."""
     choose(monkeypatch, "hopper", few=True)
@@ -113,7 +113,7 @@ def test_long_sequences(case, family, monkeypatch):
     check_kernels(case, monkeypatch, family)
 
 
-@pytest.mark.parametrize("case", some(CALLS, 3), ids=str)
+@pytest.mark.parametrize("case", some(CALLS, 4), ids=str)
 def test_rotations_sequences_views(case, monkeypatch):
     check_kernels(case, monkeypatch, "hopper")
 
@@ -125,7 +125,7 @@ def test_float16_everywhere(case, family, monkeypatch):
     check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
 
 
-@pytest.mark.parametrize("case", some([SHORT[2], ROTATIONS[3], *SEQUENCES[1:8:3], VIEWS[1]], first=1), ids=str)
+@pytest.mark.parametrize("case", some([SHORT[2], ROTATIONS[3], *SEQUENCES[1:8:3], VIEWS[1]], 4, first=1), ids=str)
 def test_float16(case, monkeypatch):
     check_kernels(replace(case, dtype=torch.float16), monkeypatch, "ampere")
 
@@ -295,12 +295,12 @@ def test_auto_leaves_to_others_what_they_likely_do_faster(device, dtype, tokens,
 def test_gradients_are_the_same_every_time(monkeypatch):
     """No atomics: the same bits."""
     choose(monkeypatch, "hopper")
-    inputs = make(Case(batch=2, tokens=150, heads=4, kv_heads=2, dtype=torch.float16))
+    inputs = make(Case(batch=2, tokens=70, heads=2, kv_heads=1, dtype=torch.float16))
     first, second = run(inputs, "triton"), run(inputs, "triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("tokens", some([64, 150, 300]))
+@pytest.mark.parametrize("tokens", some([64, 150, 300], 3))
 def test_identity_start_is_exact(tokens):
     """Angles of 0 and no rotary give the same bits: a tower that starts as the identity is the pretrained one."""
     inputs = make(Case(batch=2, tokens=tokens, dim=72, rotary_dim=0, dtype=torch.float16))

@@ -45,7 +45,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
-@pytest.mark.parametrize("case", some([*CASES, GROUPED]), ids=str)
+@pytest.mark.parametrize("case", some([*CASES, GROUPED], 3), ids=str)
 def test_rotation(case, dtype):
     q, k, rotary = drawn(case, dtype)
     results = triton.rotation([q, k], rotary)
@@ -57,7 +57,7 @@ def test_rotation(case, dtype):
     close(triton.rotation([k], rotary, inverse=True)[0], rotated(k, rotary.inverse()))
 
 
-@pytest.mark.parametrize("case", some([*CASES, GROUPED], first=1), ids=str)
+@pytest.mark.parametrize("case", some([*CASES, GROUPED], 3, first=1), ids=str)
 def test_in_place(case, served):
     """The same tensors come back, and the memory around the views is not touched."""
     q, k, rotary = drawn(case)
@@ -71,7 +71,7 @@ def test_in_place(case, served):
     assert torch.tensor([], dtype=q.dtype).set_(storage).isnan().sum() == around
 
 
-@pytest.mark.parametrize("case", some([*CASES, GROUPED]), ids=str)
+@pytest.mark.parametrize("case", some([*CASES, GROUPED], 3), ids=str)
 def test_angle_gradient(case):
     q, k, rotary = drawn(case)
     dq, dk = torch.randn(q.shape), torch.randn(k.shape)

@@ -48,7 +48,28 @@ FEW = {
     "inference_mode",
     "checkpoint_reentrant",
 }
-REPEATS = {"tower", "tower, own RoPE", "tower, padded", "tower, mixed added", "RoPE2DAttention, packed", "apply_rotary"}
+REPEATS = {
+    "tower",
+    "tower, own RoPE",
+    "tower, padded",
+    "tower, mixed added",
+    "tower, padded, axial added",
+    "RoPE2DAttention, packed",
+    "apply_rotary",
+}
+# Of the rest, what calls the op, or rotates, as another one does.
+SELDOM = {
+    "onnx_opset_23": {
+        "rope_attention, no rotary",
+        "RoPE2DAttention, axial",
+        "RoPE2DAttention, mixed",
+        "AxialRoPE",
+        "MixedRoPE",
+    },
+    "linearize": {"tower, packed", "RoPE2DAttention, axial"},
+    "export_decomposed": {"tower, packed", "RoPE2DAttention, axial"},
+    "make_fx_decomposed": {"tower, packed", "RoPE2DAttention, axial"},
+}
 
 # What the fused op refuses, wherever it is used.
 NO_DOUBLE_BACKWARD = r'spatial_pe.rope_attention has no double backward: use backend="composed"'
@@ -64,6 +85,7 @@ def cells():
                 continue
             slow = transform in SLOW or (name in REPEATS and transform not in FEW)
             slow = slow or (name in REPEATS & TOWERS.keys() and transform == "compiled")
+            slow = slow or name in SELDOM.get(transform, ())
             slow = slow or (name in TOWERS and transform in EXPORTS_TO_ONNX and name != "tower, axial added")
             yield pytest.param(name, transform, marks=[pytest.mark.slow] if slow else [])
 
