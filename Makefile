@@ -88,6 +88,7 @@ gate: $(VENV)/installed
 BENCH := benchmarks/results/cpu
 bench: $(VENV)/bench
 	$(BIN)/spatial-pe bench --json $(BENCH)/bench.json --out build/bench.html
+	$(BIN)/spatial-pe bench --suite cross --json $(BENCH)/cross.json
 	$(BIN)/python -m tools.instructions --out $(BENCH)/instructions.json
 	$(BIN)/spatial-pe demo --out docs/demo.png --json $(BENCH)/demo.json
 	$(BIN)/python -m tools.readme_tables
@@ -211,14 +212,14 @@ $(VENV)/demo: $(SOURCES) | $(VENV)/pip
 	test -e $(VENV)/installed || { $(call install,demo); }
 	touch $@
 
-# Of an extra; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
-# Python compiles what is imported, in a few seconds; every module of torch and transformers takes pip 40.
+# Python compiles the modules that are imported, in a few seconds; pip would take 40 s for all of torch and transformers.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
+# Of an extra; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
 install = $(PIP_INSTALL) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
   SPATIAL_PE_REQUIRE_EXT=1 $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[$(1)]"
 
 $(VENV)/bench: $(VENV)/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]" --no-build-isolation
+	$(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[bench]"
 	touch $@
 
 clean:

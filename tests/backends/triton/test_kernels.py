@@ -295,12 +295,12 @@ def test_auto_leaves_to_others_what_they_likely_do_faster(device, dtype, tokens,
 def test_gradients_are_the_same_every_time(monkeypatch):
     """No atomics: the same bits."""
     choose(monkeypatch, "hopper")
-    inputs = make(Case(batch=2, tokens=70, heads=2, kv_heads=1, dtype=torch.float16))
+    inputs = make(Case(tokens=150, heads=2, kv_heads=1, dtype=torch.float16))
     first, second = run(inputs, "triton"), run(inputs, "triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("tokens", some([64, 150, 300], 3))
+@pytest.mark.parametrize("tokens", some([64, 150, 300]))
 def test_identity_start_is_exact(tokens):
     """Angles of 0 and no rotary give the same bits: a tower that starts as the identity is the pretrained one."""
     inputs = make(Case(batch=2, tokens=tokens, dim=72, rotary_dim=0, dtype=torch.float16))

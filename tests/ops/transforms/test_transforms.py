@@ -57,8 +57,8 @@ REPEATS = {
     "RoPE2DAttention, packed",
     "apply_rotary",
 }
-# Of the rest, what calls the op, or rotates, as another one does.
-SELDOM = {
+# Single cells of the others whose column is slow, and has another row that calls the op, or rotates, as they do.
+REPEATED_CELLS = {
     "onnx_opset_23": {
         "rope_attention, no rotary",
         "RoPE2DAttention, axial",
@@ -83,11 +83,17 @@ def cells():
         for transform in TRANSFORMS:
             if transform in OF_MODULES and name.startswith(("rope_attention", "apply_rotary")):
                 continue
-            slow = transform in SLOW or (name in REPEATS and transform not in FEW)
-            slow = slow or (name in REPEATS & TOWERS.keys() and transform == "compiled")
-            slow = slow or name in SELDOM.get(transform, ())
-            slow = slow or (name in TOWERS and transform in EXPORTS_TO_ONNX and name != "tower, axial added")
-            yield pytest.param(name, transform, marks=[pytest.mark.slow] if slow else [])
+            yield pytest.param(name, transform, marks=[pytest.mark.slow] if is_slow(name, transform) else [])
+
+
+def is_slow(name: str, transform: str) -> bool:
+    return (
+        transform in SLOW
+        or (name in REPEATS and transform not in FEW)
+        or (name in REPEATS & TOWERS.keys() and transform == "compiled")
+        or name in REPEATED_CELLS.get(transform, ())
+        or (name in TOWERS and transform in EXPORTS_TO_ONNX and name != "tower, axial added")
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
