@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import functions
 import pytest
 import torch
 from functions import FUNCTIONS, TOWERS, Function, constant_table, qkv, randn
@@ -105,10 +106,11 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own():
-    """dynamo remembers sizes that it once took for dynamic, those of our module's tables too: a strict export then has
-    guards of them that it cannot evaluate (torch 2.13)."""
+def as_in_a_process_of_its_own(monkeypatch):
+    """dynamo remembers sizes that it once took for dynamic, in its cache and on the tensors themselves, those of our
+    module's tables too: a strict export then has guards of them that it cannot evaluate (torch 2.13)."""
     torch.compiler.reset()
+    monkeypatch.setattr(functions, "ANGLES", functions.ANGLES.clone())
 
 
 @pytest.mark.parametrize(("name", "transform"), list(cells()))
