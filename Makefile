@@ -156,11 +156,11 @@ cuda-budget: $(VENV)/installed build/emulator/built
 support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
 	PYTHONPATH=. $(BIN)/python -m tools.support_table
 
-# The CUDA kernels as C++, for the host: tests/backends/cuda runs them. A minute.
-build/emulator/built: $(VENV)/installed $(shell find csrc tests/backends/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)
+# The CUDA kernels as C++, for the host: tests/backends/cuda runs them. Half a minute.
+build/emulator/built: $(VENV)/base $(shell find csrc tests/backends/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)
 	$(TOOLS) cmake --fresh -S csrc -B build/emulator -G Ninja -DSPATIAL_PE_EMULATOR=1 \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	$(TOOLS) cmake --build build/emulator
+	$(TOOLS) cmake --build build/emulator --target _cuda_emulated emulator_test
 	touch $@
 
 # The Triton of torch 2.11, beside the newest: tests/backends/triton/test_budget.py compiles with both
@@ -202,21 +202,25 @@ $(VENV)/pip:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/installed: $(SOURCES) | $(VENV)/pip
+$(VENV)/installed: $(SOURCES) | $(VENV)/base
 	$(call install,test)
 	touch $@
 
 # Without CUDA kernels, which take a minute.
 $(VENV)/demo: export SPATIAL_PE_CUDA := 0
-$(VENV)/demo: $(SOURCES) | $(VENV)/pip
+$(VENV)/demo: $(SOURCES) | $(VENV)/base
 	test -e $(VENV)/installed || { $(call install,demo); }
 	touch $@
 
 # Python compiles the modules that are imported, in a few seconds; pip would take 40 s for all of torch and transformers.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
-# Of an extra; torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
-install = $(PIP_INSTALL) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77" && \
-  SPATIAL_PE_REQUIRE_EXT=1 $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[$(1)]"
+# Of an extra
+install = SPATIAL_PE_REQUIRE_EXT=1 $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[$(1)]"
+
+# What the kernels are built with; and torch first and pinned: an unpinned one would fetch gigabytes of CUDA libraries
+$(VENV)/base: constraints.txt | $(VENV)/pip
+	$(PIP_INSTALL) -c constraints.txt torch numpy "cmake>=3.24" ninja "pybind11>=2.13" "setuptools>=77"
+	touch $@
 
 $(VENV)/bench: $(VENV)/installed
 	$(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[bench]"
