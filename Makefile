@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 # model weights and other downloads, kept out of the home directory
 export SPATIAL_PE_CACHE ?= $(CURDIR)/.assets
+# where this is set, every process would compile all that it imports: pip does not (PIP_INSTALL)
+unexport PYTHONDONTWRITEBYTECODE
 # with nvcc on the PATH: one architecture, a minute; pip install builds four, in four
 export SPATIAL_PE_CUDA_ARCHS ?= 90
 
@@ -212,7 +214,8 @@ $(VENV)/demo: $(SOURCES) | $(VENV)/base
 	test -e $(VENV)/installed || { $(call install,demo); }
 	touch $@
 
-# Python compiles the modules that are imported, in a few seconds; pip would take 40 s for all of torch and transformers.
+# Python compiles the modules that are imported, in a few seconds, and keeps them (see unexport above); pip would take
+# 40 s for all of torch and transformers.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 # Of an extra
 install = SPATIAL_PE_REQUIRE_EXT=1 $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[$(1)]"
