@@ -34,3 +34,21 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rounds_bfloat16(monkeypatch):
+    """The interpreter converts float32 to bfloat16 as GPUs do: to the nearest, ties to even."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        single = torch.from_numpy(numpy.array(data, numpy.float32, copy=True))
+        return single.to(torch.bfloat16).view(torch.int16).numpy().view(numpy.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spatial_pe import Rotary
-from spatial_pe.backends.base import AttentionCall
+from spatial_pe.backends.base import AttentionCall, Keys
 from spatial_pe.backends.triton import tiles
 from spatial_pe.backends.triton.launch import Launch
 from spatial_pe.backends.triton.plan import plan_angles, plan_backward, plan_forward, plan_rotation
@@ -37,12 +37,11 @@ from tools.triton_hazards import hazards
 # name -> (Triton's target, family of its tiles)
 TARGETS: dict[str, tuple[GPUTarget, Family]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), "ampere"),
+    "sm_89": (GPUTarget("cuda", 89, 32), "ampere"),
     "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
     "sm_100": (GPUTarget("cuda", 100, 32), "blackwell"),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), "cdna"),
-    # no separate budget: see test_budget.py
-    "sm_89": (GPUTarget("cuda", 89, 32), "ampere"),
     "sm_120": (GPUTarget("cuda", 120, 32), "ampere"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "cdna"),
 }
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,15 +87,20 @@ def cases(family: Family) -> dict[str, list[Launch]]:
         found[f"bf16 D=72 N={tokens} axis_half"] = launches(family, bf16, 72, tokens, pairing="axis_half")
         found[f"bf16 D=80 N={tokens}, 40 of them rotated"] = launches(family, bf16, 80, tokens, rotary_dim=40)
         found[f"bf16 D=64 N={tokens} no rotary"] = launches(family, bf16, 64, tokens, rotary_dim=0)
+    for dim in (64, 80):
+        found[f"bf16 D={dim} N=576 other keys"] = launches(family, bf16, dim, 576, keys=1024)
+        found[f"bf16 D={dim} other keys, packed"] = launches(family, bf16, dim, 640, windows=64, keys=1024)
+    found["bf16 D=64 N=576 other keys, padded"] = launches(family, bf16, 64, 576, padded=True, keys=1024)
+    found["bf16 D=64 N=576 other keys, no rotary"] = launches(family, bf16, 64, 576, rotary_dim=0, keys=1024)
     return found
 
 
 def launches(
     family, dtype, dim, tokens, *,
-    heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False, few=False,
+    heads=4, kv_heads=4, rotary_dim=None, pairing="half", windows=0, hint=True, padded=False, few=False, keys=0,
 ) -> list[Launch]:  # fmt: skip
-    """Return the launches of a call on views of a fused projection, four heads wide. Tensors without memory: none is
-    read."""
+    """Return the launches of a call on views of a fused projection, four heads wide. keys: so many, of other tokens.
+    Tensors without memory: none is read."""
     batch = 1 if windows or few else 300
     tokens *= 300 if windows else 1
     with torch.device("meta"):
@@ -106,14 +110,20 @@ def launches(
         rotary = Rotary.from_angles(torch.empty(tokens, rotary_dim // 2), pairing) if rotary_dim else None
         bounds = torch.empty(tokens // windows + 1, dtype=torch.int32) if windows else None
         lengths = torch.empty(batch, dtype=torch.int32) if padded else None
-    call = AttentionCall(q, k, v, rotary, dim**-0.5, bounds, windows if windows and hint else None, lengths)
-    choice = tiles.prebuilt(family, dtype, dim, tiles.bucket(call.longest), few)
+        own = None
+        if keys:
+            k, v = torch.empty(batch, keys, 2 * kv_heads, dim, dtype=dtype).split(kv_heads, dim=2)
+            table = Rotary.from_angles(torch.empty(keys, rotary_dim // 2), pairing) if rotary_dim else None
+            own = Keys(table, bounds, None, lengths)
+    longest = windows if windows and hint else None
+    call = AttentionCall(q, k, v, rotary, dim**-0.5, bounds, longest, lengths, own)
+    choice = tiles.prebuilt(family, dtype, dim, tiles.LONG if keys else tiles.bucket(call.longest), few)
     assert few == tiles.few_programs(call)
     forward = plan_forward(call, choice)
     out, lse = forward.results
     backward = plan_backward(call, out, lse, torch.empty_like(out), choice)
     found = [*forward.launches, *backward.launches]
-    if rotary is not None:
+    if rotary is not None and not keys:
         dq, dk, _ = backward.results
         found += plan_rotation([q, k], rotary).launches
         found += plan_rotation([q, k], rotary, inplace=True).launches
@@ -233,7 +243,7 @@ def compile_all(targets: list[str], only: list[str] | None) -> list[dict]:
 def unit(row: dict) -> str:
     """Return the key of a budget: a kernel on a GPU, by dtype and head_dim, the forward also by where k is rotated."""
     kernel, dtype, *options = row["launch"].split()
-    shown = [option for option in options if option.startswith(("D=", "ROTATE_K=", "BLOCK="))]
+    shown = [option for option in options if option.startswith(("D=", "OTHER=", "ROTATE_K=", "BLOCK="))]
     return " ".join([row["target"], kernel, dtype, *shown])
 
 

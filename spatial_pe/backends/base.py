@@ -17,6 +17,10 @@ from .checks import check_cu_seqlens, check_seqlens
 Form = Literal["dense", "packed", "padded"]
 
 
+def form_of(cu_seqlens: Tensor | None, seqlens: Tensor | None) -> Form:
+    return "packed" if cu_seqlens is not None else "padded" if seqlens is not None else "dense"
+
+
 @dataclass(frozen=True, eq=False)
 class Keys:
     """The side of the keys of a call whose queries are other tokens: their table, and their lengths, each as that of
@@ -45,7 +49,7 @@ class AttentionCall:
 
     @property
     def form(self) -> Form:
-        return "packed" if self.cu_seqlens is not None else "padded" if self.seqlens is not None else "dense"
+        return form_of(self.cu_seqlens, self.seqlens)
 
     @property
     def bounds(self) -> Tensor | None:
@@ -127,9 +131,17 @@ class Backend(Protocol):
         """Return dq, dk, dv in the shapes and dtype of q, k, v."""
 
     def angle_gradient(
-        self, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        dq: Tensor,
+        dk: Tensor | None,
+        cos: Tensor,
+        pairing: str,
+        seqlens: Tensor | None,
     ) -> Tensor:
-        """Return dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k."""
+        """Return dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k; of q alone if
+        k is None."""
 
 
 # ------------------------------------------------------------------------------------------ for the compiled backends

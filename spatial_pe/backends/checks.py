@@ -134,12 +134,16 @@ def check_gradients(call: Any, out: Tensor, lse: Tensor, dout: Tensor) -> None:
         raise ValueError(f"lse must be (B, H, N) float32 on {q.device}, got {tuple(lse.shape)} {lse.dtype}")
 
 
-def check_angle_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor) -> None:
+def check_angle_gradient(q: Tensor, k: Tensor | None, dq: Tensor, dk: Tensor | None, cos: Tensor) -> None:
     """Check the arguments of the op angle_gradient."""
-    if dq.shape != q.shape or dk.shape != k.shape:
-        raise ValueError(f"dq and dk must have the shapes of q and k, {tuple(q.shape)} and {tuple(k.shape)}")
+    if (k is None) != (dk is None):
+        raise ValueError("k and dk must be given together")
     rotary = Rotary._unchecked(cos, cos, "half")
-    for name, x in (("q", q), ("k", k)):
+    for name, x, dx in (("q", q, dq), ("k", k, dk)):
+        if x is None or dx is None:
+            continue
+        if dx.shape != x.shape:
+            raise ValueError(f"d{name} must have the shape of {name}, {tuple(x.shape)}, got {tuple(dx.shape)}")
         check_rotary_fits(x, rotary, name)
 
 

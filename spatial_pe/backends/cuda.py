@@ -155,7 +155,7 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
 
 
 def angle_gradient(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+    q: Tensor, k: Tensor | None, dq: Tensor, dk: Tensor | None, cos: Tensor, pairing: str, seqlens: Tensor | None
 ) -> Tensor:
     """Return dφ by one pass over q and k: Triton's if available."""
     backend = triton if q.device.type == "cuda" and triton.unavailable() is None else reference

@@ -66,14 +66,14 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
 
 
 def angle_gradient(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+    q: Tensor, k: Tensor | None, dq: Tensor, dk: Tensor | None, cos: Tensor, pairing: str, seqlens: Tensor | None
 ) -> Tensor:
-    """Return dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k."""
-    return one_angle_gradient(q, dq, cos, pairing, seqlens) + one_angle_gradient(k, dk, cos, pairing, seqlens)
+    """Return dφ in the shape of the tables, (B|1, N, H|1, R/2), from the final gradients of q and k, or of q alone."""
+    dphi = _of_one(q, dq, cos, pairing, seqlens)
+    return dphi if k is None or dk is None else dphi + _of_one(k, dk, cos, pairing, seqlens)
 
 
-def one_angle_gradient(x: Tensor, dx: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None) -> Tensor:
-    """Return dφ from the final gradient of q, or of k."""
+def _of_one(x: Tensor, dx: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None) -> Tensor:
     if seqlens is not None:  # padding tokens may be NaN, and 0 * NaN is not 0
         exists = (torch.arange(x.shape[1], device=x.device) < seqlens[:, None])[:, :, None, None]
         x = torch.where(exists, x, 0)

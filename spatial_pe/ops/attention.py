@@ -168,7 +168,7 @@ _ARGS = (
 _LIBRARY = torch.library.Library("spatial_pe", "DEF")
 _LIBRARY.define(f"rope_attention({_ARGS}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "angle_gradient(Tensor q, Tensor k, Tensor dq, Tensor dk, Tensor cos, str pairing, Tensor? seqlens, str backend)"
+    "angle_gradient(Tensor q, Tensor? k, Tensor dq, Tensor? dk, Tensor cos, str pairing, Tensor? seqlens, str backend)"
     " -> Tensor"
 )
 _LIBRARY.define(f"rope_attention_backward(Tensor dout, Tensor out, Tensor lse, {_ARGS}) -> (Tensor, Tensor, Tensor)")
@@ -290,13 +290,11 @@ def _gradients(ctx, dout: Tensor) -> tuple:
     dq, dk, dv = backward(dout, out, lse, *flat)
     dcos = dsin = dcos_k = dsin_k = None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-        if ctx.cross:
-            dphi = reference.one_angle_gradient(q, dq, cos, ctx.pairing, seqlens)
-        else:
-            dphi = _dphi(seen)(q, k, dq, dk, cos, ctx.pairing, seqlens, ctx.backend)
+        of_both = (q, None, dq, None) if ctx.cross else (q, k, dq, dk)
+        dphi = _dphi(seen)(*of_both, cos, ctx.pairing, seqlens, ctx.backend)
         dcos, dsin = table_gradients(cos, sin, dphi)
     if ctx.cross and any(ctx.needs_input_grad[13:15]):
-        dphi = reference.one_angle_gradient(k, dk, cos_k, ctx.pairing, seqlens_k)
+        dphi = _dphi(seen)(k, None, dk, None, cos_k, ctx.pairing, seqlens_k, ctx.backend)
         dcos_k, dsin_k = table_gradients(cos_k, sin_k, dphi)
     grads = (dq, dk, dv, dcos, dsin, *(None,) * 7, dcos_k, dsin_k, None, None, None)
     return grads[: ctx.given]

@@ -103,7 +103,8 @@ def _order(q: Tensor, k: Tensor, v: Tensor) -> list[int] | None:
     if torch._C._get_sdp_priority_order() != _numbers(_FLASH_FIRST):  # torch's own for this GPU, or the user's
         return None
     order = ORDERS.get(flash.major(q.device))
-    if order is None or (q.shape[1] % 128 and _cudnn() <= CUDNN_NEEDS_128) or needs_dispatcher((q, k, v)):
+    whole = q.shape[1] % 128 == 0 == k.shape[1] % 128
+    if order is None or (not whole and _cudnn() <= CUDNN_NEEDS_128) or needs_dispatcher((q, k, v)):
         return None
     return _numbers((*order, SDPBackend.OVERRIDEABLE))
 

@@ -84,7 +84,14 @@ def rope_attention_backward(
 
 
 def angle_gradient(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None, backend: str
+    q: Tensor,
+    k: Tensor | None,
+    dq: Tensor,
+    dk: Tensor | None,
+    cos: Tensor,
+    pairing: str,
+    seqlens: Tensor | None,
+    backend: str,
 ) -> Tensor:
     return reference.angle_gradient(q, k, dq, dk, cos, pairing, seqlens)
 

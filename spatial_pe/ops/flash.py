@@ -106,12 +106,13 @@ def choose(call: AttentionCall) -> tuple[Row | None, str]:
         return None, "flash-attn runs on GPUs only"
     if is_traced(q):  # sizes may be symbolic
         return None, _DISPATCHED
-    if call.seqlens is not None:
+    keys = call.keys
+    if call.seqlens is not None or (keys is not None and keys.seqlens is not None):
         return None, "padded samples need a mask"
-    if call.keys is not None:
-        return None, "keys of other tokens: torch's SDPA"
     plain = q.shape[2] == call.k.shape[2] and call.scale == 1.0 / math.sqrt(q.shape[-1])
-    found = _choose(q.device, q.dtype, q.shape[-1], packed, LONG if q.shape[1] >= LONG else 1, plain)
+    found = _choose(
+        q.device, q.dtype, q.shape[-1], packed, LONG if min(q.shape[1], call.k.shape[1]) >= LONG else 1, plain
+    )
     if found[0] is None:  # most dense calls
         return found
     if not torch.backends.cuda.flash_sdp_enabled():
@@ -123,6 +124,8 @@ def choose(call: AttentionCall) -> tuple[Row | None, str]:
         if call.cu_seqlens.shape[0] > MOST_SEQUENCES + 1:
             return None, f"{call.cu_seqlens.shape[0] - 1} sequences: at most {MOST_SEQUENCES}"
         tensors = (*tensors, call.cu_seqlens)
+        if keys is not None and keys.cu_seqlens is not None:
+            tensors = (*tensors, keys.cu_seqlens)
     return (None, _DISPATCHED) if needs_dispatcher(tensors) else found
 
 
@@ -211,17 +214,16 @@ def attention(call: AttentionCall, row: Row) -> Tensor | None:
     """Return out (B, N, H, D), contiguous; or None if the provider raises: from then on SDPA is called."""
     provider, functions = row.provider, _functions(row.provider)
     assert not isinstance(functions, str)
-    q, k, v, rotary = call.q, call.k, call.v, call.rotary
+    q, k, v, tables = call.q, call.k, call.v, [call.rotary, call.key_rotary]
     arguments: dict[str, Any] = {}
     if row.packed:
-        bounds, longest, one = _safe_bounds(call)
-        arguments |= dict.fromkeys(provider.bounds, bounds) | dict.fromkeys(provider.longest, longest)
-        if rotary is None:
+        arguments, one = _packed_arguments(call, provider)
+        if call.rotary is None:
             q, k = q * one, k * one
-        else:
-            rotary = Rotary._unchecked(rotary.cos * one, rotary.sin, rotary.pairing)
+        tables = [rotary and Rotary._unchecked(rotary.cos * one, rotary.sin, rotary.pairing) for rotary in tables]
+    rotary, rotary_k = tables
     if rotary is not None:
-        q, k = apply_rotary_qk(q, k, rotary)
+        q, k = apply_rotary_qk(q, k, rotary, None if call.keys is None else rotary_k)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     if row.packed:
         q, k, v = q[0], k[0], v[0]
@@ -254,7 +256,20 @@ def _aligned(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ packed bounds
 
 
-def _safe_bounds(call: AttentionCall) -> tuple[Tensor, int, Tensor]:
+def _packed_arguments(call: AttentionCall, provider: Provider) -> tuple[dict[str, Any], Tensor]:
+    """Return cu_seqlens and the longest sequence of queries and keys, by the provider's names, and `one`: see below."""
+    assert call.cu_seqlens is not None
+    bounds, longest, one = _safe_bounds(call.cu_seqlens, call.max_seqlen, call.q.shape[1])
+    bounds_k, longest_k = bounds, longest
+    if call.keys is not None:
+        assert call.keys.cu_seqlens is not None
+        bounds_k, longest_k, one_k = _safe_bounds(call.keys.cu_seqlens, call.keys.max_seqlen, call.k.shape[1])
+        one = one * one_k
+    pairs = ((provider.bounds, (bounds, bounds_k)), (provider.longest, (longest, longest_k)))
+    return {name: value for names, values in pairs for name, value in zip(names, values, strict=True)}, one
+
+
+def _safe_bounds(bounds: Tensor, max_seqlen: int | None, tokens: int) -> tuple[Tensor, int, Tensor]:
     """Return (cu_seqlens, max_seqlen, one) that are safe for kernels that check nothing, whatever cu_seqlens hold: no
     wait for the device, no access out of bounds, each token in a sequence of at most `longest`. If cu_seqlens do not
     match the tokens, they are replaced by sequences of equal lengths, and `one`, a factor for the inputs, is NaN, and
@@ -262,9 +277,7 @@ def _safe_bounds(call: AttentionCall) -> tuple[Tensor, int, Tensor]:
 
     Nine launches of a few microseconds, so cached for the layers that share a tensor.
     """
-    bounds, tokens = call.cu_seqlens, call.q.shape[1]
-    assert bounds is not None
-    longest = call.max_seqlen if call.max_seqlen is not None else longest_sequence(bounds)
+    longest = max_seqlen if max_seqlen is not None else longest_sequence(bounds)
     # in a CUDA graph the lengths of later replays are not known: choose bounds that hold for all
     longest = tokens if longest is None else int(longest)
     even = -(-tokens // max(bounds.shape[0] - 1, 1))

@@ -47,26 +47,31 @@ def _rope_attention(
     from onnxscript import opset23 as op
 
     heads, kv_heads, dim = q.shape[2], k.shape[2], q.shape[3]  # before any operator: results have no shape yet
-    mask = valid = None
-    if cross:  # masks of two sides: as plain operators
-        raise NotImplementedError(
-            "spatial_pe: attention to other tokens has no translation: leave custom_translation_table out, and it is "
-            "exported as plain operators"
-        )
+    if not cross:
+        cos_k, sin_k, cu_seqlens_k, seqlens_k = cos, sin, cu_seqlens, seqlens
+    elif k.shape[1] == 0:
+        raise NotImplementedError("spatial_pe: ONNX's Attention needs at least one key, k has none")
+    mask: Any = None
+    there: Any = None  # which queries are of a sequence
+    attends: Any = None  # which are of one that has keys
     if cu_seqlens is not None:
-        mask, valid = _packed(op, q, cu_seqlens)
-    elif seqlens is not None:
-        mask, valid = _padded(op, q, seqlens)
+        mask, there, attends = _packed(op, q, k, cu_seqlens, cu_seqlens_k, cross)
+    elif seqlens is not None or seqlens_k is not None:
+        mask, there, there_k, attends = _padded(op, q, k, seqlens, seqlens_k, cross)
         # padding tokens may hold anything, NaN included, which must not be multiplied by a zero weight
-        q, k, v = (op.Where(valid, x, _like(op, 0.0, x)) for x in (q, k, v))
+        q = q if there is None else op.Where(there, q, _like(op, 0.0, q))
+        if there_k is not None:
+            k, v = (op.Where(there_k, x, _like(op, 0.0, x)) for x in (k, v))
     q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
     if cos is not None:
-        q, k = (_rotated(op, x, n, dim, cos, sin, pairing) for x, n in ((q, heads), (k, kv_heads)))
+        q, k = _rotated(op, q, heads, dim, cos, sin, pairing), _rotated(op, k, kv_heads, dim, cos_k, sin_k, pairing)
     attended, _, _, _ = op.Attention(q, k, v, mask, scale=scale)
     out = op.Transpose(attended, perm=[0, 2, 1, 3])
-    if valid is not None:
-        out = op.Where(valid, out, _like(op, 0.0 if cu_seqlens is None else float("nan"), out))
-    return out, _lse(op, q, k, mask, valid, scale, heads // kv_heads)
+    if attends is not None:
+        out = op.Where(attends, out, _like(op, 0.0, out))
+    if cu_seqlens is not None:  # tokens behind the last sequence
+        out = op.Where(there, out, _like(op, float("nan"), out))
+    return out, _lse(op, q, k, mask, attends, scale, heads // kv_heads)
 
 
 def _rotated(op: Any, x: Any, heads: int, dim: int, cos: Any, sin: Any, pairing: str) -> Any:
@@ -100,32 +105,65 @@ def _rotated(op: Any, x: Any, heads: int, dim: int, cos: Any, sin: Any, pairing:
 # ------------------------------------------------------------------------------------- masks, see backends/composed.py
 
 
-def _padded(op: Any, q: Any, seqlens: Any) -> tuple[Any, Any]:
-    """Return the masks of the keys of each query, (B, 1, N, N), and of the valid tokens, (B, N, 1, 1)."""
-    token = _tokens(op, q)
-    valid = op.Less(op.Unsqueeze(token, _ints(op, 0)), op.Unsqueeze(op.Cast(seqlens, to=7), _ints(op, 1)))
-    keys = op.Or(valid, op.Equal(token, op.Constant(value_int=0)))
+def _padded(op: Any, q: Any, k: Any, seqlens: Any, seqlens_k: Any, cross: bool) -> tuple[Any, Any, Any, Any]:
+    """Return the mask of the keys of each query, (B, 1, N, M) or None, and which queries and keys are there, and which
+    queries have keys, (B, N|M, 1, 1) or None where all."""
+    there, there_k = (
+        None if lengths is None else op.Unsqueeze(_before(op, x, lengths), _ints(op, 2, 3))
+        for x, lengths in ((q, seqlens), (k, seqlens_k))
+    )
+    if seqlens_k is None:
+        return None, there, None, there
+    # the first key is seen where there is none, so that the softmax is finite; the result is dropped
+    keys = op.Or(_before(op, k, seqlens_k), op.Equal(_tokens(op, k), op.Constant(value_int=0)))
     tokens = op.Gather(op.Shape(q), _ints(op, 1), axis=0)
     rows = op.Concat(_ints(op, 1), _ints(op, 1), tokens, _ints(op, 1), axis=0)
-    return op.Expand(op.Unsqueeze(keys, _ints(op, 1, 2)), rows), op.Unsqueeze(valid, _ints(op, 2, 3))
+    mask = op.Expand(op.Unsqueeze(keys, _ints(op, 1, 2)), rows)
+    attends = there
+    if cross:
+        attends = op.Greater(op.Unsqueeze(op.Cast(seqlens_k, to=7), _ints(op, 1, 2, 3)), op.Constant(value_int=0))
+        attends = attends if there is None else op.And(there, attends)
+    return mask, there, there_k, attends
 
 
-def _packed(op: Any, q: Any, cu_seqlens: Any) -> tuple[Any, Any]:
-    """Return the masks of the keys of each query, (1, 1, T, T), and of the tokens in a sequence, (1, T, 1, 1)."""
-    token, bounds = _tokens(op, q), op.Cast(cu_seqlens, to=7)
+def _before(op: Any, x: Any, lengths: Any) -> Any:
+    """Return which tokens of x are there, (B, N)."""
+    return op.Less(op.Unsqueeze(_tokens(op, x), _ints(op, 0)), op.Unsqueeze(op.Cast(lengths, to=7), _ints(op, 1)))
+
+
+def _packed(op: Any, q: Any, k: Any, cu_seqlens: Any, cu_seqlens_k: Any, cross: bool) -> tuple[Any, Any, Any]:
+    """Return the mask of the keys of each query, (1, 1, T, S), which queries are of a sequence, and which of one with
+    keys, (1, T, 1, 1)."""
+    sequence, there = _sequences_of(op, q, cu_seqlens)
+    sequence_k, there_k = _sequences_of(op, k, cu_seqlens_k) if cross else (sequence, there)
+    mask = op.Equal(op.Unsqueeze(sequence, _ints(op, 1)), op.Unsqueeze(sequence_k, _ints(op, 0)))
+    attends = there
+    if cross:
+        mask = op.And(mask, op.Unsqueeze(there_k, _ints(op, 0)))
+        has_keys = op.Greater(op.ReduceSum(op.Cast(mask, to=7), _ints(op, 1), keepdims=0), op.Constant(value_int=0))
+        attends = op.And(there, has_keys)
+        first = op.Equal(_tokens(op, k), op.Constant(value_int=0))
+        mask = op.Or(mask, op.And(op.Not(op.Unsqueeze(attends, _ints(op, 1))), op.Unsqueeze(first, _ints(op, 0))))
+    there, attends = (op.Unsqueeze(x, _ints(op, 0, 2, 3)) for x in (there, attends))
+    return op.Unsqueeze(mask, _ints(op, 0, 1)), there, attends
+
+
+def _sequences_of(op: Any, x: Any, cu_seqlens: Any) -> tuple[Any, Any]:
+    """Return the number of the sequence of each token, and whether it belongs to one, (T,) each."""
+    token, bounds = _tokens(op, x), op.Cast(cu_seqlens, to=7)
     begun = op.Cast(op.GreaterOrEqual(op.Unsqueeze(token, _ints(op, 1)), bounds), to=7)
     sequence = op.ReduceSum(begun, _ints(op, 1), keepdims=0)
-    same = op.Equal(op.Unsqueeze(sequence, _ints(op, 1)), op.Unsqueeze(sequence, _ints(op, 0)))
     last = op.Gather(bounds, op.Constant(value_int=-1), axis=0)
-    valid = op.And(op.Greater(sequence, op.Constant(value_int=0)), op.Less(token, last))
-    return op.Unsqueeze(same, _ints(op, 0, 1)), op.Unsqueeze(valid, _ints(op, 0, 2, 3))
+    return sequence, op.And(op.Greater(sequence, op.Constant(value_int=0)), op.Less(token, last))
 
 
 def _lse(op: Any, q: Any, k: Any, mask: Any, valid: Any, scale: float, group: int) -> Any:
-    shape = op.Shape(q)
-    if group > 1:  # (B, Hkv, N, D) -> (B, Hkv, group, N, D) -> (B, H, N, D)
+    if group > 1:  # (B, Hkv, M, D) -> (B, Hkv, group, M, D) -> (B, H, M, D)
         copies = op.Concat(*(_ints(op, 1),) * 2, _ints(op, group), *(_ints(op, 1),) * 2, axis=0)
-        k = op.Reshape(op.Expand(op.Unsqueeze(k, _ints(op, 2)), copies), shape)
+        batch, heads = (op.Gather(op.Shape(q), _ints(op, i), axis=0) for i in (0, 1))
+        tokens, dim = (op.Gather(op.Shape(k), _ints(op, i), axis=0) for i in (2, 3))
+        wide = op.Concat(batch, heads, tokens, dim, axis=0)
+        k = op.Reshape(op.Expand(op.Unsqueeze(k, _ints(op, 2)), copies), wide)
     scores = op.MatMul(op.Cast(q, to=1), op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2]))
     scores = op.Mul(scores, op.Constant(value_float=scale))
     if mask is not None:

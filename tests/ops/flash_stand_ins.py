@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,10 @@ class Attend(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, longest: int | None, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor] | None, longest: tuple[int, int] | None, scale: float
+) -> Tensor:
+    """bounds, longest: of the queries and of the keys. A sequence without keys gives 0."""
     for x in (q, k, v):
         assert x.dtype in (torch.bfloat16, torch.float16) and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
         assert all(stride % 8 == 0 or size == 1 for stride, size in zip(x.stride()[:-1], x.shape, strict=False))
@@ -49,13 +53,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, longest: int 
 
     if bounds is None:
         return one(q, k, v).to(q.dtype)
-    assert bounds.dtype == torch.int32 and bounds.is_contiguous() and longest is not None
+    assert longest is not None and all(x.dtype == torch.int32 and x.is_contiguous() for x in bounds)
     out = torch.full(q.shape, 7.0)
-    for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
-        assert 0 <= start <= stop <= q.shape[0], "read past the tensors"
-        rows = slice(start, min(stop, start + longest))
+    sides = [list(pairwise(x.tolist())) for x in bounds]
+    for (start, stop), (first, last) in zip(*sides, strict=True):
+        assert 0 <= start <= stop <= q.shape[0] and 0 <= first <= last <= k.shape[0], "read past the tensors"
+        assert last - first <= longest[1]
+        rows, columns = slice(start, min(stop, start + longest[0])), slice(first, last)
         if stop > start:
-            out[rows] = one(q[rows], k[start:stop], v[start:stop])
+            out[rows] = one(q[rows], k[columns], v[columns]) if last > first else 0.0
     return out.to(q.dtype)
 
 
@@ -75,9 +81,8 @@ def fa2() -> types.ModuleType:
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
-        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
         CALLS.append(("packed", {"longest": max_seqlen_q, "bounds": cu_seqlens_q}))
-        return Attend.apply(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+        return Attend.apply(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), softmax_scale)
 
     return module("flash_attn", flash_attn_func, flash_attn_varlen_func)
 
@@ -98,7 +103,7 @@ def fa3() -> types.ModuleType:
         sm_margin=0, return_attn_probs=False,
     ):  # fmt: skip
         CALLS.append(("packed", {}))
-        return Attend.apply(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+        return Attend.apply(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), softmax_scale)
 
     return module("flash_attn_interface", flash_attn_func, flash_attn_varlen_func)
 
@@ -124,7 +129,7 @@ def fa4() -> types.ModuleType:
         seqlen_k_per_split=None, disable_scheduler_metadata=False,
     ):  # fmt: skip
         CALLS.append(("packed", {}))
-        return Attend.apply(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale), None
+        return Attend.apply(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), softmax_scale), None
 
     return module("flash_attn.cute", flash_attn_func, flash_attn_varlen_func)
 
@@ -138,7 +143,7 @@ def torch_varlen() -> types.ModuleType:
     ):  # fmt: skip
         assert enable_gqa or query.size(1) == key.size(1)
         CALLS.append(("packed", {}))
-        return Attend.apply(query, key, value, cu_seq_q, max_q, scale)
+        return Attend.apply(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), scale)
 
     return module("torch.nn.attention.varlen", varlen_attn)
 
@@ -146,7 +151,7 @@ def torch_varlen() -> types.ModuleType:
 def torch_varlen_2_10() -> types.ModuleType:
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         CALLS.append(("packed", {}))
-        return Attend.apply(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5)
+        return Attend.apply(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), query.shape[-1] ** -0.5)
 
     return module("torch.nn.attention.varlen", varlen_attn)
 

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from flash_stand_ins import CALLS, HALF, STAND_INS, Attend, fa2
+from flash_stand_ins import CALLS, HALF, NAMES, STAND_INS, Attend, fa2
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -46,6 +46,56 @@ def test_wrong_bounds_are_nan_and_stay_within_the_tensors(provider, name, rotate
     rotary = Rotary.from_angles(torch.rand(TOKENS, 32)) if rotated else None
     out = rope_attention(q, k, v, rotary, cu_seqlens=bounds, max_seqlen=longest, backend="composed")
     assert CALLS and all(x.isnan().all() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_bounds_of_keys_are_nan_too(name, rotated, gpu):
+    gpu((9, 0), fa2())
+    values, longest = WRONG[name]
+    bounds = torch.tensor(values, dtype=torch.int32)
+    right = torch.linspace(0, 40, len(values)).int()
+    q, k, v = (torch.randn(n, 2, 64, dtype=torch.bfloat16, requires_grad=True) for n in (40, TOKENS, TOKENS))
+    tables = [Rotary.from_angles(torch.rand(n, 32)) if rotated else None for n in (40, TOKENS)]
+    out = rope_attention(
+        q, k, v, tables[0], rotary_k=tables[1], cu_seqlens=right, cu_seqlens_k=bounds, max_seqlen_k=longest,
+        backend="composed",
+    )  # fmt: skip
+    assert CALLS and all(x.isnan().all() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_keys_of_other_tokens(form, name, gpu, monkeypatch):
+    """A table each, grouped heads, a sequence without keys; as by SDPA."""
+    if form == "dense" and NAMES[name].dense is None:
+        pytest.skip("packed only")
+    packed = form == "packed"
+    monkeypatch.setattr(flash, "ROWS", (flash.Row(packed, (9,), NAMES[name], "for this test"),))
+    lead = () if packed else (2,)
+    q, k, v = (
+        torch.randn(*lead, n, heads, 64, dtype=torch.bfloat16, requires_grad=True)
+        for n, heads in ((40, 4), (TOKENS, 2), (TOKENS, 2))
+    )
+    angles = [torch.rand(n, 32, requires_grad=True) for n in (40, TOKENS)]
+    rotary, rotary_k = (Rotary.from_angles(x) for x in angles)
+    lengths = {}
+    if packed:
+        values = {"cu_seqlens": [0, 7, 9, 40], "cu_seqlens_k": [0, 45, 45, 60]}
+        lengths = {name: torch.tensor(x, dtype=torch.int32) for name, x in values.items()}
+
+    def results():
+        out = rope_attention(q, k, v, rotary, rotary_k=rotary_k, backend="composed", **lengths)
+        return out, *torch.autograd.grad(out.float().square().sum(), [q, k, v, *angles], retain_graph=True)
+
+    expected = results()
+    gpu((9, 0), STAND_INS[name]())
+    found = results()
+    assert [kind for kind, _ in CALLS] == [form]
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
+    if packed:
+        assert (found[0][7:9] == 0).all()
 
 
 @pytest.mark.parametrize("longest", [50, 55, None])

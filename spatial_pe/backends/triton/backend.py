@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._utils.dispatcher import assume_constant
 from ...rotary import Rotary
-from ..base import AttentionCall, float32_tables
+from ..base import AttentionCall, Keys, float32_tables
 from . import tuning_store
 from .installed import VERSION, numbers
 from .tiles import INTERPRETED, bucket, capability, few_programs
@@ -49,8 +50,6 @@ def unavailable() -> str | None:
 
 
 def cannot_serve(call: AttentionCall) -> str | None:
-    if call.keys is not None:
-        return "keys that are other tokens than the queries: not in these kernels yet"
     return _cannot_compute(call) or _unsound_products(call.q.device)
 
 
@@ -92,10 +91,11 @@ def _cannot_compute(call: AttentionCall) -> str | None:
 def faster(call: AttentionCall) -> str | None:
     """Return "triton", "cuda" or "composed", as `spatial-pe tune` measured it for such calls on this GPU, or None.
 
-    It measures large batches, which are not representative of a single image that leaves SMs without a program.
+    It measures large batches, which are not representative of a single image that leaves SMs without a program, and tokens
+    that attend to themselves.
     """
     q = call.q
-    if q.device.type != "cuda" or not tuning_store.any_rows(q.device) or few_programs(call):
+    if call.keys is not None or q.device.type != "cuda" or not tuning_store.any_rows(q.device) or few_programs(call):
         return None
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v))
     return tuning_store.faster(q.device, q.dtype, q.shape[-1], bucket(call.longest), training)
@@ -106,7 +106,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     from . import launch_cache, plan
 
     if call.q.device.type == "cpu":
-        list(call.sequences())  # checks the lengths; on a GPU that would wait for them
+        list(call.pairs())  # checks the lengths; on a GPU that would wait for them
     signature, inputs = _signature(call)
     out, lse = launch_cache.run(signature, inputs, lambda *tensors: plan.plan_forward(_with(call, *tensors)))
     return out, lse
@@ -129,37 +129,51 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
 
 def _signature(call: AttentionCall) -> tuple[tuple, tuple[Tensor, ...]]:
     """Return all that determines the launches of a call, and its tensors in the order that _with takes."""
-    q, k, v, rotary = call.q, call.k, call.v, call.rotary
+    q, k, v, keys = call.q, call.k, call.v, call.keys
     inputs = [q, k, v]
-    tables = None
+    side = _side(inputs, call.rotary, call.cu_seqlens, call.seqlens)
+    of_keys = None if keys is None else _side(inputs, keys.rotary, keys.cu_seqlens, keys.seqlens)
+    views = (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride())
+    return (views, side, of_keys, call.num_sequences, bucket(call.longest), call.scale), tuple(inputs)
+
+
+def _side(
+    inputs: list[Tensor], rotary: Rotary | None, cu_seqlens: Tensor | None, seqlens: Tensor | None
+) -> tuple[Any, ...]:
+    """Return the part of the signature that is the queries' or the keys', and append their tensors to the inputs."""
+    table = None
     if rotary is not None:
         cos, sin = float32_tables(rotary)
-        tables = (rotary.pairing, cos.shape, cos.stride())
+        table = (rotary.pairing, cos.shape, cos.stride())
         inputs += (cos, sin)
-    if (bounds := call.bounds) is not None:
-        inputs.append(bounds)
-    form = (call.form, call.num_sequences)
-    views = (q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride())
-    return (views, tables, form, bucket(call.longest), call.scale), tuple(inputs)
+    inputs += [lengths for lengths in (cu_seqlens, seqlens) if lengths is not None]
+    return table, cu_seqlens is not None, seqlens is not None
 
 
 def _with(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> AttentionCall:
     """Return the call with other tensors, in the order of _signature."""
     left = list(others)
-    rotary = call.rotary
-    if rotary is not None:
-        rotary = Rotary._unchecked(left.pop(0), left.pop(0), rotary.pairing)
-    cu_seqlens = left.pop(0) if call.cu_seqlens is not None else None
-    seqlens = left.pop(0) if call.seqlens is not None else None
-    return AttentionCall(q, k, v, rotary, call.scale, cu_seqlens, call.max_seqlen, seqlens)
+
+    def replaced(rotary: Rotary | None, cu_seqlens: Tensor | None, seqlens: Tensor | None) -> tuple[Any, ...]:
+        table = rotary and Rotary._unchecked(left.pop(0), left.pop(0), rotary.pairing)
+        return table, *(None if lengths is None else left.pop(0) for lengths in (cu_seqlens, seqlens))
+
+    rotary, cu_seqlens, seqlens = replaced(call.rotary, call.cu_seqlens, call.seqlens)
+    keys = call.keys
+    if keys is not None:
+        table, bounds, lengths = replaced(keys.rotary, keys.cu_seqlens, keys.seqlens)
+        keys = Keys(table, bounds, keys.max_seqlen, lengths)
+    return AttentionCall(q, k, v, rotary, call.scale, cu_seqlens, call.max_seqlen, seqlens, keys)
 
 
 def angle_gradient(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, pairing: str, seqlens: Tensor | None
+    q: Tensor, k: Tensor | None, dq: Tensor, dk: Tensor | None, cos: Tensor, pairing: str, seqlens: Tensor | None
 ) -> Tensor:
-    """Return dφ in the shape of the tables, (B|1, N, H|1, R/2) float32, from the final gradients of q and k."""
+    """Return dφ in the shape of the tables, (B|1, N, H|1, R/2) float32, from the final gradients of q and k, or of q."""
     from . import launch_cache, plan
 
+    if k is None or dk is None:
+        k, dk = q[:, :, :0], dq[:, :, :0]  # of no head
     inputs = (q, k, dq, dk) if seqlens is None else (q, k, dq, dk, seqlens)
 
     def planned(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, seqlens: Tensor | None = None) -> plan.Plan:

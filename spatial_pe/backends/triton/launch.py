@@ -45,7 +45,7 @@ class Launch:
     def __str__(self) -> str:
         """Return the kernel, its dtype and constants, as a name."""
         dtype = str(next(x.dtype for x in self.arguments if isinstance(x, torch.Tensor))).removeprefix("torch.")
-        shown = {key: value for key, value in self.constants.items() if key not in ("CUT", "PAIRS")}
+        shown = {key: value for key, value in self.constants.items() if key not in ("CUT", "PAIRS") and value != ""}
         options = " ".join(f"{key}={value}" for key, value in shown.items())
         most = "" if self.maxnreg is None else f" maxnreg={self.maxnreg}"
         return f"{self.kernel.fn.__name__} {dtype} {options} warps={self.num_warps}{most}"

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ...rotary import Rotary
-from ..base import AttentionCall, float32_tables, table_strides
+from ..base import AttentionCall, Form, float32_tables, form_of, table_strides
 from . import tiles
 from .kernels.angle_gradient import angles_kernel
 from .kernels.backward import key_kernel, query_kernel
@@ -48,38 +48,43 @@ def on(device: torch.device):
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Arguments that all kernels of a call share."""
+class Side:
+    """The queries, or the keys: how many tokens, which of them are a sequence, and their table."""
 
-    call: AttentionCall
+    form: Form
     bounds: Tensor  # cu_seqlens, seqlens, or any tensor where there are none
-    choice: tiles.Choice
+    tokens: int
+    rows: int  # tokens of all samples
     tables: tuple[Tensor, Tensor]
     table_strides: tuple[int, int, int]
 
     @classmethod
-    def of(cls, call: AttentionCall, choice: tiles.Choice | None) -> Shared:
-        tables = (call.q, call.q) if call.rotary is None else float32_tables(call.rotary)
-        table = (0, 0, 0) if call.rotary is None else table_strides(tables[0])
-        bounds = call.q if call.bounds is None else call.bounds
-        return cls(call, bounds, choice or tiles.choice_of(call), tables, table)
+    def of(cls, x: Tensor, rotary: Rotary | None, cu_seqlens: Tensor | None, seqlens: Tensor | None) -> Side:
+        bounds = next((lengths for lengths in (cu_seqlens, seqlens) if lengths is not None), x)
+        tables = (x, x) if rotary is None else float32_tables(rotary)
+        table = (0, 0, 0) if rotary is None else table_strides(tables[0])
+        return cls(form_of(cu_seqlens, seqlens), bounds, x.shape[1], x.shape[0] * x.shape[1], tables, table)
 
-    @property
-    def form(self) -> str:
-        return self.call.form
+
+@dataclass(frozen=True)
+class Shared:
+    """Arguments that all kernels of a call share. ``queries`` and ``keys`` are one object where k has the tokens of q."""
+
+    call: AttentionCall
+    choice: tiles.Choice
+    queries: Side
+    keys: Side
+
+    @classmethod
+    def of(cls, call: AttentionCall, choice: tiles.Choice | None) -> Shared:
+        queries = Side.of(call.q, call.rotary, call.cu_seqlens, call.seqlens)
+        own = call.keys
+        keys = queries if own is None else Side.of(call.k, own.rotary, own.cu_seqlens, own.seqlens)
+        return cls(call, choice or tiles.choice_of(call), queries, keys)
 
     @property
     def sequences(self) -> int:
         return self.call.num_sequences
-
-    @property
-    def tokens(self) -> int:
-        return self.call.q.shape[1]
-
-    @property
-    def rows(self) -> int:
-        """Tokens of all samples."""
-        return self.call.q.shape[0] * self.tokens
 
     @property
     def heads(self) -> int:
@@ -89,15 +94,21 @@ class Shared:
     def kv_heads(self) -> int:
         return self.call.k.shape[2]
 
-    def constants(self, *tensors: Tensor) -> dict[str, Any]:
-        """Return the compile-time constants of kernels that read these tensors."""
+    def constants(self, side: Side, *tensors: Tensor) -> dict[str, Any]:
+        """Return the compile-time constants of kernels that read these tensors, with results for the tokens of a side."""
         dim = self.call.q.shape[-1]
         return head_constants(dim, self.call.rotary) | {
             "CUT": channel_cut(dim),
             "ALIGN": alignment(*tensors),
-            "TABLE_ALIGN": alignment(*self.tables),
-            "FORM": self.form,
+            "TABLE_ALIGN": alignment(*side.tables),
+            "FORM": side.form,
         }
+
+    def other(self, side: Side) -> dict[str, str]:
+        """Return the constant of the kernels that take the two sides apart: the form of the other one."""
+        if self.queries is self.keys:
+            return {"OTHER": ""}
+        return {"OTHER": self.keys.form if side is self.queries else self.queries.form}
 
     @property
     def materialize(self) -> dict[str, bool]:
@@ -105,8 +116,8 @@ class Shared:
             "MATERIALIZE": self.choice.family == "ampere" and self.call.rotary is not None and not tiles.INTERPRETED
         }
 
-    def grid(self, block: int, heads: int) -> tuple[int, int]:
-        return programs(self.form, self.sequences, self.tokens, block), heads
+    def grid(self, side: Side, block: int, heads: int) -> tuple[int, int]:
+        return programs(side.form, self.sequences, side.tokens, block), heads
 
 
 def head_constants(dim: int, rotary: Rotary | None) -> dict[str, Any]:
@@ -135,17 +146,19 @@ def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Pla
     """Plan the forward. choice: overrides the tiles of the device."""
     shared = Shared.of(call, choice)
     q, k, v = call.q, call.k, call.v
+    queries, keys = shared.queries, shared.keys
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[0], shared.heads, shared.tokens), dtype=torch.float32, device=q.device)
-    sizes = (shared.sequences, shared.tokens, shared.heads, shared.heads // shared.kv_heads, call.scale)
+    lse = torch.empty((q.shape[0], shared.heads, queries.tokens), dtype=torch.float32, device=q.device)
+    group = shared.heads // shared.kv_heads
     if window := shared.choice.window_forward:
         per_program = tiles.heads_per_program(window, shared.sequences, shared.heads)
         forward = Launch(
             window_forward_kernel,
             (shared.sequences, triton.cdiv(shared.heads, per_program)),
-            (q, k, v, out, lse, *shared.tables, shared.bounds, *sizes)
-            + (*strides(q), *strides(k), *strides(v), *shared.table_strides),
-            shared.constants(q, k, v)
+            (q, k, v, out, lse, *queries.tables, queries.bounds)
+            + (shared.sequences, queries.tokens, shared.heads, group, call.scale)
+            + (*strides(q), *strides(k), *strides(v), *queries.table_strides),
+            shared.constants(queries, q, k, v)
             | shared.materialize
             | {"BLOCK": window.block, "PER_PROGRAM": per_program, "STAGES": window.stages},
             window.warps,
@@ -155,21 +168,24 @@ def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Pla
     tile = shared.choice.forward
     launches: tuple[Launch, ...] = ()
     scratch: tuple[Tensor, ...] = ()
-    keys, key_strides = k, strides(k)
-    before = call.rotary is not None and tile.rotate_k == "before"
+    loaded, key_strides = k, strides(k)
+    # a table of their own: the loop has one
+    before = call.rotary is not None and (tile.rotate_k == "before" or keys is not queries)
     family = shared.choice.family
     # in the loop, 8 bytes of spills with "axis_half" at D = 72
     scattered = call.rotary is not None and call.rotary.pairing == "axis_half"
     join = tiles.joins(family, q.dtype) and (before or not scattered)
     if before:
-        launch, keys, key_strides = pre_rotation(k, shared)
-        launches, scratch = (launch,), (keys,)
+        launch, loaded, key_strides = pre_rotation(k, shared)
+        launches, scratch = (launch,), (loaded,)
     forward = Launch(
         forward_kernel,
-        shared.grid(tile.bm, shared.heads),
-        (q, keys, v, out, lse, *shared.tables, shared.bounds, *sizes)
-        + (*strides(q), *key_strides, *strides(v), *shared.table_strides),
-        shared.constants(q, keys, v)
+        shared.grid(queries, tile.bm, shared.heads),
+        (q, loaded, v, out, lse, *queries.tables, queries.bounds, keys.bounds)
+        + (shared.sequences, queries.tokens, keys.tokens, shared.heads, group, call.scale)
+        + (*strides(q), *key_strides, *strides(v), *queries.table_strides),
+        shared.constants(queries, q, loaded, v)
+        | shared.other(queries)
         | shared.materialize
         | {"ROTATE_K": not before, "JOIN": join, "RUNNING": q.dtype == torch.float16}
         | {"ONES": tiles.ones(family, q.dtype)}
@@ -180,20 +196,20 @@ def plan_forward(call: AttentionCall, choice: tiles.Choice | None = None) -> Pla
     return Plan((*launches, forward), (out, lse), scratch)
 
 
-def pre_rotation(x: Tensor, shared: Shared) -> tuple[Launch, Tensor, tuple[int, int, int]]:
-    """Return a launch that writes R(x) as operands, the result (H, B N, padded D), and its strides (0, token, head)."""
-    tokens, heads, dim = x.shape[1:]
-    config = tiles.OPERANDS
-    blocks = x.shape[0] * triton.cdiv(tokens, config.block)
+def pre_rotation(k: Tensor, shared: Shared) -> tuple[Launch, Tensor, tuple[int, int, int]]:
+    """Return a launch that writes R(k) as operands, the result (Hkv, B M, padded D), and its strides (0, token, head)."""
+    tokens, heads, dim = k.shape[1:]
+    config, side = tiles.OPERANDS, shared.keys
+    blocks = k.shape[0] * triton.cdiv(tokens, config.block)
     per_program = tiles.heads_per_program(config, blocks, heads)
-    rotary = shared.call.rotary
-    out = torch.empty((heads, shared.rows, operand_width(dim)), dtype=x.dtype, device=x.device)
+    rotary = shared.call.key_rotary
+    out = torch.empty((heads, side.rows, operand_width(dim)), dtype=k.dtype, device=k.device)
     launch = Launch(
         operands_kernel,
         (blocks, triton.cdiv(heads, per_program)),
-        (x, out, *shared.tables, tokens, shared.rows, heads, *strides(x), *shared.table_strides),
+        (k, out, *side.tables, tokens, side.rows, heads, *strides(k), *side.table_strides),
         head_constants(dim, rotary)
-        | {"ALIGN": alignment(x), "TABLE_ALIGN": alignment(*shared.tables)}
+        | {"ALIGN": alignment(k), "TABLE_ALIGN": alignment(*side.tables)}
         | {"PER_HEAD": rotary is not None and rotary.cos.shape[2] > 1}
         | {"BLOCK": config.block, "PER_PROGRAM": per_program},
         config.warps,
@@ -212,44 +228,48 @@ def plan_backward(
     q, k, v = call.q, call.k, call.v
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     group = shared.heads // shared.kv_heads
+    queries, keys = shared.queries, shared.keys
     if window := shared.choice.window_backward:
         backward = Launch(
             window_backward_kernel,
             (shared.sequences, shared.kv_heads),
-            (q, k, v, out, dout, lse, dq, dk, dv, *shared.tables, shared.bounds)
-            + (shared.sequences, shared.tokens, shared.heads, shared.kv_heads, group, call.scale)
-            + (*strides(q), *strides(k), *strides(v), *strides(dout), *shared.table_strides),
-            shared.constants(q, k, v, dout) | shared.materialize | {"BLOCK": window.block},
+            (q, k, v, out, dout, lse, dq, dk, dv, *queries.tables, queries.bounds)
+            + (shared.sequences, queries.tokens, shared.heads, shared.kv_heads, group, call.scale)
+            + (*strides(q), *strides(k), *strides(v), *strides(dout), *queries.table_strides),
+            shared.constants(queries, q, k, v, dout) | shared.materialize | {"BLOCK": window.block},
             window.warps,
         )
         return Plan((backward,), (dq, dk, dv))
 
     rotate_k, rotated_k, _ = pre_rotation(k, shared)
-    rotated_q = rotated_k.new_empty((shared.heads, shared.rows, rotated_k.shape[-1]))
+    rotated_q = rotated_k.new_empty((shared.heads, queries.rows, rotated_k.shape[-1]))
     delta = torch.empty_like(lse)
-    constants = shared.constants(q, v, dout)
     tile = shared.choice.query
     by_query = Launch(
         query_kernel,
-        shared.grid(tile.bm, shared.heads),
-        (q, rotated_k, v, out, dout, lse, dq, rotated_q, delta, *shared.tables, shared.bounds)
-        + (shared.sequences, shared.tokens, shared.rows, shared.heads, group, call.scale)
-        + (*strides(q), *strides(v), *strides(dout), *shared.table_strides),
-        constants | {"SPLIT": tile.split, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
+        shared.grid(queries, tile.bm, shared.heads),
+        (q, rotated_k, v, out, dout, lse, dq, rotated_q, delta, *queries.tables, queries.bounds, keys.bounds)
+        + (shared.sequences, queries.tokens, keys.tokens, queries.rows, keys.rows, shared.heads, group, call.scale)
+        + (*strides(q), *strides(v), *strides(dout), *queries.table_strides),
+        shared.constants(queries, q, v, dout)
+        | shared.other(queries)
+        | {"SPLIT": tile.split, "BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages},
         tile.warps,
         tile.maxnreg,
     )
     tile = shared.choice.key
     by_key = Launch(
         key_kernel,
-        shared.grid(tile.bn, shared.kv_heads),
-        (rotated_q, rotated_k, v, dout, lse, delta, dk, dv, *shared.tables, shared.bounds)
-        + (shared.sequences, shared.tokens, shared.rows, shared.heads, shared.kv_heads, group, call.scale)
-        + (*strides(v), *strides(dout), *shared.table_strides),
-        constants
+        shared.grid(keys, tile.bn, shared.kv_heads),
+        (rotated_q, rotated_k, v, dout, lse, delta, dk, dv, *keys.tables, keys.bounds, queries.bounds)
+        + (shared.sequences, keys.tokens, queries.tokens, keys.rows, queries.rows)
+        + (shared.heads, shared.kv_heads, group, call.scale)
+        + (*strides(v), *strides(dout), *keys.table_strides),
+        shared.constants(keys, q, v, dout)
+        | shared.other(keys)
         # in a loop over heads, or with sequence starts that 16 does not divide (Triton 3.6), a second inner loop spills more
         | {
-            "SPLIT": tile.split and group == 1 and shared.form != PACKED,
+            "SPLIT": tile.split and group == 1 and keys.form != PACKED,
             "BM": tile.bm,
             "BN": tile.bn,
             "STAGES": tile.stages,

@@ -200,15 +200,18 @@ def heads_per_program(config: Window | Rotation, blocks: int, heads: int) -> int
 
 def choice_of(call: AttentionCall) -> Choice:
     q = call.q
-    return _choice(q.device, q.dtype, q.shape[-1], bucket(call.longest), few_programs(call))
+    # keys of their own are rotated before, and are no windows: the tiles of long sequences
+    longest = bucket(call.longest) if call.keys is None else LONG
+    return _choice(q.device, q.dtype, q.shape[-1], longest, few_programs(call))
 
 
 # Lengths in the same bucket share their tiles.
 BUCKETS = (16, 32, 64, 128, 256, 640, 1280, 2560)
+LONG = 1 << 31
 
 
 def bucket(tokens: int) -> int:
-    return next((size for size in BUCKETS if tokens <= size), 1 << 31)
+    return next((size for size in BUCKETS if tokens <= size), LONG)
 
 
 @functools.lru_cache(1024)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, HEAD_DIMS, LENGTHS, ROTATIONS, SCALES, SEQUENCES, VIEWS
+from oracles.cross import CASES as TO_OTHER_TOKENS
+from oracles.cross import Cross
 from oracles.extreme import BIASES, POISON, biased, poisoned
 
 import spatial_pe
@@ -61,6 +63,13 @@ def test_error_rule(case, dtype, large):
     case = replace(case, dtype=dtype)
     inputs = make(case)
     check(on_gpu(case, "triton"), on_gpu(case, "composed"), exact(inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [case for case in TO_OTHER_TOKENS if case.dim <= 128], ids=str)
+def test_other_tokens(case: Cross, dtype):
+    case.make(dtype)
+    case.check(case.run("triton", "cuda"), case.run("composed", "cuda"))
 
 
 needs_cuda_kernels = pytest.mark.skipif(cuda.unavailable() is not None, reason=f"cuda: {cuda.unavailable()}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-import numpy
 import pytest
 import torch
 from oracles import Case, check, exact, make, run
@@ -58,23 +57,6 @@ def check_kernels(case: Case, monkeypatch, family: str, tiles: torch.dtype = tor
     choose(monkeypatch, family, tiles)
     inputs = make(case)
     check(run(inputs, "triton"), run(inputs, "composed"), exact(inputs), inputs)
-
-
-@pytest.fixture
-def rounds_bfloat16(monkeypatch):
-    """The interpreter converts float32 to bfloat16 as GPUs do: to the nearest, ties to even."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        single = torch.from_numpy(numpy.array(data, numpy.float32, copy=True))
-        return single.to(torch.bfloat16).view(torch.int16).numpy().view(numpy.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @pytest.mark.usefixtures("rounds_bfloat16")

@@ -101,6 +101,29 @@ def padded() -> Function:
     return Function(call, qkv(3, GRID.num_tokens))
 
 
+def _to_other_tokens(*lead: int, **lengths: tuple[int, ...]) -> Function:
+    """Keys of 9 other tokens; gradients of both tables too."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, angles_k: Tensor) -> Tensor:
+        given = {name: int32(q, *values) for name, values in lengths.items()}
+        return rope_attention(q, k, v, Rotary.from_angles(angles), rotary_k=Rotary.from_angles(angles_k), **given)
+
+    (q, _, _), (_, k, v) = qkv(*lead, GRID.num_tokens), qkv(*lead, 9, kv_heads=1)
+    return Function(call, (q, k, v, ANGLES, randn(9, DIM // 2, seed=8)))
+
+
+def cross() -> Function:
+    return _to_other_tokens(2)
+
+
+def cross_packed() -> Function:
+    return _to_other_tokens(cu_seqlens=(0, 5, 5, 6, 12), cu_seqlens_k=(0, 2, 4, 4, 9))
+
+
+def cross_padded() -> Function:
+    return _to_other_tokens(3, seqlens=(12, 7, 5), seqlens_k=(4, 0, 9))
+
+
 # ---------------------------------------------------------------------------------------------- rotation and encodings
 
 
@@ -200,6 +223,9 @@ FUNCTIONS: dict[str, Callable[[], Function]] = {
     "rope_attention, angles": angles,
     "rope_attention, packed": packed,
     "rope_attention, padded": padded,
+    "rope_attention, other tokens": cross,
+    "rope_attention, other tokens, packed": cross_packed,
+    "rope_attention, other tokens, padded": cross_padded,
     "apply_rotary": rotate,
     "apply_rotary_qk": rotate_qk,
     "AxialRoPE": axial,

@@ -57,6 +57,8 @@ REPEATS = {
     "tower, padded, axial added",
     "RoPE2DAttention, packed",
     "apply_rotary",
+    "rope_attention, other tokens, packed",
+    "rope_attention, other tokens, padded",
 }
 # Single cells of the others whose column is slow, and has another row that calls the op, or rotates, as they do.
 REPEATED_CELLS = {

@@ -142,7 +142,7 @@ def jit_trace_saved(f: Function) -> None:
 
 
 def fx_symbolic_trace(f: Function) -> None:
-    names = ", ".join("abcd"[: len(f.args)])  # torch.fx looks at the signature
+    names = ", ".join("abcde"[: len(f.args)])  # torch.fx looks at the signature
     named = type("Named", (Wrapped,), {"forward": eval(f"lambda self, {names}: self.call({names})")})
     graph = torch.fx.symbolic_trace(named(f).eval())
     close(graph(*others(f)), f.call(*others(f)))

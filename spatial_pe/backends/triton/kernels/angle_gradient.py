@@ -18,7 +18,7 @@ def angles_kernel(
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr,
     ALIGN: tl.constexpr, PADDED: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q, dq (B, N, H, D), k, dk (B, N, Hkv, D); out (B, N, H|1, R/2) contiguous: of one head, or the sum over all heads in
+    """q, dq (B, N, H, D), k, dk (B, N, Hkv, D), Hkv = 0: of q alone; out (B, N, H|1, R/2) contiguous: of one head, or the sum over all heads in
     order, so that results are deterministic."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
@@ -43,7 +43,7 @@ def angles_kernel(
             total += _of_a_head(
                 q + head * q_head, dq + head * dq_head, row, q_token, dq_token, valid, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i]
             )  # fmt: skip
-        for index in tl.range(begin, begin + 1 if PER_HEAD else kv_heads):
+        for index in tl.range(begin, tl.minimum(begin + 1, kv_heads) if PER_HEAD else kv_heads):
             head = tl.cast(index, tl.int64)
             total += _of_a_head(
                 k + head * k_head, dk + head * dk_head, row, k_token, dk_token, valid, D, R, PAIRING, begin_of(PAIRS, i), PAIRS[i]

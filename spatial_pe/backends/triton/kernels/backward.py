@@ -5,7 +5,8 @@ P = softmax(S), dP = dO Vᵀ, dS = P (dP - delta), delta = rowsum(dO O): dq̂ = 
 
 ``query_kernel`` has BM queries of a head and loops over the keys, which pre_rotate.py has rotated. It rotates its own
 queries, stores them and delta for the next kernel, and applies the inverse rotation to dq̂ in float32 before rounding.
-``key_kernel`` has BN keys of a key head and loops over the queries of every head that shares it.
+``key_kernel`` has BN keys of a key head and loops over the queries of every head that shares it. Either side may have tokens
+and a table of its own (OTHER: the form of the other side).
 """
 
 from __future__ import annotations
@@ -30,29 +31,35 @@ from .blocks import (
     total_of,
     zeros,
 )
-from .sequences import locate, poison
+from .sequences import locate, other_side, poison
 
 
 @triton.jit
 def query_kernel(
-    q, rotated_k, v, out, dout, lse, dq, rotated_q, delta, cos, sin, bounds,
-    sequences, tokens, rows_in_all, heads, group, scale,
+    q, rotated_k, v, out, dout, lse, dq, rotated_q, delta, cos, sin, bounds, key_bounds,
+    sequences, tokens, key_tokens, rows_in_all, key_rows, heads, group, scale,
     q_batch, q_token, q_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
-    FORM: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    FORM: tl.constexpr, OTHER: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out and dq (B, N, H, D) contiguous, dout with strides g; rotated_q (H, B N, padded D), rotated_k likewise by key
-    head, operands side by side; lse and delta (B, H, N)."""
+    """out and dq (B, N, H, D) contiguous, dout with strides g; rotated_q (H, B N, padded D), rotated_k (Hkv, B M, padded D),
+    operands side by side; lse and delta (B, H, N). OTHER = "": M = N, and key_bounds, key_tokens and key_rows are not read."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
-    sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    index, sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    if OTHER == "":
+        key_start, key_length, key_tokens, key_rows = start, length, tokens, rows_in_all
+    else:
+        key_start, key_length, length, rows, nan = other_side(
+            index, start, length, rows, nan, first, key_bounds, sequences, key_tokens, OTHER
+        )
     sample = tl.cast(sample, tl.int64)
-    if FORM != "dense":
+    if FORM != "dense" or OTHER == "padded":
         poison(dq, sample * tokens, nan, end, heads, head, D)
     if FORM == "packed":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
         if first >= length:  # a program without tokens
@@ -79,11 +86,11 @@ def query_kernel(
     tl.store(delta + at_row, row_delta, mask=valid)
     log2_total = tl.load(lse + at_row, mask=valid, other=float("inf")) * 1.4426950408889634
 
-    rotated_k += ((head // group) * rows_in_all + sample * tokens + start) * width
-    v += sample * v_batch + start * v_token + (head // group) * v_head
+    rotated_k += ((head // group) * key_rows + sample * key_tokens + key_start) * width
+    v += sample * v_batch + key_start * v_token + (head // group) * v_head
     c = scale * 1.4426950408889634
     acc = zeros(BM, operand_cut(PAIRS))
-    keys = tl.where(first < length, length, 0)
+    keys = tl.where(first < length, key_length, 0)
     # SPLIT, a separate loop for whole tiles, saves a sixth of its instructions, and takes registers
     whole = keys // BN * BN if SPLIT else 0
     for at in tl.range(0, whole, BN, num_stages=STAGES):
@@ -121,21 +128,28 @@ def _add_keys(
 
 @triton.jit
 def key_kernel(
-    rotated_q, rotated_k, v, dout, lse, delta, dk, dv, cos, sin, bounds,
-    sequences, tokens, rows_in_all, heads, kv_heads, group, scale,
+    rotated_q, rotated_k, v, dout, lse, delta, dk, dv, cos, sin, bounds, query_bounds,
+    sequences, tokens, query_tokens, rows_in_all, query_rows, heads, kv_heads, group, scale,
     v_batch, v_token, v_head, g_batch, g_token, g_head, table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr,
-    FORM: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    FORM: tl.constexpr, OTHER: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, N, Hkv, D) contiguous; the rest as query_kernel wrote it."""
+    """dk and dv (B, M, Hkv, D) contiguous; the rest as query_kernel wrote it. OTHER = "": the tokens, bounds and rows of the
+    queries are those of the keys, and not read."""
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     g_batch, g_token, g_head = aligned(g_batch, g_token, g_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     kv_head = tl.cast(tl.program_id(1), tl.int64)
-    sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BN)
+    index, sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BN)
+    if OTHER == "":
+        query_start, query_length, query_tokens, query_rows = start, length, tokens, rows_in_all
+    else:
+        query_start, query_length, length, rows, nan = other_side(
+            index, start, length, rows, nan, first, query_bounds, sequences, query_tokens, OTHER
+        )
     sample = tl.cast(sample, tl.int64)
-    if FORM != "dense":
+    if FORM != "dense" or OTHER == "padded":
         poison(dk, sample * tokens, nan, end, kv_heads, kv_head, D)
         poison(dv, sample * tokens, nan, end, kv_heads, kv_head, D)
     token = start + first
@@ -150,21 +164,21 @@ def key_kernel(
     c = scale * 1.4426950408889634
     dkeys = zeros(BN, operand_cut(PAIRS))
     dvalues = zeros(BN, CUT)
-    length_here = tl.where(first < length, length, 0)
+    queries = tl.where(first < length, query_length, 0)
     # as in query_kernel; saves 11 % here
-    whole = length_here // BM * BM if SPLIT else 0
+    whole = queries // BM * BM if SPLIT else 0
     for head in tl.range(kv_head * group, kv_head * group + group, num_stages=1):
-        head_q = rotated_q + (head * rows_in_all + sample * tokens + start) * width
-        head_g = dout + sample * g_batch + start * g_token + head * g_head
-        head_rows = (sample * heads + head) * tokens + start
+        head_q = rotated_q + (head * query_rows + sample * query_tokens + query_start) * width
+        head_g = dout + sample * g_batch + query_start * g_token + head * g_head
+        head_rows = (sample * heads + head) * query_tokens + query_start
         for at in tl.range(0, whole, BM, num_stages=STAGES):
             dkeys, dvalues = _add_queries(
-                dkeys, dvalues, keys, values, head_q, head_g, lse + head_rows, delta + head_rows, at, length, c, g_token,
+                dkeys, dvalues, keys, values, head_q, head_g, lse + head_rows, delta + head_rows, at, query_length, c, g_token,
                 False, D, PAIRS, CUT, BM, BN,
             )  # fmt: skip
-        for at in tl.range(whole, length_here, BM, num_stages=1 if SPLIT else STAGES):
+        for at in tl.range(whole, queries, BM, num_stages=1 if SPLIT else STAGES):
             dkeys, dvalues = _add_queries(
-                dkeys, dvalues, keys, values, head_q, head_g, lse + head_rows, delta + head_rows, at, length, c, g_token,
+                dkeys, dvalues, keys, values, head_q, head_g, lse + head_rows, delta + head_rows, at, query_length, c, g_token,
                 True, D, PAIRS, CUT, BM, BN,
             )  # fmt: skip
 

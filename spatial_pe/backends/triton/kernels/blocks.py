@@ -10,7 +10,6 @@ the first channels and the second ones, without shuffles; one of 8 pairs is one 
 side by side, since the tensor cores need 16. The forward may join the two (``joined``). Scores do not depend on the
 order of channels, as long as q and k agree. Without rotation the order is the same, so that angles of 0 and no rotary
 give the same bits.
-k agree. Without rotation the order is the same, so that angles of 0 and no rotary give the same bits.
 
 Everywhere below, ``base`` points at the first token of a block, so that ``rows``, the token offsets in the block, times
 a stride fit 32 bits: 64-bit offsets for every element cost registers until the backward spills.

@@ -2,7 +2,8 @@
 """Forward of any length: out = softmax(R(q) R(k)ᵀ scale) v and lse, the log of each row's sum of exponentials.
 
 A program has BM queries of one head and loops over the keys in tiles of BN. q is rotated when it is loaded; k is rotated
-tile by tile in the loop (ROTATE_K), or was rotated before by pre_rotate.py. JOIN: the two operands of q and k, first and
+tile by tile in the loop (ROTATE_K), or was rotated before by pre_rotate.py, by its own table if it has other tokens than q
+(OTHER: the form of its lengths). JOIN: the two operands of q and k, first and
 second channels, are one, so that the loop waits once for the tensor cores and not twice (wgmma).
 
 The softmax is relative to a row's maximum over its first tile only: no maximum and no rescaling in the loop, which
@@ -36,30 +37,36 @@ from .blocks import (
     store_blocks,
     zeros,
 )
-from .sequences import locate, poison
+from .sequences import locate, other_side, poison
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, cos, sin, bounds,
-    sequences, tokens, heads, group, scale,
+    q, k, v, out, lse, cos, sin, bounds, key_bounds,
+    sequences, tokens, key_tokens, heads, group, scale,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     table_batch, table_token, table_head,
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr, CUT: tl.constexpr,
     ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, MATERIALIZE: tl.constexpr,
-    FORM: tl.constexpr, ROTATE_K: tl.constexpr, JOIN: tl.constexpr, RUNNING: tl.constexpr, ONES: tl.constexpr,
+    FORM: tl.constexpr, OTHER: tl.constexpr, ROTATE_K: tl.constexpr, JOIN: tl.constexpr, RUNNING: tl.constexpr, ONES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """q (B, N, H, D), k and v (B, N, Hkv, D) with any strides; out contiguous; lse (B, H, N); ROTATE_K = False: k is
-    (Hkv, B N, padded D), operands side by side. ONES = 0: weights are summed unrounded."""
+    """q (B, N, H, D), k and v (B, M, Hkv, D) with any strides; out contiguous; lse (B, H, N); ROTATE_K = False: k is
+    (Hkv, B M, padded D), operands side by side. OTHER = "": M = N, and key_bounds and key_tokens are not read. ONES = 0: weights are summed unrounded."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
     table_batch, table_token, table_head = aligned(table_batch, table_token, table_head, TABLE_ALIGN)
     head = tl.cast(tl.program_id(1), tl.int64)
-    sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    index, sample, start, length, rows, nan, end, first = locate(tl.program_id(0), bounds, sequences, tokens, FORM, BM)
+    if OTHER == "":
+        key_start, key_length, key_tokens = start, length, tokens
+    else:
+        key_start, key_length, length, rows, nan = other_side(
+            index, start, length, rows, nan, first, key_bounds, sequences, key_tokens, OTHER
+        )
     sample = tl.cast(sample, tl.int64)  # a tensor may hold more than 2^31 elements
-    if FORM != "dense":
+    if FORM != "dense" or OTHER == "padded":
         poison(out, sample * tokens, nan, end, heads, head, D)
         poison(lse, (sample * heads + head) * tokens, nan, end, 1, 0, 1)
     if FORM == "packed":  # noqa: SIM102, one is the compiler's to decide, the other the GPU's
@@ -72,11 +79,11 @@ def forward_kernel(
     cos += sample * table_batch + head * table_head
     sin += sample * table_batch + head * table_head
     q += sample * q_batch + token * q_token + head * q_head
-    v += sample * v_batch + start * v_token + (head // group) * v_head
+    v += sample * v_batch + key_start * v_token + (head // group) * v_head
     if ROTATE_K:
-        k += sample * k_batch + start * k_token + (head // group) * k_head
+        k += sample * k_batch + key_start * k_token + (head // group) * k_head
     else:
-        k += (sample * tokens + start) * k_token + (head // group) * k_head
+        k += (sample * key_tokens + key_start) * k_token + (head // group) * k_head
     queries = load_rotated(
         q, row, q_token, cos + token * table_token, sin + token * table_token, table_token, valid, D, R, PAIRING, PAIRS
     )  # fmt: skip
@@ -86,7 +93,7 @@ def forward_kernel(
     sin += start * table_token
 
     c = scale * 1.4426950408889634
-    keys = tl.where(first < length, length, 0)  # 0: past the end
+    keys = tl.where(first < length, key_length, 0)  # 0: past the end
     if RUNNING:
         acc, top, total = _running(
             queries, k, v, cos, sin, keys, c, k_token, v_token, table_token, ROTATE_K, JOIN, MATERIALIZE, D, R, PAIRING, PAIRS, CUT, BM, BN, STAGES
@@ -105,9 +112,12 @@ def forward_kernel(
 
     acc = scaled(acc, (1.0 / total)[:, None])
     written = valid
-    if FORM == "padded":  # padding is 0
-        acc = kept(acc, valid)
+    if FORM == "padded":
         written = first + row < rows
+    if OTHER != "":  # queries without keys attend to nothing
+        valid = valid & (keys > 0)
+    if FORM == "padded" or OTHER != "":  # as padding, they are 0
+        acc = kept(acc, valid)
     stride = heads * D
     out += (sample * tokens + token) * stride + head * D
     store_blocks(out, row, stride, written, acc, D, CUT)
