@@ -47,10 +47,13 @@ with torch.no_grad():
 # One strength per channel pair and layer, all 0: a group of their own, with a larger learning rate and no weight decay.
 groups = report.parameter_groups(nn.ModuleList([model, head]), rope_lr=1e-2)
 optimizer = torch.optim.AdamW(groups, lr=2e-3)
-for _ in range(90):
+for step in range(1, 91):
     optimizer.zero_grad()
-    loss_of(*pictures(32)).backward()
+    loss = loss_of(*pictures(32))
+    loss.backward()
     optimizer.step()
+    if step % 15 == 0:
+        print(f"step {step}: loss of this batch {loss.item():.2f}", flush=True)
 
 with torch.no_grad():
     print(f"loss after 90 steps: {loss_of(*test):.2f}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._utils.console import first_line
+from .._utils.console import first_line, progress
 from .._utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,12 +34,17 @@ def run(options: argparse.Namespace) -> int:
     from ..towers import inspect
 
     transformers.logging.set_verbosity_error()
+    show = progress(f"Inspecting {options.model}")
+    show(0, 3, "reading the configuration")
     config = _load_config(options.model)
+    show(1, 3, "building the model without memory")
     with torch.device("meta"):  # shapes and classes, no memory: a 70 B model is inspected in seconds
         model = _build(config)
     _lend_weights(model)
+    show(2, 3, "checking each kind of layer")
     try:
         report = inspect(model)
+        show(3, 3, "done")
     except RuntimeError as error:  # a tested class fails its proof: the user cannot fix that
         print(f"spatial-pe inspect: {error}", file=sys.stderr)
         return 1
