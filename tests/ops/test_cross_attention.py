@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from oracles import CPU_KERNELS, threads
-from oracles.cross import CASES, NAMES, Cross
+from oracles.cross import CASES, NAMES, Cross, random_call
 from rows import some_pairs
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,6 +32,16 @@ def test_outputs_and_gradients_follow_the_error_rule(backend, case, dtype):
         with pytest.raises(ValueError, match=f"head_dim is {case.dim}: must be a multiple of 8 from 16 to 128"):
             case.run(backend)
         return
+    case.check(case.run(backend), case.run("composed"))
+
+
+@pytest.mark.usefixtures("rounds_bfloat16")
+@pytest.mark.parametrize("seed", [pytest.param(i, marks=pytest.mark.slow) if i > 5 else i for i in range(60)])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "composed"])
+def test_random_calls_follow_the_error_rule(backend, seed):
+    rng = random.Random(seed)
+    case = random_call(rng)
+    case.make(rng.choice([torch.float32, torch.bfloat16, torch.float16]))
     case.check(case.run(backend), case.run("composed"))
 
 

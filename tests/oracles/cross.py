@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from spatial_pe import Rotary, rope_attention
+from spatial_pe.rotary import PAIRINGS
 
 from .exact import pair_channels
 
@@ -28,11 +30,13 @@ class Cross:
     rotary_dim: int = 64
     pairing: str = "half"
     table: str = "shared"  # or a table per "head", per "sample"
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    views: bool = False  # of wider tensors, k and v of one
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         lengths = f"{self.form}-{self.queries}-{self.keys}"
-        return f"{lengths}-{self.heads}/{self.kv_heads}x{self.dim}-{self.rotary_dim}-{self.pairing}-{self.table}"
+        channels = f"{self.heads}/{self.kv_heads}x{self.dim}-{self.rotary_dim}-{self.pairing}"
+        return f"{lengths}-{channels}-{self.table}{'-views' if self.views else ''}"
 
     def make(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -43,11 +47,11 @@ class Cross:
         many = self.form != "packed"
         rows, columns = (max(x) if many else sum(x) for x in (self.queries, self.keys))
         lead = (len(self.queries),) if many else ()
-        self.tensors = {
-            "q": randn(*lead, rows, self.heads, self.dim).to(dtype),
-            "k": randn(*lead, columns, self.kv_heads, self.dim).to(dtype),
-            "v": randn(*lead, columns, self.kv_heads, self.dim).to(dtype),
-        }
+        q = randn(*lead, rows, self.heads + 1, self.dim).to(dtype)[..., 1:, :]
+        k, v = randn(*lead, columns, 2 * self.kv_heads, self.dim).to(dtype).split(self.kv_heads, dim=-2)
+        self.tensors = {"q": q, "k": k, "v": v}
+        if not self.views:
+            self.tensors = {name: x.contiguous() for name, x in self.tensors.items()}
         tables = (len(self.queries) if self.table == "sample" else 1, self.heads if self.table == "head" else 1)
         for name, tokens in (("rotary", rows), ("rotary_k", columns)):
             self.tensors[name] = 3 * randn(tables[0], tokens, tables[1], self.rotary_dim // 2)
@@ -79,7 +83,7 @@ class Cross:
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         names = ("q", "k", "v", "rotary", "rotary_k")
         found = {name: self.tensors[name].detach() for name in names}
-        return {name: (x if dtype is None else x.to(dtype)).clone().requires_grad_() for name, x in found.items()}
+        return {name: (x if dtype is None else x.to(dtype)).detach().requires_grad_() for name, x in found.items()}
 
     def run(self, backend: str, device: str = "cpu") -> dict[str, Tensor]:
         leaves = {name: x.to(device) for name, x in self.leaves().items()}
@@ -123,6 +127,28 @@ class Cross:
         z = torch.complex(x[..., first], x[..., second]) * torch.polar(torch.ones_like(angles), angles)
         order = torch.tensor([*first, *second, *range(self.rotary_dim, self.dim)]).argsort()
         return torch.cat([z.real, z.imag, x[..., self.rotary_dim :]], dim=-1)[..., order]
+
+
+def random_call(rng: random.Random) -> Cross:
+    """Return a call of any form that the compiled backends serve, of enough elements for the error rule."""
+    form = rng.choice(("dense", "packed", "padded"))
+    count = rng.randint(1, 4)
+
+    def lengths(least: int) -> tuple[int, ...]:
+        drawn = [rng.choice((least, 17, 64, rng.randint(least, 150))) for _ in range(count)]
+        return (drawn[0],) * count if form == "dense" else (*drawn[:-1], max(drawn[-1], 33))
+
+    kv_heads, group = rng.randint(1, 2), rng.choice((1, 1, 2, 3))
+    dim = 8 * rng.randint(4, 16)
+    pairing = rng.choice(PAIRINGS)
+    table = rng.choice(
+        ("shared", "shared", "head" if group == 1 else "shared", "shared" if form == "packed" else "sample")
+    )
+    return Cross(
+        *(lengths(2 if form == "dense" else 0), lengths(2 if form == "dense" else 0), form),
+        heads=kv_heads * group, kv_heads=kv_heads, dim=dim, rotary_dim=rng.choice((dim, 4 * rng.randint(1, dim // 4))),
+        pairing=pairing, table=table, views=rng.random() < 0.5,
+    )  # fmt: skip
 
 
 CASES = [
