@@ -75,9 +75,9 @@ void GOMP_parallel(void (*region)(void*), void* data, unsigned threads, unsigned
 
 void GOMP_barrier() { team->barrier(); }
 
-bool GOMP_loop_nonmonotonic_dynamic_next(long* from, long* to) { return take(from, to); }
+bool GOMP_loop_dynamic_next(long* from, long* to) { return take(from, to); }
 
-bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long chunk, long* from, long* to) {
+bool GOMP_loop_dynamic_start(long start, long end, long step, long chunk, long* from, long* to) {
   if (loop.number + 1 == 64) std::abort();
   loop = {loop.number + 1, start, end, step, chunk};
   return take(from, to);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Distribution of work over threads. An item is one key head of one sequence, done in phases of independent parts. As
 // many items as divide evenly are done by one thread each; the remaining ones are done one after another by all threads
-// together. The result of a part does not depend on the thread, so results do not depend on the number of threads.
+// together, each part begun after those before it. The result of a part does not depend on the thread, so results do not
+// depend on the number of threads.
 #pragma once
 
 #include <atomic>
@@ -75,7 +76,8 @@ void run(const Kernel& kernel, const Problem& p) {
       const Item item = item_at(i);
       for (int phase = 0; phase < kernel.phases(); ++phase) {
         const int64_t parts = kernel.parts(item, phase);
-#pragma omp for schedule(dynamic, 1)
+        // in ascending order: a part may wait for those before it
+#pragma omp for schedule(monotonic : dynamic, 1)
         for (int64_t part = 0; part < parts; ++part)
           kernel.part(item, phase, part, true, ours, mine + item_bytes);
       }

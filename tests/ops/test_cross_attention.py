@@ -68,11 +68,25 @@ def test_every_instruction_set(kernel):
     case = Cross((5, 130, 0, 41), (37, 3, 4, 300), heads=4, kv_heads=2, dim=72, rotary_dim=40)
     case.make(torch.float32)
     exact = case.exact()
-    for count in (1, 2):
-        with kernel.selected(), threads(count):
-            got = case.run("cpu")
-        for name in NAMES:
-            assert (got[name].double() - exact[name]).norm() <= 1e-5 * (1 + exact[name].norm()), name
+    with kernel.selected(), threads(1):
+        alone = case.run("cpu")
+    for name in NAMES:
+        assert (alone[name].double() - exact[name]).norm() <= 1e-5 * (1 + exact[name].norm()), name
+    with kernel.selected(), threads(2):
+        assert all(torch.equal(x, alone[name]) for name, x in case.run("cpu").items())
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu: {cpu.unavailable()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_threads_on_one_head_wait_in_turn(dtype):
+    """More threads than heads: they share blocks of keys, and add to dq in the order of one thread. Again and again."""
+    case = Cross((500, 260), (1100, 700), heads=3, kv_heads=1)
+    case.make(dtype)
+    with threads(1):
+        alone = case.run("cpu")
+    for count in (2, 3, 5, 8) * 3:
+        with threads(count):
+            assert all(torch.equal(x, alone[name]) for name, x in case.run("cpu").items()), count
 
 
 def test_the_same_tokens_are_self_attention():

@@ -47,11 +47,13 @@ class Cross:
         many = self.form != "packed"
         rows, columns = (max(x) if many else sum(x) for x in (self.queries, self.keys))
         lead = (len(self.queries),) if many else ()
-        q = randn(*lead, rows, self.heads + 1, self.dim).to(dtype)[..., 1:, :]
-        k, v = randn(*lead, columns, 2 * self.kv_heads, self.dim).to(dtype).split(self.kv_heads, dim=-2)
+        if self.views:
+            q = randn(*lead, rows, self.heads + 1, self.dim).to(dtype)[..., 1:, :]
+            k, v = randn(*lead, columns, 2 * self.kv_heads, self.dim).to(dtype).split(self.kv_heads, dim=-2)
+        else:
+            q = randn(*lead, rows, self.heads, self.dim).to(dtype)
+            k, v = (randn(*lead, columns, self.kv_heads, self.dim).to(dtype) for _ in "kv")
         self.tensors = {"q": q, "k": k, "v": v}
-        if not self.views:
-            self.tensors = {name: x.contiguous() for name, x in self.tensors.items()}
         tables = (len(self.queries) if self.table == "sample" else 1, self.heads if self.table == "head" else 1)
         for name, tokens in (("rotary", rows), ("rotary_k", columns)):
             self.tensors[name] = 3 * randn(tables[0], tokens, tables[1], self.rotary_dim // 2)
