@@ -35,6 +35,29 @@ def test_outputs_and_gradients_follow_the_error_rule(backend, case, dtype):
     case.check(case.run(backend), case.run("composed"))
 
 
+@pytest.mark.parametrize("lengths", [("seqlens",), ("seqlens_k",)], ids=lambda names: names[0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_on_one_side(backend, lengths):
+    """The other one is whole. As a call for each sample."""
+    case = Cross((70, 12), (40, 90), "padded", heads=2, kv_heads=1, dim=32, rotary_dim=16)
+    case.make(torch.float32)
+    given = {name: x for name, x in case.lengths().items() if name in lengths}
+    q, k, v, dout = (case.tensors[name].nan_to_num(nan=0.3) for name in ("q", "k", "v", "dout"))
+    rotary, rotary_k = (Rotary.from_angles(case.tensors[name]) for name in ("rotary", "rotary_k"))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = rope_attention(q, k, v, rotary, rotary_k=rotary_k, backend=backend, **given)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for b, (n, m) in enumerate(zip(case.queries, case.keys, strict=True)):
+        n, m = (n if "seqlens" in lengths else q.shape[1]), (m if "seqlens_k" in lengths else k.shape[1])
+        parts = [x[b : b + 1, :count].detach().double().requires_grad_() for x, count in ((q, n), (k, m), (v, m))]
+        tables = (Rotary(x.cos[:, :count], x.sin[:, :count]) for x, count in ((rotary, n), (rotary_k, m)))
+        alone = rope_attention(*parts[:3], next(tables), rotary_k=next(tables), backend="reference")
+        expected = (alone, *torch.autograd.grad(alone, parts, dout[b : b + 1, :n].double()))
+        for x, y, count in zip((out, *grads), expected, (n, n, m, m), strict=True):
+            torch.testing.assert_close(x[b, :count], y[0].float(), rtol=1e-4, atol=1e-4)
+            assert (x[b, count:] == 0).all()
+
+
 @pytest.mark.usefixtures("rounds_bfloat16")
 @pytest.mark.parametrize("seed", [pytest.param(i, marks=pytest.mark.slow) if i > 5 else i for i in range(60)])
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "composed"])

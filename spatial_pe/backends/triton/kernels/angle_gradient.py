@@ -18,8 +18,8 @@ def angles_kernel(
     D: tl.constexpr, R: tl.constexpr, PAIRING: tl.constexpr, PAIRS: tl.constexpr,
     ALIGN: tl.constexpr, PADDED: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q, dq (B, N, H, D), k, dk (B, N, Hkv, D), Hkv = 0: of q alone; out (B, N, H|1, R/2) contiguous: of one head, or the sum over all heads in
-    order, so that results are deterministic."""
+    """q, dq (B, N, H, D), k, dk (B, N, Hkv, D), Hkv = 0: of q alone; out (B, N, H|1, R/2) contiguous: of one head, or the sum
+    over all heads in order, so that results are deterministic."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     dq_batch, dq_token, dq_head = aligned(dq_batch, dq_token, dq_head, ALIGN)

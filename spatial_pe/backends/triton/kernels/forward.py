@@ -2,9 +2,9 @@
 """Forward of any length: out = softmax(R(q) R(k)ᵀ scale) v and lse, the log of each row's sum of exponentials.
 
 A program has BM queries of one head and loops over the keys in tiles of BN. q is rotated when it is loaded; k is rotated
-tile by tile in the loop (ROTATE_K), or was rotated before by pre_rotate.py, by its own table if it has other tokens than q
-(OTHER: the form of its lengths). JOIN: the two operands of q and k, first and
-second channels, are one, so that the loop waits once for the tensor cores and not twice (wgmma).
+tile by tile in the loop (ROTATE_K), or was rotated before by pre_rotate.py, always where it has other tokens than q (OTHER,
+the form of their lengths), and so a table of its own. JOIN: the two operands of q and k, first and second channels, are
+one, so that the loop waits once for the tensor cores and not twice (wgmma).
 
 The softmax is relative to a row's maximum over its first tile only: no maximum and no rescaling in the loop, which
 saves a quarter of its instructions. The weights are rounded to the type of v for their product with it. Their sum is that
@@ -52,7 +52,8 @@ def forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """q (B, N, H, D), k and v (B, M, Hkv, D) with any strides; out contiguous; lse (B, H, N); ROTATE_K = False: k is
-    (Hkv, B M, padded D), operands side by side. OTHER = "": M = N, and key_bounds and key_tokens are not read. ONES = 0: weights are summed unrounded."""
+    (Hkv, B M, padded D), operands side by side. OTHER = "": M = N, and key_bounds and key_tokens are not read. ONES = 0:
+    weights are summed unrounded."""
     q_batch, q_token, q_head = aligned(q_batch, q_token, q_head, ALIGN)
     k_batch, k_token, k_head = aligned(k_batch, k_token, k_head, ALIGN)
     v_batch, v_token, v_head = aligned(v_batch, v_token, v_head, ALIGN)
