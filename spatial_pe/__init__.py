@@ -6,7 +6,7 @@ from ._version import __version__ as __version__
 from .conventions import CONVENTIONS, convention
 from .encodings import AxialRoPE, MixedRoPE
 from .grid import PatchGrid
-from .modules import RoPE2DAttention, RoPE2DCrossAttention
+from .modules import RoPE2D, RoPE2DAttention, RoPE2DCrossAttention
 from .ops.attention import rope_attention
 from .ops.decompositions import decompositions
 from .ops.onnx_translations import onnx_translations
@@ -22,6 +22,7 @@ __all__ = [
     "MixedRoPE",
     "PatchGrid",
     "PatchReport",
+    "RoPE2D",
     "RoPE2DAttention",
     "RoPE2DCrossAttention",
     "Rotary",

@@ -226,12 +226,12 @@ class AxialRoPE(_Float32):
         made = self.frequencies
         if made.dtype not in _WIDE:  # FSDP1 with a buffer_dtype sets the data of buffers
             made = self._make_frequencies().to(made.device)
-        return made.to(_widest(made.device))
+        return made.to(widest(made.device))
 
     def _coordinates(self, where: PatchGrid | Tensor) -> Tensor:
         """Return (N, 2) or (B, N, 2) of x, float64 where the device has it."""
         device = self.frequencies.device
-        wide = _widest(device)
+        wide = widest(device)
         if not isinstance(where, PatchGrid):
             for name in ("reference_size", "normalize"):
                 if getattr(self, name) is not None:
@@ -383,7 +383,7 @@ class MixedRoPE(_Float32):
         if (node := fx_node(self, where)) is not None:
             return node
         frequencies = self._exact("frequencies")
-        device, wide = frequencies.device, _widest(frequencies.device)
+        device, wide = frequencies.device, widest(frequencies.device)
         # PatchGrid gives tokens that are not rotated the coordinates (0, 0)
         coordinates = where.coordinates() if isinstance(where, PatchGrid) else _check_coordinates(where)
         dtype = _table_dtype(where, frequencies)
@@ -431,7 +431,7 @@ def _table(
     return Rotary.from_angles(angles, pairing)
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
     """Return the dtype that angles are computed in on a device."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 

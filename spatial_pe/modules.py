@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoPE2DAttention and RoPE2DCrossAttention: multi-head attention over patch grids."""
+"""RoPE2DAttention and RoPE2DCrossAttention: multi-head attention over patch grids. RoPE2D: the rotation alone, as CroCo
+has it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ._utils.dispatcher import fx_node
-from .encodings import AxialRoPE, MixedRoPE
+from ._utils.dispatcher import fx_node, is_traced, requires_grad
+from ._utils.tensor_cache import once_per_forward
+from .encodings import AxialRoPE, MixedRoPE, widest
 from .grid import PatchGrid
 from .ops.attention import rope_attention
+from .ops.rotate import apply_rotary
 from .rotary import Rotary
 
 
@@ -168,6 +171,64 @@ class RoPE2DCrossAttention(_MultiHeadAttention):
             cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k, backend=self.backend,
         )  # fmt: skip
         return self.proj(out.flatten(-2))
+
+
+class RoPE2D(nn.Module):
+    """The 2D RoPE of CroCo, DUSt3R and MASt3R, instead of their ``RoPE2D``, and of curope's ``cuRoPE2D``.
+
+    The first half of the channels is rotated by the row, the second by the column, each half as rotate-half does, with
+    D/4 frequencies F0 freq^(-4i/D). Angles are formed in float64 where the device has it. Strides do not matter.
+
+    Args:
+        freq: base of the frequencies.
+        F0: factor of all frequencies.
+        heads_first: tokens are (B, H, N, D), as those modules take them; False: (B, N, H, D).
+        inplace: overwrite the tokens, as curope does, where no gradient is recorded.
+
+    Shapes:
+        forward(tokens, positions): tokens (B, H, N, D), D a multiple of 4; positions (B, N, 2), row and column,
+        integers or floats -> as tokens, in their dtype.
+
+    Source: naver/croco models/pos_embed.py RoPE2D, models/curope/kernels.cu.
+    """
+
+    def __init__(
+        self, freq: float = 100.0, F0: float = 1.0, *, heads_first: bool = True, inplace: bool = False
+    ) -> None:
+        super().__init__()
+        if freq <= 0:
+            raise ValueError(f"freq must be a positive number, got {freq!r}")
+        self.base, self.F0 = float(freq), float(F0)
+        self.heads_first, self.inplace = heads_first, inplace
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if tokens.ndim != 4 or tokens.shape[-1] % 4:
+            layout = "(B, H, N, D)" if self.heads_first else "(B, N, H, D)"
+            raise ValueError(f"tokens must be {layout} with D a multiple of 4, got shape {tuple(tokens.shape)}")
+        x = tokens.transpose(1, 2) if self.heads_first else tokens
+        if positions.shape != (*x.shape[:2], 2):
+            raise ValueError(
+                f"positions must be (B, N, 2), row and column of each token, {(*x.shape[:2], 2)} here, got "
+                f"{tuple(positions.shape)}"
+            )
+        out = apply_rotary(x, self._table(positions, x.shape[-1]), inplace=self.inplace and not requires_grad((x,)))
+        return out.transpose(1, 2) if self.heads_first else out
+
+    def _table(self, positions: Tensor, dim: int) -> Rotary:
+        """Return the table of the positions, the same for q and k of all layers."""
+
+        def make() -> Rotary:
+            exponents = torch.arange(0, dim, 4, device=positions.device).to(widest(positions.device)) / dim
+            frequencies = self.F0 * self.base**-exponents
+            angles = (positions[..., None].to(frequencies.dtype) * frequencies).flatten(-2)[:, :, None]
+            return Rotary(angles.cos().float(), angles.sin().float(), "axis_half")
+
+        if is_traced(positions) or requires_grad((positions,)):
+            return make()
+        return once_per_forward(positions, (), (dim, self.base, self.F0), make)
+
+    def extra_repr(self) -> str:
+        return f"freq={self.base:g}, F0={self.F0:g}, heads_first={self.heads_first}, inplace={self.inplace}"
 
 
 def _rotary(

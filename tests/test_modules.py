@@ -10,7 +10,7 @@ import torch
 from oracles import threads
 from torch import nn
 
-from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid, RoPE2DAttention, Rotary, convention
+from spatial_pe import AxialRoPE, MixedRoPE, PatchGrid, RoPE2D, RoPE2DAttention, Rotary, convention
 from spatial_pe.backends import cpu
 
 
@@ -267,3 +267,73 @@ def test_wrong_calls():
 def test_axial_is_the_default():
     rope = RoPE2DAttention(C, H).rope
     assert isinstance(rope, AxialRoPE) and rope.head_dim == C // H
+
+
+# --------------------------------------------------------------------------------------------------------------- RoPE2D
+
+
+def as_croco_has_it(tokens: torch.Tensor, positions: torch.Tensor, freq: float) -> torch.Tensor:
+    """(B, H, N, D) in float64: halves by row and by column, each rotate-half over its whole width."""
+    out, half = [], tokens.shape[-1] // 2
+    for axis, x in enumerate(tokens.double().split(half, dim=-1)):
+        angles = positions[:, None, :, axis, None] * freq ** -(torch.arange(0, half, 2).double() / half)
+        angles = torch.cat([angles, angles], dim=-1)
+        other = torch.cat([-x[..., half // 2 :], x[..., : half // 2]], dim=-1)
+        out.append(x * angles.cos() + other * angles.sin())
+    return torch.cat(out, dim=-1)
+
+
+@pytest.fixture
+def positions() -> torch.Tensor:
+    return torch.cartesian_prod(torch.arange(3), torch.arange(5)).expand(2, -1, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "of a fused projection", "tokens first"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rope_2d_is_that_of_croco(inplace, layout, dtype, positions):
+    wide = torch.randn(2, 15, 3, 4, 64).to(dtype)
+    tokens = wide[:, :, 1].transpose(1, 2)  # (B, H, N, D), as CroCo's attention hands it over
+    tokens = tokens.contiguous() if layout == "contiguous" else tokens
+    expected = as_croco_has_it(tokens, positions, 100.0)
+    rope = RoPE2D(freq=100.0, inplace=inplace, heads_first=layout != "tokens first")
+    given = tokens.transpose(1, 2) if layout == "tokens first" else tokens
+    out = rope(given, positions)
+    assert out.shape == given.shape and out.dtype == dtype
+    assert (out.data_ptr() == given.data_ptr()) is inplace
+    found = out.transpose(1, 2) if layout == "tokens first" else out
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rope_2d_learns_and_compiles(positions):
+    rope, tokens = RoPE2D(freq=50.0), torch.randn(2, 4, 15, 32, requires_grad=True)
+    (grad,) = torch.autograd.grad(rope(tokens, positions).square().sum() / 2, tokens)
+    torch.testing.assert_close(grad, tokens.detach())  # a rotation keeps the norm
+    fast = torch.compile(rope, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(fast(tokens, positions), rope(tokens, positions))
+    assert list(rope.state_dict()) == [] and list(rope.float().parameters()) == []
+    shifted = RoPE2D(F0=2.0)(tokens, positions)
+    torch.testing.assert_close(shifted, RoPE2D()(tokens, 2 * positions))
+
+
+def test_rope_2d_follows_positions_that_change(positions):
+    rope, tokens, positions = RoPE2D(), torch.randn(2, 4, 15, 32), positions.clone()
+    rope(tokens, positions)
+    positions += 3
+    expected = as_croco_has_it(tokens, positions, 100.0)
+    torch.testing.assert_close(rope(tokens, positions).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "message"),
+    [
+        ((2, 15, 64), (2, 15, 2), r"tokens must be \(B, H, N, D\)"),
+        ((2, 4, 15, 30), (2, 15, 2), "D a multiple of 4"),
+        ((2, 4, 15, 32), (15, 2), r"positions must be \(B, N, 2\), row and column of each token, \(2, 15, 2\) here"),
+        ((2, 15, 4, 32), (2, 15, 2), r"\(2, 4, 2\) here, got \(2, 15, 2\)"),
+    ],
+)
+def test_rope_2d_names_the_argument(tokens, positions, message):
+    with pytest.raises(ValueError, match=message):
+        RoPE2D()(torch.randn(tokens), torch.zeros(positions))

@@ -7,7 +7,7 @@
 // Scores are recomputed, one block of query rows by one block of keys at a time. Both orders of operand A come from
 // registers: weights as rows of keys for dQ, and as rows of queries for dK and dV (for bfloat16, where a word pairs two
 // queries, by interleaving two rows), so nothing is transposed. Each pair of blocks is visited once, five products.
-// Several threads own key blocks, for dK and dV, and add their shares of dQ in turn: the thread of the next key block waits
+// Several threads own key blocks, for dK and dV, and add their shares of dQ in order: the thread of the next key block waits
 // for the block of queries, which it reaches one step later anyway (two threads, one head of 256, 4,096 x 16,400 in
 // float32: 1.25 times as fast as a second pass for dQ, which repeats the scores). One thread or several sum in the same
 // order, so the results are bitwise equal.
@@ -68,7 +68,7 @@ class Backward {
     word *q_rows, *q_lanes, *dout_rows, *dout_lanes;
     float *dq;          // (tokens, lanes), in float
     float *lse, *delta;  // lse in powers of 2; +infinity past the end, where weights must be 0
-    std::atomic<int64_t>* turn;  // of each block of rows: the key block whose share of dq is the next
+    std::atomic<int64_t>* next;  // of each block of rows: the key block whose share of dq comes next
   };
 
   struct Thread {
@@ -85,7 +85,7 @@ class Backward {
   // to its part.
   struct Offsets {
     size_t k_panels, k_lanes, v_panels, query;
-    size_t q_rows, q_lanes, dout_rows, dout_lanes, dq, lse, delta, turn, query_bytes;
+    size_t q_rows, q_lanes, dout_rows, dout_lanes, dq, lse, delta, next, query_bytes;
   };
 
   Offsets lay_out() const {
@@ -109,7 +109,7 @@ class Backward {
     o.dq = take(padded() * w_.lanes());
     o.lse = take(padded());
     o.delta = take(padded());
-    o.turn = take((longest_ + kRows - 1) / kRows * static_cast<int64_t>(sizeof(int64_t) / sizeof(word)));
+    o.next = take((longest_ + kRows - 1) / kRows * static_cast<int64_t>(sizeof(int64_t) / sizeof(word)));
     o.query_bytes = used;
     return o;
   }
@@ -125,7 +125,7 @@ class Backward {
     const auto floats = [mine](size_t offset) { return reinterpret_cast<float*>(mine + offset); };
     return {at(at_.q_rows),  at(at_.q_lanes),  at(at_.dout_rows), at(at_.dout_lanes),
             floats(at_.dq), floats(at_.lse), floats(at_.delta),
-            reinterpret_cast<std::atomic<int64_t>*>(mine + at_.turn)};
+            reinterpret_cast<std::atomic<int64_t>*>(mine + at_.next)};
   }
 
   // ------------------------------------------------------------------------------------------------------- phase 0
@@ -151,7 +151,7 @@ class Backward {
       for (int64_t i = from; i < to; ++i) {
         q.lse[i] = lse[i] * kLog2e;
         q.delta[i] = dot(dout.row(i), out.row(i));
-        if (i % kRows == 0) new (&q.turn[i / kRows]) std::atomic<int64_t>(0);
+        if (i % kRows == 0) new (&q.next[i / kRows]) std::atomic<int64_t>(0);
       }
       std::memset(q.dq + from * w_.lanes(), 0, sizeof(float) * static_cast<size_t>((to - from) * w_.lanes()));
       if (to < n) continue;
@@ -196,10 +196,10 @@ class Backward {
           add_dq(q, from, rows, keys, ops, thread);
           continue;
         }
-        std::atomic<int64_t>& turn = q.turn[from / kRows];
-        while (turn.load(std::memory_order_acquire) != block) std::this_thread::yield();
+        std::atomic<int64_t>& next = q.next[from / kRows];
+        while (next.load(std::memory_order_acquire) != block) std::this_thread::yield();
         add_dq(q, from, rows, keys, ops, thread);
-        turn.store(block + 1, std::memory_order_release);
+        next.store(block + 1, std::memory_order_release);
       }
     }
     const auto to_k = key_source<T>(p_, t_.dk, s, item.kv_head, item.kv_head, p_.pairs);

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._utils.dispatcher import is_traced
+from .._utils.tensor_cache import once_per_forward
 from ..ops.attention import rope_attention
 from ..rotary import Rotary
-from .tensor_cache import once_per_forward
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from .._utils.dispatcher import is_traced
+from .._utils.tensor_cache import once_per_forward
 from ..rotary import Rotary, split_pairs
 from .forms import ForwardForm
-from .tensor_cache import once_per_forward
 
 # types as a tuple: dynamo of torch 2.9 supports no union of them
 PAIR = (tuple, list)

@@ -101,7 +101,7 @@ def test_every_instruction_set(kernel):
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu: {cpu.unavailable()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_threads_on_one_head_wait_in_turn(dtype):
+def test_many_threads_on_one_head_add_in_order(dtype):
     """More threads than heads: they share blocks of keys, and add to dq in the order of one thread. Again and again."""
     case = Cross((500, 260), (1100, 700), heads=3, kv_heads=1)
     case.make(dtype)

@@ -377,7 +377,7 @@ def test_inference_then_training(name):
 
 def test_tables_that_are_written_to_in_inference_mode():
     """Their version does not count there: the values do."""
-    from spatial_pe.towers.tensor_cache import once_per_forward
+    from spatial_pe._utils.tensor_cache import once_per_forward
 
     with torch.inference_mode():
         table = torch.ones(3)

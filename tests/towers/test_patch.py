@@ -19,7 +19,8 @@ from families import FAMILIES, outputs, randn, randomize
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spatial_pe.towers import inspect, patch, rotary_inputs, tensor_cache, unpatch
+from spatial_pe._utils import tensor_cache
+from spatial_pe.towers import inspect, patch, rotary_inputs, unpatch
 from spatial_pe.towers.report import SkippedRow
 
 transformers = pytest.importorskip("transformers")
