@@ -202,6 +202,8 @@ class RoPE2D(nn.Module):
         self.heads_first, self.inplace = heads_first, inplace
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if (node := fx_node(self, tokens, positions)) is not None:
+            return node
         if tokens.ndim != 4 or tokens.shape[-1] % 4:
             layout = "(B, H, N, D)" if self.heads_first else "(B, N, H, D)"
             raise ValueError(f"tokens must be {layout} with D a multiple of 4, got shape {tuple(tokens.shape)}")

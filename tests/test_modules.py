@@ -306,12 +306,23 @@ def test_rope_2d_is_that_of_croco(inplace, layout, dtype, positions):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+class Attention(nn.Module):
+    def __init__(self, rope: RoPE2D) -> None:
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.rope(tokens, positions)
+
+
 def test_rope_2d_learns_and_compiles(positions):
     rope, tokens = RoPE2D(freq=50.0), torch.randn(2, 4, 15, 32, requires_grad=True)
     (grad,) = torch.autograd.grad(rope(tokens, positions).square().sum() / 2, tokens)
     torch.testing.assert_close(grad, tokens.detach())  # a rotation keeps the norm
     fast = torch.compile(rope, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(fast(tokens, positions), rope(tokens, positions))
+    graph = torch.fx.symbolic_trace(Attention(rope))
+    torch.testing.assert_close(graph(tokens, positions), rope(tokens, positions))
     assert list(rope.state_dict()) == [] and list(rope.float().parameters()) == []
     shifted = RoPE2D(F0=2.0)(tokens, positions)
     torch.testing.assert_close(shifted, RoPE2D()(tokens, 2 * positions))
