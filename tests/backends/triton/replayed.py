@@ -5,9 +5,11 @@ test_replay.py runs this and says why."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from oracles import Case, make
+from oracles.cross import Cross
 from triton.runtime.jit import JITFunction
 
 from spatial_pe import Rotary, rope_attention
@@ -23,6 +25,9 @@ CASES = {
     "padded": Case(batch=2, tokens=150, seqlens=(150, 3), dim=64, dtype=torch.bfloat16),
     "no rotary": Case(batch=2, tokens=70, rotary_dim=0, dtype=torch.bfloat16),
     "view": Case(batch=2, tokens=70, dim=64, layout="heads_first", dtype=torch.bfloat16),
+    "other tokens": Cross((130, 130), (300, 300), "dense"),
+    "other tokens, packed": Cross((64, 0, 20), (3, 90, 70)),
+    "other tokens, padded": Cross((70, 3), (20, 90), "padded"),
 }
 
 
@@ -48,7 +53,8 @@ def main() -> None:
     for name in CASES if len(sys.argv) == 1 else sys.argv[1:]:
         case = CASES[name]
         launch_cache.clear_cache()
-        first, second = Calls(case), Calls(case)
+        made = CallsToOtherTokens if isinstance(case, Cross) else Calls
+        first, second = made(case), made(case)
         planned = launched(second)  # what this call is told without anything kept
         launch_cache.clear_cache()
         launched(first)
@@ -90,6 +96,18 @@ class Calls:
                 backend.rotation([made.q.clone()], rotary, inplace=True)
 
 
+class CallsToOtherTokens:
+    """Forward, and backward with the gradients of both tables."""
+
+    def __init__(self, case: Cross) -> None:
+        self.case = replace(case, tensors={})
+        self.case.make(torch.bfloat16)
+        self.inputs = {x.data_ptr() for x in self.case.tensors.values()}
+
+    def __call__(self) -> None:
+        self.case.run("triton")
+
+
 def alike(x: torch.Tensor, y: torch.Tensor, inputs: set[int]) -> bool:
     """Inputs have their addresses; what is made anew each time has its shape and dtype."""
     if x.data_ptr() in inputs or y.data_ptr() in inputs:
@@ -121,6 +139,9 @@ def another_shape_is_planned(runs_of_triton) -> None:
             q, q, q, Rotary.from_angles(torch.randn(70, 32), "interleaved"), backend="triton"
         ),
         "none": lambda: rope_attention(q, q, q, backend="triton"),
+        "other keys": lambda: rope_attention(
+            q, q, q, rotary, rotary_k=Rotary.from_angles(torch.randn(70, 32)), backend="triton"
+        ),
         "batch": lambda: rope_attention(q[:1], q[:1], q[:1], rotary, backend="triton"),
         "padded": lambda: rope_attention(
             q, q, q, rotary, seqlens=torch.tensor([3, 70], dtype=torch.int32), backend="triton"
