@@ -39,6 +39,13 @@ spe::Tables tables(const py::dict& d, const char* cos_name, const char* sin_name
   return {static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), cos.batch, cos.token, cos.head};
 }
 
+spe::ChannelPairs channel_pairs(const py::dict& d) {
+  const auto pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
+                                             {"axis_half", spe::Pairing::axis_half}},
+                                            d["pairing"].cast<std::string>(), "pairing");
+  return spe::channel_pairs(d["rotary_dim"].cast<int>(), pairing);
+}
+
 spe::Problem problem(const py::dict& d) {
   spe::Problem p;
   p.dtype = dtype(d["dtype"].cast<std::string>());
@@ -54,10 +61,7 @@ spe::Problem problem(const py::dict& d) {
   if (d.contains("cos")) {
     p.tables = tables(d, "cos", "sin");
     p.key_tables = d.contains("cos_k") ? tables(d, "cos_k", "sin_k") : p.tables;
-    const auto pairing = lookup<spe::Pairing>({{"half", spe::Pairing::half}, {"interleaved", spe::Pairing::interleaved},
-                                               {"axis_half", spe::Pairing::axis_half}},
-                                              d["pairing"].cast<std::string>(), "pairing");
-    p.pairs = spe::channel_pairs(d["rotary_dim"].cast<int>(), pairing);
+    p.pairs = channel_pairs(d);
   }
   return p;
 }
@@ -76,6 +80,22 @@ void backward(const py::dict& d, ViewTuple q, ViewTuple k, ViewTuple v, ViewTupl
                                view(dq), view(dk), view(dv), reinterpret_cast<const float*>(lse)};
   const py::gil_scoped_release release;
   spe::backward(p, t);
+}
+
+void rotate(const py::dict& d, ViewTuple x, ViewTuple out) {
+  spe::Rotation r;
+  r.dtype = dtype(d["dtype"].cast<std::string>());
+  r.batch = d["batch"].cast<int64_t>();
+  r.tokens = d["tokens"].cast<int64_t>();
+  r.heads = d["heads"].cast<int>();
+  r.head_dim = d["head_dim"].cast<int>();
+  r.threads = d["threads"].cast<int>();
+  r.tables = tables(d, "cos", "sin");
+  r.pairs = channel_pairs(d);
+  r.x = view(x);
+  r.out = view(out);
+  const py::gil_scoped_release release;
+  spe::rotate(r);
 }
 
 double peak_flops(const std::string& name) {
@@ -105,6 +125,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward", &forward, "problem"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a);
   m.def("backward", &backward, "problem"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dq"_a,
         "dk"_a, "dv"_a);
+  m.def("rotate", &rotate, "rotation"_a, py::kw_only(), "x"_a, "out"_a);
   m.def("cpu_features", &cpu_features, "The instruction set in use, those usable, CPU flags and how this was compiled.");
   m.def("peak_flops", &peak_flops, "dtype"_a, "FLOP per second of a dtype's multiply-adds on registers, on one core.");
   m.def("use_isa", &spe::use_isa, "isa"_a, "Use the kernels of a lower instruction set (for tests).");

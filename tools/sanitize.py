@@ -82,6 +82,7 @@ def cases():
 def main(path: str) -> None:
     load(path)
     from oracles import CPU_KERNELS, make, run, threads
+    from oracles.cross import CASES, random_call
 
     started = time.perf_counter()
     done = 0
@@ -90,11 +91,34 @@ def main(path: str) -> None:
             for i, case in enumerate(cases()):
                 # 1: the last item ends the working memory; 2 and 3 share the remaining heads
                 with threads(1 + i % 3):
-                    for name, x in run(make(case), backend).items():
+                    inputs = make(case)
+                    for name, x in run(inputs, backend).items():
                         assert torch.isfinite(x).all(), f"{kernel}: {name} of {case} holds NaN"
+                    rotate(inputs)
+                done += 1
+            rng = random.Random(0)
+            for i, call in enumerate([*CASES, *(random_call(rng) for _ in range(24))]):
+                call.make(DTYPES[i // 3 % 3])
+                with threads(1 + i % 3):
+                    for name, x in call.run(backend).items():
+                        assert torch.isfinite(x).all(), f"{kernel}: {name} of {call} holds NaN"
                 done += 1
             extreme(backend)
     print(f"{done} cases, {len(CPU_KERNELS)} instruction sets, {time.perf_counter() - started:.0f} s: no finding")
+
+
+def rotate(inputs: Any) -> None:
+    """Rotate q and k, in place and not."""
+    from spatial_pe.backends import cpu
+
+    rotary = inputs.rotary()
+    if rotary is None:
+        return
+    with torch.no_grad():
+        for x in (inputs.q, inputs.k):
+            x = x if x.ndim == 4 else x[None]
+            cpu.rotation([x], rotary)
+            cpu.rotation([x.clone()], rotary, inplace=True)
 
 
 def extreme(backend: str) -> None:

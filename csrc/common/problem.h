@@ -51,4 +51,15 @@ struct BackwardTensors {
   const float* lse;
 };
 
+// x, or x and out, of (batch, tokens, heads, head_dim).
+struct Rotation {
+  DType dtype = DType::float32;
+  int64_t batch = 0, tokens = 0;
+  int heads = 0, head_dim = 0;
+  Tables tables;
+  ChannelPairs pairs;
+  View x, out;
+  int threads = 1;
+};
+
 }  // namespace spe

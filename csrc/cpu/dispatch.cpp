@@ -121,6 +121,7 @@ void use_isa(const std::string& isa) {
 
 void forward(const Problem& p, const ForwardTensors& t) { pick(&KernelTable::forward, p.dtype)(p, t); }
 void backward(const Problem& p, const BackwardTensors& t) { pick(&KernelTable::backward, p.dtype)(p, t); }
+void rotate(const Rotation& r) { pick(&KernelTable::rotate, r.dtype)(r); }
 double peak_flops(DType dtype) { return pick(&KernelTable::peak, dtype)(); }
 
 // -------------------------------------------------------------------------------------------------------- threads

@@ -11,6 +11,7 @@ namespace spe {
 
 using ForwardKernel = void (*)(const Problem&, const ForwardTensors&);
 using BackwardKernel = void (*)(const Problem&, const BackwardTensors&);
+using RotateKernel = void (*)(const Rotation&);
 using PeakKernel = double (*)();
 
 // A build may lack a dtype (null): the next lower instruction set is used.
@@ -18,6 +19,7 @@ struct KernelTable {
   const char* isa;
   ForwardKernel forward[3];    // by DType
   BackwardKernel backward[3];
+  RotateKernel rotate[3];
   PeakKernel peak[3];
 };
 
@@ -29,6 +31,7 @@ const std::vector<std::string>& cpu_flags();
 
 void forward(const Problem& problem, const ForwardTensors& tensors);
 void backward(const Problem& problem, const BackwardTensors& tensors);
+void rotate(const Rotation& rotation);
 // FLOP per second of the kernels' multiply-add for a dtype, on the calling thread's core.
 double peak_flops(DType dtype);
 

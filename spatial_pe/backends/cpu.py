@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -81,6 +82,29 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor) -> tup
 
 # Only for tables that require a gradient: one pass over q and k, by torch.
 angle_gradient = reference.angle_gradient
+
+
+def cannot_rotate(x: Tensor) -> str | None:
+    """Return why x (B, N, H, D) cannot be rotated, like cannot_serve, or None."""
+    if (reason := unavailable()) is not None:
+        return reason
+    if x.device.type != "cpu":
+        return f"x is on {x.device}: this backend runs on the CPU"
+    if x.dtype not in DTYPES:
+        return f"no {x.dtype} kernel: float32, bfloat16 and float16 only"
+    return f"head_dim is {x.shape[-1]}: must be a multiple of 8" if x.shape[-1] % 8 else None
+
+
+def rotation(xs: Sequence[Tensor], rotary: Rotary, inplace: bool = False, inverse: bool = False) -> tuple[Tensor, ...]:
+    """Return R(x) of each x (B, N, H, D): contiguous, unless in place. inverse: by the inverse rotation."""
+    table = {"rotary_dim": rotary.rotary_dim, "pairing": rotary.pairing}
+    table |= _table(rotary.inverse() if inverse else rotary)
+    outs = tuple(x if inplace else torch.empty(x.shape, dtype=x.dtype) for x in xs)
+    for x, out in zip(xs, outs, strict=True):
+        batch, tokens, heads, dim = x.shape
+        sizes = {"dtype": DTYPES[x.dtype], "batch": batch, "tokens": tokens, "heads": heads, "head_dim": dim}
+        _module().rotate(table | sizes | {"threads": torch.get_num_threads()}, x=view(x), out=view(out))
+    return outs
 
 
 def _module() -> ModuleType:

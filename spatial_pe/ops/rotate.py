@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._utils.dispatcher import in_transform, needs_dispatcher, needs_plain_ops, requires_grad, unrecorded
+from ..backends import cpu
 from ..backends.triton import backend as triton
 from ..rotary import Rotary, angle_gradient, check_rotary_fits, rotated, table_gradients
 
@@ -23,8 +25,8 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
         inplace: overwrite x, and return it. Only if no gradient is recorded.
 
     Returns:
-        Same shape and dtype. The arithmetic is float32 (float64 for float64 x), rounded once. One kernel on a GPU with
-        Triton.
+        Same shape and dtype. The arithmetic is float32 (float64 for float64 x), rounded once. One pass over memory by a
+        C++ kernel on the CPU, and on a GPU with Triton.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
@@ -80,10 +82,10 @@ def _apply(xs: list[Tensor], rotary: Rotary, inplace: bool) -> Sequence[Tensor]:
     if inplace and requires_grad(tensors):
         raise ValueError("inplace=True overwrites what the gradient needs: use inplace=False, or torch.no_grad()")
     plain = needs_plain_ops(tensors) or in_transform()  # plain operators have rules for every transform
-    if plain or not all(_kernel_serves(x) for x in xs):
+    seen = needs_dispatcher(tensors)
+    if plain or not all(_kernel_serves(x, seen) for x in xs):
         rotated_xs = [rotated(x, rotary) for x in xs]
         return [x.copy_(new) for x, new in zip(xs, rotated_xs, strict=True)] if inplace else rotated_xs
-    seen = needs_dispatcher(tensors)
     if inplace:
         rotate_in_place = torch.ops.spatial_pe.rotate_ if seen else _rotate_inplace
         rotate_in_place(xs, rotary.cos, rotary.sin, rotary.pairing)
@@ -95,8 +97,18 @@ def _apply(xs: list[Tensor], rotary: Rotary, inplace: bool) -> Sequence[Tensor]:
     return _rotate(xs, rotary.cos, rotary.sin, rotary.pairing, False)
 
 
-def _kernel_serves(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.stride(-1) == 1 and triton.cannot_rotate(x) is None
+def _kernel_serves(x: Tensor, seen: bool) -> bool:
+    """Return whether a kernel rotates x. seen: a tracer or mode is in between, which on the CPU sees plain operators: a
+    compiler fuses them."""
+    if x.stride(-1) != 1:
+        return False
+    if x.device.type == "cpu":
+        return not seen and cpu.cannot_rotate(x) is None
+    return x.device.type == "cuda" and triton.cannot_rotate(x) is None
+
+
+def _backend(xs: Sequence[Tensor]) -> Any:
+    return cpu if all(cpu.cannot_rotate(x) is None for x in xs) else triton
 
 
 # ------------------------------------------------------------------------------------------------------ the torch ops
@@ -109,12 +121,12 @@ _LIBRARY.define("rotate_(Tensor(a!)[] xs, Tensor cos, Tensor sin, str pairing) -
 
 @torch.library.impl(_LIBRARY, "rotate", "CompositeExplicitAutograd")
 def _rotate(xs, cos, sin, pairing, inverse):
-    return list(triton.rotation(xs, Rotary._unchecked(cos, sin, pairing), inverse=inverse))
+    return list(_backend(xs).rotation(xs, Rotary._unchecked(cos, sin, pairing), inverse=inverse))
 
 
 @torch.library.impl(_LIBRARY, "rotate_", "CompositeExplicitAutograd")
 def _rotate_inplace(xs, cos, sin, pairing):
-    triton.rotation(xs, Rotary._unchecked(cos, sin, pairing), inplace=True)
+    _backend(xs).rotation(xs, Rotary._unchecked(cos, sin, pairing), inplace=True)
 
 
 @torch.library.register_fake("spatial_pe::rotate", lib=_LIBRARY)

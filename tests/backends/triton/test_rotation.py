@@ -29,7 +29,8 @@ def served(monkeypatch):
     """apply_rotary takes the kernel, as it does on a GPU."""
     from spatial_pe.ops import rotate
 
-    monkeypatch.setattr(rotate, "_kernel_serves", lambda x: True)
+    monkeypatch.setattr(rotate, "_kernel_serves", lambda x, seen: True)
+    monkeypatch.setattr(rotate, "_backend", lambda xs: triton)
 
 
 def drawn(case: Case, dtype: torch.dtype = torch.float32):
