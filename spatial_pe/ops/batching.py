@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.vmap rules of the op and its backward: lanes become samples of one call.
+"""torch.vmap rules of the op, its backward and the rotation: lanes become samples of one call.
 
 A rule takes (info, in_dims, *arguments of the op) and returns (results, dimension of the lanes in each). Packed lanes
 run one after the other: their sequences may differ, and each lane is checked separately.
@@ -26,6 +26,21 @@ def forward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Results:
 
 def backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Results:
     return _batched(torch.ops.spatial_pe.rope_attention_backward, info.batch_size, in_dims, args, GRADIENTS)
+
+
+def rotate(
+    info: Any, in_dims: Sequence[Any], xs: Sequence[Tensor], cos: Tensor, sin: Tensor, pairing: str, inverse: bool
+) -> tuple[list[Tensor], list[int]]:
+    lanes = info.batch_size
+    by_lane = [_lanes_first(x, dim, lanes) for x, dim in zip(xs, in_dims[0], strict=True)]
+    samples = by_lane[0].shape[1]
+    shared = in_dims[1] is in_dims[2] is None and cos.shape[0] == 1
+    tables = [
+        x if shared else _lanes_first(x, dim, lanes).expand(-1, samples, -1, -1, -1).flatten(0, 1)
+        for x, dim in ((cos, in_dims[1]), (sin, in_dims[2]))
+    ]
+    rotated = torch.ops.spatial_pe.rotate([_folded(x) for x in by_lane], *tables, pairing, inverse)
+    return [x.unflatten(0, (lanes, samples)) for x in rotated], [0] * len(rotated)
 
 
 def _batched(op: Callable, lanes: int, in_dims: Sequence[int | None], args: tuple, shared: int) -> Results:

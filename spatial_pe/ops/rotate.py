@@ -14,6 +14,7 @@ from .._utils.dispatcher import in_transform, needs_dispatcher, needs_plain_ops,
 from ..backends import cpu
 from ..backends.triton import backend as triton
 from ..rotary import Rotary, angle_gradient, check_rotary_fits, rotated, table_gradients
+from . import batching
 
 
 def apply_rotary(x: Tensor, rotary: Rotary, *, inplace: bool = False) -> Tensor:
@@ -148,6 +149,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grads) -> tuple:
     cos, sin, *xs = ctx.saved_tensors
+    if any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+        return _of_batched(ctx, grads, cos, sin, xs)
     grads = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
     # with gradients recorded (create_graph=True), call the op, which has its own gradient
     seen = torch.is_grad_enabled() or needs_dispatcher((*grads, cos))
@@ -162,6 +165,23 @@ def _backward(ctx, grads) -> tuple:
     return dxs, dcos, dsin, None, None
 
 
+def _of_batched(ctx: Any, grads: Sequence[Tensor], cos: Tensor, sin: Tensor, xs: list[Tensor]) -> tuple:
+    """Return what _backward does, for torch.autograd.grad(..., is_grads_batched=True): an op of lists has no rule
+    there, the derivatives of plain operators have."""
+    with torch.enable_grad():
+        xs = xs or [torch.zeros(g.shape, dtype=g.dtype, device=g.device) for g in grads]
+        xs = [x if x.requires_grad else x.detach().requires_grad_() for x in xs]
+        rotary = Rotary._unchecked(cos, sin, ctx.pairing)
+        ys = [rotated(x, rotary.inverse() if ctx.inverse else rotary) for x in xs]
+    tables = [x for x in (cos, sin) if x.requires_grad]
+    created = {"create_graph": torch.is_grad_enabled(), "materialize_grads": True}
+    found = list(torch.autograd.grad(ys, [*xs, *tables], grads, **created))
+    dxs = [found.pop(0) for _ in xs]
+    dcos, dsin = (found.pop(0) if x.requires_grad else None for x in (cos, sin))
+    return dxs, dcos, dsin, None, None
+
+
+torch.library.register_vmap("spatial_pe::rotate", batching.rotate, lib=_LIBRARY)
 torch.library.register_autograd("spatial_pe::rotate", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
 

@@ -116,3 +116,32 @@ def test_calls_that_take_plain_operators(calls):
     apply_rotary(x, rotary)
     assert calls == [1]
     assert rotate._kernel_serves(x, seen=False) and not rotate._kernel_serves(x, seen=True)
+
+
+@pytest.mark.parametrize("which", ["x", "table", "both", "sin"])
+def test_the_op_in_vmap(which):
+    """Lanes of x, of the table, or of both; by hand one after the other."""
+    xs, angles = torch.randn(3, 2, 5, 2, 16), torch.randn(3, 1, 5, 1, 8)
+    dims = {"x": (0, None, None), "table": (None, 0, 0), "both": (0, 0, 0), "sin": (0, None, 0)}[which]
+    args = [x if dim == 0 else x[0] for x, dim in zip((xs, angles.cos(), angles.sin()), dims, strict=True)]
+
+    def one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.ops.spatial_pe.rotate([x, x[:, :, :1]], cos, sin, "half", False)[0]
+
+    lanes = [[x[i] if dim == 0 else x for x, dim in zip(args, dims, strict=True)] for i in range(3)]
+    torch.testing.assert_close(torch.vmap(one, dims)(*args), torch.stack([one(*lane) for lane in lanes]))
+
+
+@pytest.mark.parametrize("wanted", [("q", "k"), ("angles",), ("q", "k", "angles")], ids="+".join)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_batched_gradients(pairing, wanted, calls):
+    leaves = {"q": torch.randn(1, 5, 2, 16), "k": torch.randn(1, 5, 1, 16), "angles": torch.randn(5, 6)}
+    for name in wanted:
+        leaves[name].requires_grad_()
+    out = torch.cat(apply_rotary_qk(leaves["q"], leaves["k"], Rotary.from_angles(leaves["angles"], pairing)), 2)
+    assert calls == [2]
+    batch, inputs = torch.randn(3, *out.shape), [leaves[name] for name in wanted]
+    found = torch.autograd.grad(out, inputs, batch, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(out, inputs, one, retain_graph=True) for one in batch]
+    for x, ys in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(ys))
