@@ -15,13 +15,18 @@ if not torch.cuda.is_available():
 
 
 def patch_the_language_once():
-    """Triton's interpreter replaces triton.language's builtins for a launch, and again, to no effect, at each call of a
-    device function: a fifth of its time."""
+    """Triton's interpreter replaces the builtins of the modules that a kernel sees for a launch, and again at each call of
+    a device function, to no effect where it sees the same modules: a fifth of its time."""
     from triton import language
     from triton.runtime import interpreter
 
     patch, nothing = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", object)
-    interpreter._patch_lang = lambda fn: patch(fn) if language.core.is_builtin(language.load) else nothing()
+
+    def once(fn):
+        seen = [x for x in fn.__globals__.values() if x is language or x is language.core]
+        return patch(fn) if any(language.core.is_builtin(x.load) for x in seen) else nothing()
+
+    interpreter._patch_lang = once
 
 
 if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":

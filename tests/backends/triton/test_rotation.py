@@ -29,7 +29,7 @@ def served(monkeypatch):
     """apply_rotary takes the kernel, as it does on a GPU."""
     from spatial_pe.ops import rotate
 
-    monkeypatch.setattr(rotate, "_kernel_serves", lambda x, seen: True)
+    monkeypatch.setattr(rotate, "_kernel_serves", lambda x, plain_on_cpu: True)
     monkeypatch.setattr(rotate, "_backend", lambda xs: triton)
 
 
@@ -187,3 +187,15 @@ def test_without_a_kernel(inplace):
         torch.testing.assert_close(got, x)
     packed = apply_rotary_qk(q[0], k[0], rotary)
     assert packed[0].shape == q[0].shape
+
+
+def test_batched_gradients(served):
+    """Of q, k and the angles: by plain operators, as the op of lists has no rule for them."""
+    q, k, angles = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 1, 16), torch.randn(5, 8)
+    leaves = [x.requires_grad_() for x in (q, k, angles)]
+    out = torch.cat(apply_rotary_qk(q, k, Rotary.from_angles(angles)), 2)
+    batch = torch.randn(2, *out.shape)
+    found = torch.autograd.grad(out, leaves, batch, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(out, leaves, one, retain_graph=True) for one in batch]
+    for x, ys in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(ys), rtol=1e-5, atol=1e-5)
