@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
 
 
 def patch_the_language_once():
-    """Triton's interpreter replaces the builtins of the modules that a kernel sees for a launch, and again at each call of
-    a device function, to no effect where it sees the same modules: a fifth of its time."""
+    """Triton's interpreter replaces the builtins of the modules that a kernel sees for a launch, and again at each call
+    of a device function, to no effect where it sees the same modules: a fifth of its time."""
     from triton import language
     from triton.runtime import interpreter
 
