@@ -68,6 +68,7 @@ def test_wrong_bounds_of_keys_are_nan_too(name, rotated, gpu):
 @pytest.mark.parametrize("form", ["dense", "packed"])
 def test_keys_of_other_tokens(form, name, gpu, monkeypatch):
     """A table each, grouped heads, a sequence without keys; as by SDPA."""
+    torch.manual_seed(0)
     if form == "dense" and NAMES[name].dense is None:
         pytest.skip("packed only")
     packed = form == "packed"
@@ -92,8 +93,8 @@ def test_keys_of_other_tokens(form, name, gpu, monkeypatch):
     gpu((9, 0), STAND_INS[name]())
     found = results()
     assert [kind for kind, _ in CALLS] == [form]
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
+    for x, y in zip(found, expected, strict=True):  # rounded to bfloat16 in other places
+        assert (x - y).norm() < 0.02 * y.norm()
     if packed:
         assert (found[0][7:9] == 0).all()
 
