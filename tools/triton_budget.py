@@ -37,10 +37,10 @@ from tools.triton_hazards import hazards
 # name -> (Triton's target, family of its tiles)
 TARGETS: dict[str, tuple[GPUTarget, Family]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), "ampere"),
-    "sm_89": (GPUTarget("cuda", 89, 32), "ampere"),
+    "sm_89": (GPUTarget("cuda", 89, 32), "ada"),
     "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
     "sm_100": (GPUTarget("cuda", 100, 32), "blackwell"),
-    "sm_120": (GPUTarget("cuda", 120, 32), "ampere"),
+    "sm_120": (GPUTarget("cuda", 120, 32), "ada"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "cdna"),
 }
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["ampere", "hopper", "blackwell", "cdna"]
+Family = Literal["ampere", "ada", "hopper", "blackwell", "cdna"]
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,9 @@ class Shared:
     @property
     def materialize(self) -> dict[str, bool]:
         return {
-            "MATERIALIZE": self.choice.family == "ampere" and self.call.rotary is not None and not tiles.INTERPRETED
+            "MATERIALIZE": self.choice.family in ("ampere", "ada")
+            and self.call.rotary is not None
+            and not tiles.INTERPRETED
         }
 
     def grid(self, side: Side, block: int, heads: int) -> tuple[int, int]:

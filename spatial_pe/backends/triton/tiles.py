@@ -27,15 +27,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def family_of(device: torch.device) -> Family:
     """Return the GPU family; "hopper" for Triton's interpreter, so that tests run what most users run.
 
-    "ampere" is every GPU that multiplies by mma.sync: sm_80 to sm_89, and sm_120, consumer Blackwell. Its rows use at most
-    the 99 KB of shared memory of the smaller ones.
+    "ampere" and "ada" multiply by mma.sync: sm_80 and sm_86; sm_89 and sm_120, consumer Blackwell, for which ptxas needs
+    more registers, so that some tiles of sm_80 spill. Their rows use at most the 99 KB of shared memory of the smaller ones.
     """
     if device.type != "cuda":
         return "hopper"
     if torch.version.hip is not None:
         return "cdna"
-    major, _ = capability(device.index)
-    return "hopper" if major == 9 else "blackwell" if major in (10, 11) else "ampere"
+    major, minor = capability(device.index)
+    if major in (9, 10, 11):
+        return "hopper" if major == 9 else "blackwell"
+    return "ada" if (major, minor) >= (8, 9) else "ampere"
 
 
 @assume_constant
@@ -67,10 +69,19 @@ ROTATE_IN_LOOP_UP_TO = 256
 _FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
 _FLOAT32_QUERY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
 _FLOAT32_KEY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
+_FLOAT32_ADA = ((64, Tile(16, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))  # of the forward and for dk, dv
 # Hopper: at D <= 64 at most 128 registers a thread, so that two programs fit an SM, and 5.7 instructions per score (Triton
 # 3.9; 5.2 with 3.6).
 _BEFORE: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((80, Tile(128, 64, 8, 2)), (88, Tile(128, 32, 8, 2)), (128, Tile(128, 64, 8, 2))),
+    "ada": (
+        (32, Tile(128, 64, 8, 1)),
+        (80, Tile(128, 64, 8, 2)),
+        (88, Tile(128, 32, 8, 2)),
+        (96, Tile(128, 64, 8, 2)),
+        (112, Tile(128, 32, 8, 2)),
+        (128, Tile(128, 64, 8, 2)),
+    ),
     "hopper": ((32, Tile(128, 64, 8, 3, maxnreg=128)), (128, Tile(128, 64, 8, 3))),
     "blackwell": ((96, Tile(128, 64, 8, 3)), (104, Tile(128, 32, 8, 3)), (128, Tile(128, 64, 8, 3))),
     "cdna": ((128, Tile(64, 64, 8, 1)),),
@@ -81,6 +92,14 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
         (32, Tile(128, 32, 8, 2, "loop")),
         (64, Tile(128, 64, 8, 2, "loop")),
         (128, Tile(128, 32, 8, 2, "loop")),
+    ),
+    "ada": (
+        (16, Tile(128, 64, 8, 2, "loop")),
+        (32, Tile(128, 32, 8, 2, "loop")),
+        (64, Tile(128, 64, 8, 2, "loop")),
+        (80, Tile(128, 32, 8, 1, "loop")),
+        (112, Tile(128, 32, 8, 2, "loop")),
+        (128, Tile(128, 16, 8, 2, "loop")),
     ),
     # 104 and 112, three blocks, have no registers for the rotation: 24 to 136 bytes of spills in the loop
     "hopper": ((96, Tile(128, 64, 8, 3, "loop")), (112, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3, "loop"))),
@@ -94,12 +113,14 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
 # For calls where tiles of 128 queries would leave SMs without a program, e.g. one image.
 _FEW: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((80, Tile(64, 64, 4, 2)),),
+    "ada": ((80, Tile(64, 64, 4, 2)),),
     "hopper": ((96, Tile(64, 64, 4, 3)),),
     "blackwell": ((80, Tile(64, 64, 4, 2)),),
     "cdna": (),
 }
 _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 64, 8, 2)), (80, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 4, 2))),
+    "ada": ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 64, 8, 2)), (80, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 8, 2))),
     "hopper": (
         (96, Tile(128, 64, 8, 2, split=True)), (112, Tile(64, 64, 8, 2, split=True)), (128, Tile(128, 64, 8, 2, split=True)),
     ),
@@ -110,6 +131,12 @@ _QUERY: dict[Family, tuple[tuple[int, Tile], ...]] = {
 }  # fmt: skip
 _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "ampere": ((96, Tile(32, 128, 8, 2)), (112, Tile(32, 32, 4, 2)), (128, Tile(32, 128, 8, 2))),
+    "ada": (
+        (64, Tile(32, 128, 8, 2)),
+        (96, Tile(32, 64, 8, 2)),
+        (112, Tile(16, 32, 4, 2)),
+        (128, Tile(16, 64, 4, 2)),
+    ),
     "hopper": ((64, Tile(64, 128, 8, 2, split=True)), (80, Tile(64, 128, 8, 2)), (128, Tile(32, 128, 8, 2))),
     "blackwell": (
         (80, Tile(64, 128, 8, 2)),
@@ -123,12 +150,14 @@ _KEY: dict[Family, tuple[tuple[int, Tile], ...]] = {
 # Four warps: 1,058 instructions each for a window of 64 tokens at D = 80, half of what its memory traffic takes on an H200.
 _WINDOW_FORWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
     "ampere": ((96, Window(64, 8, 4, 2)), (64, Window(128, 8, 2, 1))),
+    "ada": ((64, Window(64, 8, 4, 2)), (80, Window(64, 8, 1, 1)), (64, Window(128, 8, 2, 1))),
     "hopper": ((104, Window(64, 4, 4, 2)), (128, Window(64, 8, 4, 2)), (96, Window(128, 8, 2, 2))),
     "blackwell": ((96, Window(64, 4, 4, 2)), (96, Window(128, 8, 2, 2))),
     "cdna": ((80, Window(64, 8, 4, 1)),),
 }
 _WINDOW_BACKWARD: dict[Family, tuple[tuple[int, Window], ...]] = {
     "ampere": (),
+    "ada": (),
     "hopper": ((96, Window(64, 4)), (112, Window(64, 8))),
     "blackwell": ((96, Window(64, 4)),),
     "cdna": ((80, Window(64, 8)),),
@@ -151,10 +180,9 @@ def ones(family: Family, dtype: torch.dtype) -> int:
 def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int, few: bool = False) -> Choice:
     """Return the shipped tiles. longest: tokens of the longest sequence, as far as known; few: see few_programs."""
     if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
-        forward = replace(
-            _tile(_FLOAT32_FORWARD, dim), rotate_k="loop" if longest <= ROTATE_IN_LOOP_UP_TO else "before"
-        )
-        return Choice(family, forward, _tile(_FLOAT32_QUERY, dim), _tile(_FLOAT32_KEY, dim), None, None)
+        rows, key_rows = (_FLOAT32_ADA,) * 2 if family == "ada" else (_FLOAT32_FORWARD, _FLOAT32_KEY)
+        forward = replace(_tile(rows, dim), rotate_k="loop" if longest <= ROTATE_IN_LOOP_UP_TO else "before")
+        return Choice(family, forward, _tile(_FLOAT32_QUERY, dim), _tile(key_rows, dim), None, None)
     in_loop = longest <= ROTATE_IN_LOOP_UP_TO
     forward = _tile((_LOOP if in_loop else _BEFORE)[family], dim)
     if few and any(dim <= width for width, _ in _FEW[family]):

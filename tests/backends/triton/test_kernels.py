@@ -330,7 +330,7 @@ def test_options_of_a_launch():
         assert ("maxnreg=128" in str(launch)) == bool(maxnreg)
 
 
-@pytest.mark.parametrize("family", ["ampere", "hopper", "blackwell", "cdna"])
+@pytest.mark.parametrize("family", ["ampere", "ada", "hopper", "blackwell", "cdna"])
 def test_every_call_has_tiles(family):
     from spatial_pe.backends.triton import tiles
 
@@ -351,7 +351,14 @@ def test_every_call_has_tiles(family):
 
 @pytest.mark.parametrize(
     ("capability", "family"),
-    [((8, 0), "ampere"), ((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 0), "blackwell"), ((12, 0), "ampere")],
+    [
+        ((8, 0), "ampere"),
+        ((8, 6), "ampere"),
+        ((8, 9), "ada"),
+        ((9, 0), "hopper"),
+        ((10, 0), "blackwell"),
+        ((12, 0), "ada"),
+    ],
 )
 def test_families(capability, family, monkeypatch):
     """Consumer Blackwell multiplies by mma.sync, as Ampere does."""
