@@ -69,7 +69,7 @@ ROTATE_IN_LOOP_UP_TO = 256
 _FLOAT32_FORWARD = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
 _FLOAT32_QUERY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 8, 1)))
 _FLOAT32_KEY = ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))
-_FLOAT32_ADA = ((64, Tile(16, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))  # of the forward and for dk, dv
+_FLOAT32_SMALL = ((64, Tile(16, 32, 8, 1)), (128, Tile(16, 16, 4, 1)))  # of the forward and for dk, dv: ada, blackwell
 # Hopper: at D <= 64 at most 128 registers a thread, so that two programs fit an SM, and 5.7 instructions per score (Triton
 # 3.9; 5.2 with 3.6).
 _BEFORE: dict[Family, tuple[tuple[int, Tile], ...]] = {
@@ -106,7 +106,8 @@ _LOOP: dict[Family, tuple[tuple[int, Tile], ...]] = {
     "blackwell": (
         (64, Tile(128, 64, 8, 3, "loop")),
         (72, Tile(64, 64, 4, 2, "loop")),
-        (128, Tile(128, 64, 8, 3, "loop")),
+        (112, Tile(128, 64, 8, 3, "loop")),
+        (128, Tile(128, 64, 8, 3)),  # in the loop 134 registers
     ),
     "cdna": ((128, Tile(64, 64, 8, 1, "loop")),),
 }
@@ -180,7 +181,8 @@ def ones(family: Family, dtype: torch.dtype) -> int:
 def prebuilt(family: Family, dtype: torch.dtype, dim: int, longest: int, few: bool = False) -> Choice:
     """Return the shipped tiles. longest: tokens of the longest sequence, as far as known; few: see few_programs."""
     if dtype == torch.float32:  # a window is a whole tile in registers: it has no rows for float32
-        rows, key_rows = (_FLOAT32_ADA,) * 2 if family == "ada" else (_FLOAT32_FORWARD, _FLOAT32_KEY)
+        small = family in ("ada", "blackwell")
+        rows, key_rows = (_FLOAT32_SMALL,) * 2 if small else (_FLOAT32_FORWARD, _FLOAT32_KEY)
         forward = replace(_tile(rows, dim), rotate_k="loop" if longest <= ROTATE_IN_LOOP_UP_TO else "before")
         return Choice(family, forward, _tile(_FLOAT32_QUERY, dim), _tile(key_rows, dim), None, None)
     in_loop = longest <= ROTATE_IN_LOOP_UP_TO

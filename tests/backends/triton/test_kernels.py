@@ -344,8 +344,8 @@ def test_every_call_has_tiles(family):
                     assert (few.forward.bm, choice.forward.bm) == (64, 128)
                 for window in (choice.window_forward, choice.window_backward):
                     assert window is None or tokens <= window.block <= 128
-                three_cuts = family == "hopper" and 96 < dim <= 112 and dtype != torch.float32
-                in_loop = tokens <= tiles.ROTATE_IN_LOOP_UP_TO and not three_cuts
+                too_wide = {"hopper": 96 < dim <= 112, "blackwell": dim > 112}.get(family) and dtype != torch.float32
+                in_loop = tokens <= tiles.ROTATE_IN_LOOP_UP_TO and not too_wide
                 assert choice.forward.rotate_k == ("loop" if in_loop else "before")
 
 
