@@ -140,7 +140,8 @@ TRITON_TARGETS := sm_80 sm_89 sm_90 sm_100 sm_120 gfx942
 triton-budget: $(VENV)/installed
 	mkdir -p build
 	printf '%s\n' $(TRITON_TARGETS) | PYTHONPATH=. xargs -P 2 -I {} $(BIN)/python -m tools.triton_budget --targets {} --out build/{}.json
-	PYTHONPATH=. $(BIN)/python -m tools.triton_budget --reports $(TRITON_TARGETS:%=build/%.json) --markdown docs/triton_budget.md --budget tests/backends/triton/budget.json
+	PYTHONPATH=. $(BIN)/python -m tools.triton_budget --reports $(TRITON_TARGETS:%=build/%.json) \
+	  --markdown docs/triton_budget.md --budget tests/backends/triton/budget.json
 
 # What nvcc makes of every CUDA kernel on every GPU, without one, its limits in the tests, and a model of its times. Two
 # targets at a time; 3 minutes.

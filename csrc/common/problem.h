@@ -51,7 +51,7 @@ struct BackwardTensors {
   const float* lse;
 };
 
-// x, or x and out, of (batch, tokens, heads, head_dim).
+// x and its rotation out, which may be x, of (batch, tokens, heads, head_dim).
 struct Rotation {
   DType dtype = DType::float32;
   int64_t batch = 0, tokens = 0;

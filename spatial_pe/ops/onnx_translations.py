@@ -102,7 +102,7 @@ def _rotated(op: Any, x: Any, heads: int, dim: int, cos: Any, sin: Any, pairing:
     return op.CastLike(op.Reshape(op.RotaryEmbedding(samples, *tables, **options), shape), x)
 
 
-# ------------------------------------------------------------------------------------- masks, see backends/composed.py
+# ------------------------------------------------------------------------------------- masks, see ops/composed.py
 
 
 def _padded(op: Any, q: Any, k: Any, seqlens: Any, seqlens_k: Any, cross: bool) -> tuple[Any, Any, Any, Any]:

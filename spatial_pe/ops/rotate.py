@@ -83,13 +83,13 @@ def _apply(xs: list[Tensor], rotary: Rotary, inplace: bool) -> Sequence[Tensor]:
     if inplace and requires_grad(tensors):
         raise ValueError("inplace=True overwrites what the gradient needs: use inplace=False, or torch.no_grad()")
     plain = needs_plain_ops(tensors) or in_transform()  # plain operators have rules for every transform
+    seen = needs_dispatcher(tensors)
     # on the CPU also for whoever traces, as a compiler fuses them, and for tables with a gradient, which is that of any
     # table there and not of angles alone
-    plain_on_cpu = needs_dispatcher(tensors) or requires_grad(tensors[-2:])
+    plain_on_cpu = seen or requires_grad(tensors[-2:])
     if plain or not all(_kernel_serves(x, plain_on_cpu) for x in xs):
         rotated_xs = [rotated(x, rotary) for x in xs]
         return [x.copy_(new) for x, new in zip(xs, rotated_xs, strict=True)] if inplace else rotated_xs
-    seen = needs_dispatcher(tensors)
     if inplace:
         rotate_in_place = torch.ops.spatial_pe.rotate_ if seen else _rotate_inplace
         rotate_in_place(xs, rotary.cos, rotary.sin, rotary.pairing)
@@ -110,6 +110,7 @@ def _kernel_serves(x: Tensor, plain_on_cpu: bool) -> bool:
 
 
 def _backend(xs: Sequence[Tensor]) -> Any:
+    """Return the module whose ``rotation`` computes. On a CPU without the extension: Triton's interpreter."""
     return cpu if all(cpu.cannot_rotate(x) is None for x in xs) else triton
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracles import Case, check, exact, make, run
 from oracles.cases import GROUPS, SEQUENCES, VIEWS
+from oracles.cross import CASES as OTHER_TOKENS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spatial_pe import Rotary, rope_attention
@@ -58,6 +59,18 @@ def test_error_rule(case, dtype, provider):
         eager = {name: x.cpu() for name, x in run(inputs, "composed").items()}
     on_cpu = make(replace(case, dtype=dtype))
     check(results, eager, exact(on_cpu), on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [case for case in OTHER_TOKENS if case.form != "padded"], ids=str)
+def test_other_tokens(case, dtype, provider):
+    """Sequences without keys among them, which are 0."""
+    if (case.form == "dense" and provider.dense is None) or case.dim > provider.most_dim:
+        pytest.skip("has no such form")
+    case.make(dtype)
+    found = case.run("composed", "cuda")
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        case.check(found, case.run("composed", "cuda"))
 
 
 @pytest.mark.parametrize("rotated", [True, False])

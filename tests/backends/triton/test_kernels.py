@@ -29,7 +29,7 @@ pytestmark = [
     # numpy, where a row does not exist
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-FAMILIES = ("ampere", "hopper", "cdna")  # blackwell has hopper's tiles
+FAMILIES = ("ampere", "ada", "hopper", "cdna")  # blackwell has hopper's tiles
 SHORT = [case for case in LENGTHS if case.tokens < 500]
 LONG = [case for case in LENGTHS if case.tokens >= 500]
 CALLS = [*[case for case in ROTATIONS if case.dim <= 128], *SEQUENCES, *VIEWS, *GROUPS, *SCALES]
@@ -73,7 +73,7 @@ def test_bfloat16(case, family, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param("ampere", marks=pytest.mark.slow), "hopper", pytest.param("cdna", marks=pytest.mark.slow)]
+    "family", [name if name == "hopper" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 @pytest.mark.parametrize("case", some([*SHORT, *SMALL_DIMS], first=1), ids=str)
 def test_lengths_and_head_dims(case, family, monkeypatch):
