@@ -135,7 +135,7 @@ gpu:
 endif
 
 # What the compiler makes of every Triton kernel on every GPU, without one, and its limits in the tests. Two targets at a
-# time; 6 to 18 minutes.
+# time; half an hour, five minutes where Triton still has most of them in its cache.
 TRITON_TARGETS := sm_80 sm_89 sm_90 sm_100 sm_120 gfx942
 triton-budget: $(VENV)/installed
 	mkdir -p build

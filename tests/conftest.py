@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 
 def patch_the_language_once():
     """Triton's interpreter replaces the builtins of the modules that a kernel sees for a launch, and again at each call
-    of a device function, to no effect where it sees the same modules: a fifth of its time."""
+    of a device function, to no effect where it sees the same modules. Without that 13 tests take 22 s instead of 27:
+    pytest tests/backends/triton/test_kernels.py -m "not slow" -k "extreme_scores or float16 or one_image"."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -43,7 +44,9 @@ def poisoned_memory():
 
 @pytest.fixture
 def rounds_bfloat16(monkeypatch):
-    """The interpreter converts float32 to bfloat16 as GPUs do: to the nearest, ties to even."""
+    """The interpreter, if Triton is there, converts float32 to bfloat16 as GPUs do: to the nearest, ties to even."""
+    if importlib.util.find_spec("triton") is None:
+        return
     import numpy
     import triton.language as tl
     from triton.runtime import interpreter

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 # Positions of the arguments that the two ops share; the backward has GRADIENTS before them: dout, out and lse. Those of
-# keys of their own are at the end, or left out.
-TABLES, CU_SEQLENS, GRADIENTS = (3, 4, 12, 13), 7, 3
+# keys of their own are at the end, or left out. Of the tables: where cos is, sin comes next.
+TABLES, CU_SEQLENS, GRADIENTS = (3, 12), 7, 3
 
 Results = tuple[tuple[Tensor, ...], tuple[int, ...]]
 
@@ -34,11 +34,7 @@ def rotate(
     lanes = info.batch_size
     by_lane = [_lanes_first(x, dim, lanes) for x, dim in zip(xs, in_dims[0], strict=True)]
     samples = by_lane[0].shape[1]
-    shared = in_dims[1] is in_dims[2] is None and cos.shape[0] == 1
-    tables = [
-        x if shared else _lanes_first(x, dim, lanes).expand(-1, samples, -1, -1, -1).flatten(0, 1)
-        for x, dim in ((cos, in_dims[1]), (sin, in_dims[2]))
-    ]
+    tables = _folded_tables(cos, sin, in_dims[1:3], lanes, samples)
     rotated = torch.ops.spatial_pe.rotate([_folded(x) for x in by_lane], *tables, pairing, inverse)
     return [x.unflatten(0, (lanes, samples)) for x in rotated], [0] * len(rotated)
 
@@ -50,11 +46,11 @@ def _batched(op: Callable, lanes: int, in_dims: Sequence[int | None], args: tupl
         results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     else:
         samples = by_lane[0].shape[1]
-        tables = [shared + position for position in TABLES]
-        folded = [
-            _folded_table(x, in_dims[i], by_lane[i], samples) if i in tables else _folded(by_lane[i])
-            for i, x in enumerate(args)
-        ]
+        folded = [_folded(x) for x in by_lane]
+        for at in (shared + position for position in TABLES):
+            if at < len(args):
+                both = slice(at, at + 2)
+                folded[both] = _folded_tables(args[at], args[at + 1], in_dims[both], lanes, samples)
         results = tuple(x.unflatten(0, (lanes, samples)) for x in op(*folded))
     return results, (0,) * len(results)
 
@@ -70,11 +66,15 @@ def _folded(x: Any) -> Any:
     return _readable(x.flatten(0, 1)) if isinstance(x, Tensor) else x
 
 
-def _folded_table(table: Tensor | None, dim: int | None, by_lane: Any, samples: int) -> Tensor | None:
-    """Fold (B|1, N, H|1, R/2), or with lanes, into (lanes * B | 1, N, H|1, R/2): a shared table stays one table."""
-    if table is None or (dim is None and table.shape[0] == 1):
-        return table
-    return by_lane.expand(-1, samples, -1, -1, -1).flatten(0, 1)
+def _folded_tables(
+    cos: Tensor | None, sin: Tensor | None, dims: Sequence[int | None], lanes: int, samples: int
+) -> list[Tensor | None]:
+    """Fold two (B|1, N, H|1, R/2), or with lanes, into (lanes * B | 1, N, H|1, R/2): a shared table stays one."""
+    tables = [cos, sin]
+    if cos is None or (dims[0] is dims[1] is None and cos.shape[0] == 1):
+        return tables
+    by_lane = (_lanes_first(x, dim, lanes) for x, dim in zip(tables, dims, strict=True))
+    return [x.expand(-1, samples, -1, -1, -1).flatten(0, 1) for x in by_lane]
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import spatial_pe
 from spatial_pe import PatchGrid, RoPE2DAttention, RoPE2DCrossAttention, Rotary, apply_rotary_qk, rope_attention
 from spatial_pe.backends import cpu
+from spatial_pe.backends.triton import backend as triton
 
-BACKENDS = [*(["cpu"] if cpu.unavailable() is None else []), "composed", "reference", "triton"]
+BACKENDS = [*(["cpu"] if cpu.unavailable() is None else []), "composed", "reference"]
+BACKENDS += [] if triton.unavailable() or not triton.INTERPRETED else ["triton"]
 Q, K = torch.randn(1, 6, 2, 16), torch.randn(1, 9, 2, 16)
 OF_Q, OF_K = (Rotary.from_angles(torch.zeros(n, 8)) for n in (6, 9))
 BOUNDS = torch.tensor([0, 2, 6], dtype=torch.int32)
@@ -214,6 +216,34 @@ def test_vmap():
 
     each = torch.stack([torch.func.grad(loss)(*x) for x in zip(q, k, v, strict=True)])
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(q, k, v), each)
+
+
+@pytest.mark.parametrize("lanes", ["cos", "sin", "sin_k"])
+def test_vmap_over_one_of_the_tables(lanes):
+    q, k, v = torch.randn(2, 5, 2, 16), *torch.randn(2, 2, 9, 2, 16)
+    tables = {"cos": (1, 5), "sin": (1, 5), "cos_k": (1, 9), "sin_k": (1, 9)}
+    tables = {name: torch.randn(*shape, 1, 8) for name, shape in tables.items()}
+    batch = torch.randn(3, *tables[lanes].shape)
+
+    def attend(table):
+        given = {**tables, lanes: table}
+        of_q, of_k = Rotary(given["cos"], given["sin"]), Rotary(given["cos_k"], given["sin_k"])
+        return rope_attention(q, k, v, of_q, rotary_k=of_k)
+
+    torch.testing.assert_close(torch.vmap(attend)(batch), torch.stack([attend(table) for table in batch]))
+
+
+def test_onnx_refuses_attention_to_no_keys():
+    pytest.importorskip("onnxscript")
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return rope_attention(q, k, k)
+
+    q, k = torch.randn(1, 5, 2, 16), torch.randn(1, 0, 2, 16)
+    options = {"dynamo": True, "opset_version": 23, "custom_translation_table": spatial_pe.onnx_translations()}
+    with pytest.raises(Exception, match="spatial_pe: ONNX's Attention needs at least one key"):
+        torch.onnx.export(Attend(), (q, k), verbose=False, **options)
 
 
 @pytest.mark.parametrize(

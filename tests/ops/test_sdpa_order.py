@@ -58,6 +58,15 @@ def test_the_kernel_that_is_fastest_on_the_chip_is_asked_first(
     assert orders == [order]
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(256, 196), (196, 256)])
+def test_both_lengths_of_attention_to_other_tokens_count(queries, keys, gpu, orders, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(composed, "_cudnn", lambda: 91500)
+    q, k = (torch.zeros(1, tokens, 2, 64, dtype=torch.bfloat16) for tokens in (queries, keys))
+    rope_attention(q, k, k, backend="composed")
+    assert orders == [FLASH_FIRST]
+
+
 def test_the_order_changes_for_dense_calls_that_nobody_watches_only(gpu, orders, monkeypatch):
     x = torch.zeros(1, 128, 2, 64, dtype=torch.bfloat16)
     bounds = torch.tensor([0, 60, 128], dtype=torch.int32)
