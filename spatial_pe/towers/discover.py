@@ -14,6 +14,7 @@ from .forms import FORMS, LEFT_ALONE, ForwardForm
 from .fused_attention import FusedAttention
 from .grid_hooks import is_patch_convolution
 from .layout import QKV, Layout, read_layout
+from .rotary_inputs import rope_of
 from .swap import swap_refusal
 
 
@@ -49,6 +50,8 @@ class Candidate:
         """
         if not self.form.rotation:
             return False
+        if self.form.rope:
+            return rope_of(self.module, self.form) is not None
         return self.form.first != "x" or getattr(self.tower, "rope", self) is not None
 
     @property
@@ -78,18 +81,26 @@ def discover(model: nn.Module) -> list[Candidate | Skipped]:
     found: list[Candidate | Skipped] = []
     for name, module in attention.items():
         holders = [tower for tower in towers if _inside(name, tower)]
+        form = module._spatial_pe.form if isinstance(module, FusedAttention) else _form_of(type(module))
+        if not holders and isinstance(form, ForwardForm) and form.anywhere:
+            holders = [name.partition(".")[0] if name.count(".") > 1 else ""]  # the part of the model that it is in
         if not holders:
             found.append(Skipped(name, module, "not inside a vision tower"))
         else:
             tower = max(holders, key=len)
-            found.append(_classify(name, module, tower, modules[tower]))
+            found.append(_classify(name, module, form, tower, modules[tower], _parent(modules, name)))
     return found
 
 
-def _classify(name: str, module: nn.Module, tower_name: str, tower: nn.Module) -> Candidate | Skipped:
-    form = _form_of(type(module))
+def _parent(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    return modules[name.rpartition(".")[0]]
+
+
+def _classify(
+    name: str, module: nn.Module, form: ForwardForm | str, tower_name: str, tower: nn.Module, parent: nn.Module
+) -> Candidate | Skipped:
     layout: Layout | str = "" if isinstance(form, str) else read_layout(module, form)
-    reason = _reason(module, tower, form, layout)
+    reason = _reason(module, tower, form, layout) or _bypassed(module, parent)
     if reason is not None or isinstance(form, str) or isinstance(layout, str):
         return Skipped(name, module, reason or "")
     return Candidate(name, module, tower_name, tower, form, layout)
@@ -101,8 +112,6 @@ def _reason(module: nn.Module, tower: nn.Module, form: ForwardForm | str, layout
         return "already patched"
     if (reason := LEFT_ALONE.get(type(module).__name__) or swap_refusal(module)) is not None:
         return reason
-    if isinstance(module, nn.MultiheadAttention):
-        return "torch.nn.MultiheadAttention is not patched"
     if isinstance(form, str):
         return form
     if isinstance(layout, str):
@@ -111,6 +120,20 @@ def _reason(module: nn.Module, tower: nn.Module, form: ForwardForm | str, layout
         return "is_causal is True: attention over patches is bidirectional here"
     bias = next((n for n in _names_in(tower) if "relative_position" in n or "rel_pos" in n), None)
     return f"its tower has a relative position bias ({bias})" if bias else None
+
+
+def _bypassed(module: nn.Module, parent: nn.Module) -> str | None:
+    """Return why torch's attention is left alone in this parent, or None."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return None
+    if module.add_zero_attn:
+        return "add_zero_attn is True: attention to a key of zeros"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "its torch.nn.TransformerEncoderLayer reads its weights and does not call it"
+    width = module.embed_dim
+    if any(p.ndim > 1 and p.shape[-1] == width for p in parent.parameters(recurse=False)):
+        return "it pools: its queries are parameters, not patches"
+    return None
 
 
 def _form_of(cls: type[nn.Module]) -> ForwardForm | str:

@@ -18,7 +18,7 @@ def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, call: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Compute q (B, N, H, D), k and v (B, N, Hkv, D), q and k rotated -> (B, N, H, D), weights (B, H, N, N)."""
-    for name in ("is_causal", "head_mask"):
+    for name in ("is_causal", "head_mask", "key_padding_mask"):
         if call.get(name) is not None and call[name] is not False:
             raise NotImplementedError(f"{name} together with an added 2D RoPE: unpatch the model for such calls")
     groups = q.shape[2] // k.shape[2]

@@ -33,6 +33,7 @@ from .forms import ForwardForm
 from .fused_attention import Binding, FusedAttention
 from .grid_hooks import Grids
 from .layout import Layout, project, scale_of
+from .rotary_inputs import rope_of
 
 PREFIX = 3  # unrotated tokens
 SMALL = (0, 5, 6, 15)  # cu_seqlens of three sequences, one of a single token
@@ -53,6 +54,7 @@ class Proof:
     pairing: str = "half"
     returns: str = "tuple"
     masks: bool = False
+    optional: bool = True  # a call without positions does not rotate
     example: int = 0  # index of the example
 
 
@@ -68,13 +70,19 @@ def prove(
         reference, own = _bare(module, torch.float64), _bare(module, None)
         for pairing in pairings:
             examples = _examples(reference, form, layout, pairing, packs_images, weight.device, SMALL)
+            proofs = []
             for example, inputs in enumerate(examples):
                 proof = _compare(reference, own, form, layout, backend, pairing, inputs, weight.dtype)
-                if proof.failure is None:
-                    return replace(proof, example=example)
-                found.append(proof)
-    compared = [proof for proof in found if proof.ran]
-    return compared[0] if compared else found[0]
+                proofs.append(replace(proof, example=example))
+                if proof.failure is None and not form.keys:
+                    return proofs[-1]
+            # to other tokens: every form of arguments that its own forward takes must hold
+            compared = [proof for proof in proofs if proof.ran]
+            if compared and all(proof.failure is None for proof in compared):
+                return compared[0]
+            found += proofs
+    failed = [proof for proof in found if proof.ran and proof.failure is not None]
+    return failed[0] if failed else found[0]
 
 
 def prove_added(module: nn.Module, encoding: nn.Module, binding: Binding) -> None:
@@ -105,7 +113,8 @@ def prove_added(module: nn.Module, encoding: nn.Module, binding: Binding) -> Non
         fixed = replace(binding, grids=Fixed(tables), strict=True)
 
         def run(twin: nn.Module, backend: str, dtype: torch.dtype) -> Tensor:
-            return _first(_as_patched(twin, cls, replace(fixed, backend=backend))(**{form.first: x.to(dtype)}))
+            call = _self_attention(twin, form, x.to(dtype))
+            return _first(_as_patched(twin, cls, replace(fixed, backend=backend))(**call))
 
         try:
             exact = run(reference, "composed", torch.float64)
@@ -141,6 +150,8 @@ def costs(module: nn.Module, binding: Binding, packs_images: bool, example: int)
     """Return the costs of the original and patched forward on 960 tokens (one image, 15 windows); None if one fails."""
     weight = floating_weight(module)
     form, layout = binding.form, binding.layout
+    if form.own_table:  # 960 is no square
+        return None
     own = _bare(module, None)
     patched = _as_patched(own, swapped_class(FusedAttention, type(own)), replace(binding, strict=True))
     examples = list(_examples(own, form, layout, binding.pairing, packs_images, weight.device, LARGE))
@@ -166,9 +177,11 @@ def _compare(
     dtype: torch.dtype,
 ) -> Proof:
     cls = swapped_class(FusedAttention, type(reference))
+    rotates = bool(form.rotation) and not (form.rope and rope_of(reference, form) is None)
     try:
         exact, inverse = (
-            _first(reference(**_own_inputs(given, torch.float64, form))) for given in (inputs, _negated(inputs, form))
+            _first(twin(**_own_inputs(given, torch.float64, form)))
+            for twin, given in ((reference, inputs), (_negated_table(reference, form), _negated(inputs, form)))
         )
         result = own(**_own_inputs(inputs, dtype, form))
     except Exception as failed:
@@ -184,7 +197,7 @@ def _compare(
         shapes = tuple(exact.shape), tuple(_first(ours).shape)
         return Proof(failure=f"its own forward returns {shapes[0]}, the patched one {shapes[1]}")
     allowed = 4 * torch.finfo(torch.float32).eps
-    if form.rotation and not _distance(inverse, exact) > allowed:  # true also for NaN, e.g. if all weights are zero
+    if rotates and not _distance(inverse, exact) > allowed:  # true also for NaN, e.g. if all weights are zero
         return Proof(failure="its output does not depend on the rotation", ran=False)
     error = _distance(_first(wide), exact)
     if not error <= allowed:
@@ -192,9 +205,24 @@ def _compare(
     error, own_error = _distance(_first(ours), exact), _distance(theirs, exact)
     if not error <= 1.5 * own_error + 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps):
         return Proof(error, own_error, f"relative error {error:.2g}, its own forward has {own_error:.2g} ({dtype})")
-    padded = replace(binding, backend="composed", masks=True, pads=True)
-    masks = _takes_padding(reference, cls, padded, inputs, exact)
-    return Proof(error, own_error, pairing=pairing, returns=returns, masks=masks)
+    composed = replace(binding, backend="composed")
+    masks = _takes_padding(reference, cls, replace(composed, masks=True, pads=True), inputs, exact)
+    optional = not (rotates and form.rope) or _rotates_only_with_positions(reference, cls, composed, inputs)
+    return Proof(error, own_error, pairing=pairing, returns=returns, masks=masks, optional=optional)
+
+
+def _rotates_only_with_positions(
+    reference: nn.Module, cls: type[FusedAttention], binding: Binding, inputs: dict[str, Any]
+) -> bool:
+    """Return whether the original forward takes a call without positions, and does not rotate there."""
+    form = binding.form
+    without = {**inputs, form.rotation: None, **({form.rotation_k: None} if form.rotation_k else {})}
+    try:
+        theirs = _first(reference(**without))
+    except Exception:
+        return False
+    ours = _first(_as_patched(reference, cls, binding)(**without))
+    return _distance(ours, theirs) <= 4 * torch.finfo(torch.float32).eps
 
 
 def _takes_padding(
@@ -202,7 +230,8 @@ def _takes_padding(
 ) -> bool:
     """Return whether the original forward supports a padding mask, at the end of one sample, scattered in another."""
     name = binding.form.mask
-    if exact.ndim != 3 or exact.shape[0] != 2 or name not in signature(type(reference).forward).parameters:
+    takes = signature(type(reference).forward).parameters
+    if binding.form.keys or exact.ndim != 3 or exact.shape[0] != 2 or name not in takes:
         return False
     tokens = exact.shape[1]
     valid = torch.ones(2, tokens, dtype=torch.bool, device=exact.device)
@@ -230,6 +259,9 @@ def _examples(
     starts: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
     """Yield arguments of the patched forward, in float64, in the variants that attention modules of a form take."""
+    if form.keys:
+        yield from _examples_of_other_tokens(reference, form, layout, pairing, device, starts)
+        return
     packed = bool(form.bounds) or packs
     bounds = torch.tensor(starts, dtype=torch.int32, device=device)
     tokens = starts[-1]
@@ -240,6 +272,8 @@ def _examples(
         forms = [((1, tokens), (tokens,))]
     elif not form.rotation:
         forms = [((2, tokens), (tokens,))]
+    elif form.rope:
+        forms = [((2, tokens), (2, tokens)), ((2, tokens), (1, tokens))]
     else:
         prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # as timm has it
         forms = [
@@ -255,7 +289,9 @@ def _examples(
             for size in ((*lead, layout.width), (*rows, layout.head_dim // 2))
         )
         inputs: dict[str, Any] = {form.first: x if starts is LARGE else x * _spread(reference, layout, x)}
-        if form.rotation:
+        if form.rope:
+            inputs[form.rotation] = _positions(form, rows[0], rows[1], device)
+        elif form.rotation:
             inputs[form.rotation] = _rotation(angles, form.tables, pairing)
         if packed:
             inputs[form.bounds or "cu_seq_lens_q"] = bounds
@@ -272,16 +308,84 @@ def _examples(
             yield {**inputs, form.mask: None}
 
 
-def _spread(reference: nn.Module, layout: Layout, x: Tensor) -> float:
-    """Return a factor for x that gives the logits a spread of 2: with logits near zero every attention is uniform and
-    every rotation looks right. q kᵀ grows with the square of x."""
+def _examples_of_other_tokens(
+    reference: nn.Module,
+    form: ForwardForm,
+    layout: Layout,
+    pairing: str,
+    device: torch.device,
+    starts: tuple[int, ...],
+) -> Iterator[dict[str, Any]]:
+    """Yield the same for attention to other tokens: those of memories, which are repeated and not all rotated, those of
+    another view, and the tokens themselves."""
+    tokens = starts[-1] + 1 if starts is SMALL else starts[-1]  # 16 is a square, as a table of its own has it
+    shown = 5 if form.groups else tokens  # rows of the keys' table
+    parameters = signature(type(reference).forward).parameters
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
+
+    def of_batch(x: Tensor) -> Tensor:
+        if form.tables == "cos_sin" and form.rotation:
+            return x[:, None]  # objects of an image
+        return x if getattr(reference, "batch_first", True) else x.transpose(0, 1)
+
+    memory = 2 * (shown + 3) + 4 if form.groups else 2 * shown + 4
+    others = [memory, tokens] if form.excluded else [tokens + 9, tokens]
+    angles = [random(rows, layout.head_dim // 2) for rows in (tokens, shown)]
+    x = random(2, tokens, layout.width)
+    for number in others:
+        y = random(2, number, layout.key_width)
+        if starts is not LARGE:
+            spread = _spread(reference, layout, x, y)
+            x, y = x * spread, y * spread
+        inputs: dict[str, Any] = {form.first: of_batch(x), form.keys: of_batch(y), form.values: of_batch(y)}
+        if form.rope:
+            inputs[form.rotation] = _positions(form, 2, tokens, device)
+            inputs[form.rotation_k] = _positions(form, 2, number, device)
+        elif form.rotation and not form.own_table:
+            inputs[form.rotation] = _rotation(angles[0], form.tables, pairing)
+            if form.rotation_k:
+                inputs[form.rotation_k] = _rotation(angles[1], form.tables, pairing)
+        if form.excluded in parameters:
+            inputs[form.excluded] = 4 if number == memory else 0
+        if form.groups:
+            inputs[form.groups] = 2 if number == memory else 1
+        yield {**inputs, **_options(reference, form)}
+    if layout.width == layout.key_width and not form.excluded and not form.rope:
+        yield _self_attention(reference, form, x)
+
+
+def _self_attention(module: nn.Module, form: ForwardForm, x: Tensor) -> dict[str, Any]:
+    """Return the arguments of a call on the tokens x (B, N, C) alone, without a rotation."""
+    x = x if getattr(module, "batch_first", True) else x.transpose(0, 1)
+    return {name: x for name in (form.first, form.keys, form.values) if name} | _options(module, form)
+
+
+def _options(module: nn.Module, form: ForwardForm) -> dict[str, Any]:
+    """Return arguments that fused calls have: torch's returns weights by default."""
+    return {"need_weights": False} if "need_weights" in signature(type(module).forward).parameters else {}
+
+
+def _positions(form: ForwardForm, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """Return positions (B, N, axes) of which the first are those of tokens without a place."""
+    generator = torch.Generator().manual_seed(tokens)
+    found = torch.randint(0, 30, (batch, tokens, form.axes), generator=generator, device="cpu")
+    found[:, :PREFIX] = 0
+    return found.to(device)
+
+
+def _spread(reference: nn.Module, layout: Layout, x: Tensor, keys: Tensor | None = None) -> float:
+    """Return a factor for x (and keys) that gives the logits a spread of 2: with logits near zero every attention is
+    uniform and every rotation looks right. q kᵀ grows with the square of x."""
     try:
-        q, k, _ = project(reference, layout, x)
+        q, k, _ = project(reference, layout, x, keys)
     except Exception:  # then the original forward fails too, and reports it
         return 1.0
-    spread = float((q * k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)).sum(-1).std()) * scale_of(
-        reference, layout
-    )
+    k = k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)
+    pairs = q * k if keys is None else q * k[:, : q.shape[1]] if k.shape[1] >= q.shape[1] else q[:, : k.shape[1]] * k
+    spread = float(pairs.sum(-1).std()) * scale_of(reference, layout)
     return min(max((2 / spread) ** 0.5, 1e-3), 1e3) if math.isfinite(spread) and spread > 0 else 1.0
 
 
@@ -297,7 +401,10 @@ def _rotation(angles: Tensor, tables: str, pairing: str) -> Any:
 
 
 def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
-    """Return the inputs with every angle negated."""
+    """Return the inputs with every angle negated; where they are positions, with those of other tokens."""
+    if form.rope:
+        names = [name for name in (form.rotation, form.rotation_k) if name]
+        return {**inputs, **{name: inputs[name].flip(1) for name in names}}
     value = inputs.get(form.rotation)
     if isinstance(value, tuple):
         value = (value[0], -value[1])
@@ -311,17 +418,28 @@ def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
     return inputs if value is None else {**inputs, form.rotation: value}
 
 
+def _negated_table(reference: nn.Module, form: ForwardForm) -> nn.Module:
+    """Return a module whose own table has every angle negated; the module itself, if it has none."""
+    if not form.own_table:
+        return reference
+    twin = _bare(reference, None)
+    setattr(twin, form.rotation, getattr(reference, form.rotation).conj().resolve_conj())
+    return twin
+
+
 def _cast(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict[str, Any]:
-    """Cast to the module's dtype; a float32 table stays float32."""
-    cast = {**inputs, form.first: inputs[form.first].to(dtype)}
-    value = inputs.get(form.rotation)
-    if isinstance(value, tuple):
-        wide = dtype != torch.float64 and value[0].dtype == torch.float32
-        cast[form.rotation] = value if wide else tuple(t.to(dtype) for t in value)
-    elif isinstance(value, Tensor) and value.is_complex():
-        cast[form.rotation] = value if dtype == torch.float64 else value.to(torch.complex64)
-    elif isinstance(value, Tensor):
-        cast[form.rotation] = value.to(dtype)
+    """Cast to the module's dtype; a float32 table stays float32, and one tensor in two arguments is one afterwards."""
+    tokens = {id(inputs[name]): inputs[name].to(dtype) for name in (form.first, form.keys, form.values) if name}
+    cast = {name: tokens.get(id(value), value) for name, value in inputs.items()}
+    for name in (form.rotation, form.rotation_k):
+        value = inputs.get(name)
+        if isinstance(value, tuple):
+            wide = dtype != torch.float64 and value[0].dtype == torch.float32
+            cast[name] = value if wide else tuple(t.to(dtype) for t in value)
+        elif isinstance(value, Tensor) and value.is_complex():
+            cast[name] = value if dtype == torch.float64 else value.to(torch.complex64)
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            cast[name] = value.to(dtype)
     return cast
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# cos and sin of a column per channel, as a pair; exp(i angle); angles, a column per pair; [sin | cos] in one tensor
-TABLES = ("cos_sin", "complex", "angles", "sin_cos_cat")
+# cos and sin of a column per channel, as a pair; exp(i angle); angles, a column per pair; [sin | cos] in one tensor;
+# or the positions of the tokens, for the module's own callable that rotates by them
+TABLES = ("cos_sin", "complex", "angles", "sin_cos_cat", "positions")
 RETURNS = ("tuple", "tensor")
 
 
@@ -26,8 +27,18 @@ class ForwardForm:
         name: as it appears in reports.
         needs, takes: names of arguments.
         first: the argument that holds the tokens, (B, N, C), or (T, C) with ``bounds``.
+        keys, values: of attention to other tokens, the arguments that hold those of the keys and of the values.
         rotation: the argument that holds the rotation, if any.
+        own_table: ``rotation`` is no argument but an attribute: the table of a square grid, which the module makes
+            again for another one by ``compute_cis(end_x=, end_y=)`` (SAM 2).
+        rotation_k: the argument that holds that of the keys. Without one it is that of the queries, repeated if there
+            are so many keys.
         tables: its format, one of TABLES.
+        rope: with "positions", attributes of which one holds the callable: ``rope(x, positions)`` rotates
+            (B, H, N, D). None there, or no positions in a call: no rotation.
+        axes: with "positions", how many columns they have.
+        excluded: the argument with the number of last keys that are not rotated.
+        groups: the argument with the number of times that the rotation of the keys is repeated.
         bounds: the cu_seqlens argument, if any.
         returns: "tuple" (output, weights) or "tensor": of classes of this form unless ``TESTED`` or a proof says
             otherwise.
@@ -35,14 +46,24 @@ class ForwardForm:
         qkv: attributes of the projections of q, k and v, or of one fused projection [q | k | v]; out, heads, head_dim,
             scale: attributes of the output projection, of these numbers, and of the scale of the scores. Left out:
             any of the names that layout.py knows.
+        anywhere: only attention over images takes such arguments: served also outside of a tower with a patch
+            embedding (memory attention, decoders).
     """
 
     name: str
     needs: frozenset[str] = frozenset()
     takes: frozenset[str] = frozenset()
     first: str = "hidden_states"
+    keys: str = ""
+    values: str = ""
     rotation: str = ""
+    rotation_k: str = ""
     tables: str = "cos_sin"
+    rope: tuple[str, ...] = ()
+    axes: int = 2
+    own_table: bool = False
+    excluded: str = ""
+    groups: str = ""
     bounds: str = ""
     returns: str = "tuple"
     mask: str = "attention_mask"
@@ -51,6 +72,7 @@ class ForwardForm:
     heads: str = ""
     head_dim: str = ""
     scale: str = ""
+    anywhere: bool = False
 
     def check(self) -> None:
         """Raise unless the fields fit together."""
@@ -63,8 +85,13 @@ class ForwardForm:
             raise ValueError(f"returns must be one of {RETURNS}, got {self.returns!r}")
         if len(self.qkv) not in (0, 1, 3):
             raise ValueError(f"qkv must name one fused projection or three, got {self.qkv!r}")
+        if bool(self.rope) != (self.tables == "positions"):
+            raise ValueError(f"rope={self.rope!r} and tables={self.tables!r} do not fit: positions need a callable")
+        if bool(self.keys) != bool(self.values):
+            raise ValueError(f"keys={self.keys!r} and values={self.values!r} must both be given, or neither")
         arguments = {*self.needs, *self.takes}
-        for field in ("rotation", "bounds"):
+        named = ("rotation_k", "bounds", "keys", "values", "excluded", "groups")
+        for field in named if self.own_table else ("rotation", *named):
             if (name := getattr(self, field)) and name not in arguments:
                 raise ValueError(f"{field}={name!r} must be among the arguments in needs or takes")
         if self.first in arguments:
@@ -140,6 +167,103 @@ FORMS = [
     ),
     # of the original code of many vision transformers, which transformers and timm rewrote
     ForwardForm("tokens alone", takes=_names("attn_bias"), first="x", returns="tensor", mask="attn_bias"),
+    ForwardForm(  # CroCo, DUSt3R, MASt3R, CUT3R, MonST3R; MapAnything names its callable otherwise
+        "positions",
+        needs=_names("xpos"),
+        takes=_names("xpos"),
+        first="x",
+        rotation="xpos",
+        tables="positions",
+        rope=("rope", "custom_positional_encoding"),
+        returns="tensor",
+        anywhere=True,
+    ),
+    ForwardForm(  # VGGT, pi3, Depth Anything 3
+        "positions, masked",
+        needs=_names("pos"),
+        takes=_names("pos attn_mask"),
+        first="x",
+        rotation="pos",
+        tables="positions",
+        rope=("rope",),
+        returns="tensor",
+        mask="attn_mask",
+        anywhere=True,
+    ),
+    ForwardForm(  # vit-pytorch
+        "positions in blocks",
+        needs=_names("pos block_mask mask_fn"),
+        takes=_names("pos block_mask mask_fn"),
+        first="x",
+        rotation="pos",
+        tables="positions",
+        rope=("rotary_emb",),
+        returns="tensor",
+        mask="block_mask",
+        anywhere=True,
+    ),
+    ForwardForm(  # the decoders of CroCo, DUSt3R, ...
+        "two views",
+        needs=_names("key value qpos kpos"),
+        takes=_names("key value qpos kpos"),
+        first="query",
+        keys="key",
+        values="value",
+        rotation="qpos",
+        rotation_k="kpos",
+        tables="positions",
+        rope=("rope", "custom_positional_encoding"),
+        returns="tensor",
+        anywhere=True,
+    ),
+    ForwardForm(  # SAM 2 as transformers has it; its self-attention in EdgeTAM takes no numbers
+        "memory",
+        needs=_names("key value position_embeddings"),
+        takes=_names("key value position_embeddings num_k_exclude_rope"),
+        first="query",
+        keys="key",
+        values="value",
+        rotation="position_embeddings",
+        excluded="num_k_exclude_rope",
+        anywhere=True,
+    ),
+    ForwardForm(  # EdgeTAM
+        "memory in groups",
+        needs=_names("key value position_embeddings position_embeddings_k num_k_exclude_rope rope_k_repeat"),
+        takes=_names("key value position_embeddings position_embeddings_k num_k_exclude_rope rope_k_repeat"),
+        first="query",
+        keys="key",
+        values="value",
+        rotation="position_embeddings",
+        rotation_k="position_embeddings_k",
+        excluded="num_k_exclude_rope",
+        groups="rope_k_repeat",
+        anywhere=True,
+    ),
+    ForwardForm(  # SAM 2's own code
+        "memory, complex",
+        needs=_names("k v num_k_exclude_rope"),
+        takes=_names("k v num_k_exclude_rope"),
+        first="q",
+        keys="k",
+        values="v",
+        rotation="freqs_cis",
+        own_table=True,
+        tables="complex",
+        excluded="num_k_exclude_rope",
+        returns="tensor",
+        anywhere=True,
+    ),
+    ForwardForm(  # torch.nn.MultiheadAttention: open_clip, torchvision, OpenAI's clip
+        "torch",
+        needs=_names("key value key_padding_mask need_weights attn_mask"),
+        takes=_names("key value key_padding_mask need_weights attn_mask average_attn_weights is_causal"),
+        first="query",
+        keys="key",
+        values="value",
+        mask="attn_mask",
+        qkv=("in_proj_weight",),
+    ),
 ]
 
 
@@ -223,6 +347,15 @@ TESTED: dict[str, Known] = {
     **_of_transformers("radio.RadioAttention", Known(returns="tuple")),
     **_of_transformers("llama4.Llama4VisionAttention sam3.Sam3ViTRoPEAttention", Known("interleaved")),
     **_of_transformers("gemma4.Gemma4VisionAttention", Known("axis_half", pads=True)),
+    **_of_transformers(
+        """
+        sam2_video.Sam2VideoRoPEAttention sam3_tracker_video.Sam3TrackerVideoRoPEAttention
+        edgetam_video.EdgeTamVideoRoPESelfAttention edgetam_video.EdgeTamVideoRoPECrossAttention
+        """,
+        Known("interleaved"),
+    ),
+    "sam2.modeling.sam.transformer.RoPEAttention": Known("interleaved"),
+    "torch.nn.modules.activation.MultiheadAttention": Known(),
     "timm.layers.attention.Attention": Known(pads=True),
     "timm.layers.attention.AttentionRope": Known("interleaved", pads=True),
     "timm.models.eva.EvaAttention": Known("interleaved", pads=True),

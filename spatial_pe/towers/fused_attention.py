@@ -25,7 +25,9 @@ from .grid_hooks import Grids
 from .layout import Layout, dropout_of, output, project, scale_of
 from .options import PatchOptions
 from .padding import Padding, attend_padded, padding_of
-from .rotary_inputs import Seen, rotation_of
+from .rotary_inputs import PAIR, Seen, of_keys, rope_of, rotation_of, table_at, table_of_grid
+
+Tokens = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Binding:
     backend: str
     masks: bool = False  # its original forward supports a padding mask
     pads: bool = False  # and its output for padding is dropped
+    optional: bool = True  # with positions: a call without them does not rotate
     strict: bool = False  # a call that is not fused raises: a proof must not compare a module with itself
     grids: Grids | None = None  # with an added RoPE: source of its grid
     prefix: int = 0  # with an added RoPE: tokens before the patches, and after them
@@ -56,6 +59,8 @@ class FusedAttention(Swapped):
 
     Base of ``class Patched<Original>(FusedAttention, <Original>)``, see ``swapped_class``; its state is its Binding.
     Tokens are (T, C) or (1, T, C) with cu_seqlens; (B, N, C); or (B, h, w, C), where SAM 3 has a window or an image.
+    Attention to other tokens takes (B, N, C) and keys (B, Nk, C), or (B, objects, N, C) in SAM 2; torch's may have the
+    batch second.
     """
 
     arguments: ClassVar[tuple[str, ...]]  # of the original forward
@@ -80,35 +85,46 @@ class FusedAttention(Swapped):
         bound = self._spatial_pe
         x = call[bound.form.first]
         bounds = self._bounds(call)
-        flat = x.flatten(1, 2) if x.ndim == 4 else x
-        rotary = None
+        tokens = self._tokens(call)
+        flat = tokens[0]
+        rotary: Any = None
+        rotary_k: Rotary | None = None
         reason = self.refusal(call)
         if bound.added:
             rotary = bound.grids.rotary(self, flat, bound.prefix, bound.suffix)  # type: ignore[union-attr, arg-type]
-        elif bound.form.rotation and reason is None:
-            found = self._own_rotation(call.get(bound.form.rotation), flat)
-            rotary, reason = (None, found) if isinstance(found, str) else (found, None)
+        elif reason is None:
+            found = self._own_rotations(call, tokens)
+            if isinstance(found, str):
+                reason = found
+            else:
+                rotary, rotary_k = found
         padding = None
         if reason is None:
             padding, reason = self._padding(call, flat)
         if reason is None and (x.ndim == 2 if bounds is None else x.ndim == 3 and x.shape[0] > 1):
             reason = "packed tokens come without cu_seqlens" if bounds is None else "a batch is packed"
         if reason is not None:
-            return self._unfused(reason, flat, rotary, bounds, call)
-        attended = self._attend(flat, rotary, bounds, padding, call)
-        out = output(self, bound.layout, attended, flat).view(*x.shape[:-1], -1)
+            return self._unfused(reason, tokens, rotary, bounds, call)
+        attended = self._attend(tokens, rotary, rotary_k, bounds, padding, call)
+        out = self._shaped(output(self, bound.layout, attended, flat), x)
         return (out, None) if bound.returns == "tuple" else out
 
     def _attend(
-        self, x: Tensor, rotary: Any, bounds: Tensor | None, padding: Padding | None, call: dict[str, Any]
+        self,
+        tokens: Tokens,
+        rotary: Any,
+        rotary_k: Rotary | None,
+        bounds: Tensor | None,
+        padding: Padding | None,
+        call: dict[str, Any],
     ) -> Tensor:
         bound = self._spatial_pe
         scale, backend = scale_of(self, bound.layout), bound.backend
-        q, k, v = project(self, bound.layout, x)  # (B, N, H, D), or (T, H, D)
+        q, k, v = project(self, bound.layout, *tokens)  # (B, N, H, D), or (T, H, D)
         if rotary is not None and not isinstance(rotary, Rotary):  # not a rotation of pairs but a function of q and k
             q, k, rotary = rotary(q), rotary(k), None
         if bounds is not None:
-            batch_of_one = x.ndim == 3  # Pixtral, HunYuan-VL
+            batch_of_one = q.ndim == 4  # Pixtral, HunYuan-VL
             if batch_of_one:
                 q, k, v = q[0], k[0], v[0]
             out = rope_attention(
@@ -124,7 +140,7 @@ class FusedAttention(Swapped):
             return out[None] if batch_of_one else out
         if padding is not None:
             return attend_padded(q, k, v, rotary, padding, scale, backend)
-        return rope_attention(q, k, v, rotary, scale=scale, backend=backend)
+        return rope_attention(q, k, v, rotary, rotary_k=rotary_k, scale=scale, backend=backend)
 
     # ------------------------------------------------------------------------------------ what a call brings along
 
@@ -145,11 +161,75 @@ class FusedAttention(Swapped):
         on_gpu = device.type != "cpu" or self._spatial_pe.backend in ("triton", "cuda")  # run on the CPU in tests
         return longest_sequence(bounds, id(self)) if on_gpu else None
 
-    def _own_rotation(self, value: Any, x: Tensor) -> Rotary | str | None:
+    def _tokens(self, call: dict[str, Any]) -> Tokens:
+        """Return the tokens of q, k and v, each (B, N, C) or (T, C); the same object where they are the same."""
+        form = self._spatial_pe.form
+        x = call[form.first]
+        flat: dict[int, Tensor] = {}
+
+        def of(given: Tensor) -> Tensor:
+            if id(given) not in flat:
+                flat[id(given)] = self._flat(given)
+            return flat[id(given)]
+
+        return (of(x), of(call[form.keys]), of(call[form.values])) if form.keys else (of(x),) * 3
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:  # SAM 2: objects of an image; SAM 3: rows of an image
+            return x.flatten(0, 1) if self._spatial_pe.form.keys else x.flatten(1, 2)
+        return x.transpose(0, 1) if x.ndim == 3 and not getattr(self, "batch_first", True) else x
+
+    def _shaped(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return out (B, N, C) or (T, C) with the leading dimensions of x, the tokens of the call."""
+        if x.ndim == 3 and not getattr(self, "batch_first", True):
+            return out.transpose(0, 1)
+        return out.view(*x.shape[:-1], -1)
+
+    def _own_rotations(self, call: dict[str, Any], tokens: Tokens) -> tuple[Rotary | None, Rotary | None] | str:
+        """Return the tables of the queries and of the keys (None: the same), or why there are none."""
         bound = self._spatial_pe
-        if value is None and bound.form.first == "x":
-            return None  # timm: no rotation in this call
-        return rotation_of(value, bound.form, x.shape[-2], bound.layout.head_dim, bound.pairing, bound.tables)
+        form, dim = bound.form, bound.layout.head_dim
+        q, k, _ = tokens
+        if not form.rotation:
+            return None, None
+        if form.rope:
+            return self._read_rotations(call, tokens)
+        value = table_of_grid(self, form, q.shape[-2]) if form.own_table else call.get(form.rotation)
+        if value is None and form.first == "x":
+            return None, None  # timm: no rotation in this call
+        rotary = rotation_of(value, form, q.shape[-2], dim, bound.pairing, bound.tables)
+        if isinstance(rotary, str) or not form.keys:
+            return rotary if isinstance(rotary, str) else (rotary, None)
+        rows: Rotary | str = rotary
+        if form.rotation_k:
+            value = call.get(form.rotation_k)
+            tokens_k = value[0].shape[-2] if isinstance(value, PAIR) else k.shape[-2]
+            rows = rotation_of(value, form, tokens_k, dim, bound.pairing, bound.tables)
+        if isinstance(rows, str):
+            return rows
+        groups = call.get(form.groups) if form.groups else None
+        rotary_k = of_keys(rows, k.shape[-2], call.get(form.excluded) or 0, groups)
+        if isinstance(rotary_k, str) or rotary_k is rotary:
+            return rotary_k if isinstance(rotary_k, str) else (rotary, None)
+        return rotary, rotary_k
+
+    def _read_rotations(self, call: dict[str, Any], tokens: Tokens) -> tuple[Rotary | None, Rotary | None] | str:
+        """Return the tables of a module that rotates by a callable of its own."""
+        bound = self._spatial_pe
+        form = bound.form
+        rope = rope_of(self, form)
+        positions, of_k = call.get(form.rotation), call.get(form.rotation_k or form.rotation)
+        if rope is None or (positions is None and of_k is None and bound.optional):
+            return None, None
+        found: list[Rotary] = []
+        for given, x in ((positions, tokens[0]), (of_k, tokens[1])):
+            if found and given is positions and x.shape[-2] == tokens[0].shape[-2]:
+                break
+            rotary = table_at(rope, given, x, bound.layout.head_dim, bound.pairing)
+            if isinstance(rotary, str):
+                return rotary
+            found.append(rotary)
+        return found[0], (found[1] if len(found) > 1 else None)
 
     def _padding(self, call: dict[str, Any], x: Tensor) -> tuple[Padding | None, str | None]:
         """Return the padding of a mask, or why the fused op cannot compute the call."""
@@ -177,10 +257,12 @@ class FusedAttention(Swapped):
             return "attention dropout is active"
         if self.wants_weights(call):
             return "attention weights are requested"
+        if call.get("key_padding_mask") is not None:
+            return "key_padding_mask is given"
         return None
 
     def wants_weights(self, call: dict[str, Any]) -> bool:
-        if call.get("output_attentions"):
+        if call.get("output_attentions") or call.get("need_weights", "need_weights" in self.arguments):
             return True
         # transformers 4 wraps forward on the instance for as long as it collects attention weights
         if type(self.__dict__.get("forward")) is types.FunctionType:
@@ -193,17 +275,21 @@ class FusedAttention(Swapped):
         active = self.collector.get()
         return active is not None and "attentions" in active
 
-    def _unfused(self, reason: str, x: Tensor, rotary: Any, bounds: Tensor | None, call: dict[str, Any]) -> Any:
+    def _unfused(self, reason: str, tokens: Tokens, rotary: Any, bounds: Tensor | None, call: dict[str, Any]) -> Any:
         bound = self._spatial_pe
+        x = tokens[0]
         if bound.strict:
             raise RuntimeError(f"not fused: {reason}")
         if bound.added:  # the original forward would leave the rotation out
             self.warn(f"{reason}: falling back to attention without the fused kernel")
-            q, k, v = project(self, bound.layout, x)
+            q, k, v = project(self, bound.layout, *tokens)
             q, k = (rotary(q), rotary(k)) if not isinstance(rotary, Rotary) else apply_rotary_qk(q, k, rotary)
             scale = scale_of(self, bound.layout)
             attended, weights = eager_attention(q, k, v, scale, dropout_of(self, bound.layout), call)
-            out = output(self, bound.layout, attended, x)
+            out = self._shaped(output(self, bound.layout, attended, x), call[bound.form.first])
+            if "average_attn_weights" in self.arguments:  # torch's
+                weights = weights.mean(1) if call.get("average_attn_weights", True) else weights
+                weights = weights if self.wants_weights(call) else None  # type: ignore[assignment]
             return (out, weights) if bound.returns == "tuple" else out
         if bounds is not None and not bound.form.bounds and call.get("attention_mask") is None:
             call = {**call, "attention_mask": self._mask(bounds, x)}

@@ -27,7 +27,18 @@ from .report import PatchedRow, PatchReport, SkippedRow
 from .saved_encodings import Lost, added_encodings, fill, lost_encodings
 from .swap import remove_hooks, restore, swap, swap_tower
 
-ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|pos_embed(_[yx])?)(\.weight)?$")
+ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|positional_embedding|pos_embed(ding)?(_[yx])?)(\.weight)?$")
+
+# parameters that are tokens before the patches
+OTHER_TOKENS = {
+    "cls_token",
+    "class_token",
+    "class_embedding",
+    "distillation_token",
+    "register_tokens",
+    "reg_token",
+    "dist_token",
+}
 
 
 def patch(
@@ -255,6 +266,7 @@ class _Patching:
             self.backend,
             proof.masks,
             pads=known is not None and known.pads and candidate.pads,
+            optional=proof.optional,
             options=self.options,
         )
 
@@ -325,7 +337,7 @@ def _trusted(candidate: Candidate, known: Known) -> Proof:
 
 def _pairings(candidate: Candidate, known: Known | None) -> tuple[str, ...]:
     """Return the pairings that the module may use."""
-    if not candidate.form.rotation:
+    if not candidate.form.rotation or (candidate.form.rope and not candidate.rotates):
         return ("half",)
     says = getattr(candidate.module, "rotate_half", None)  # timm's
     if isinstance(says, bool):
@@ -413,7 +425,7 @@ def _other_tokens(tower: nn.Module) -> tuple[int, int]:
         holder, _, last = name.rpartition(".")
         if holder.rpartition(".")[2] == "head":  # AIMv2's pooling
             continue
-        if last in ("cls_token", "class_embedding", "distillation_token", "register_tokens", "reg_token", "dist_token"):
+        if last in OTHER_TOKENS:
             before += parameter.shape[1] if parameter.ndim == 3 else 1
         elif last == "detection_tokens":
             after += parameter.shape[1]

@@ -8,6 +8,9 @@ Four forms are in use, with one column per channel (each angle twice) or per pai
 - the angles (N, R/2), ``rotary_pos_emb``: Qwen2.5-Omni in transformers 4;
 - ``[sin | cos]`` (N, 2R), (H, N, 2R), (B, 1, N, 2R): timm, per head where the encoding is mixed.
 
+Or it passes positions, and the module has a callable that rotates by them (CroCo, DUSt3R, VGGT): the table is read off
+that. A vector with 1 in the first channel of each pair and 0 in the second comes back as cos and sin.
+
 With a column per channel, the two columns of a pair must be equal: of tables ordered for another pairing a Rotary would
 hold half, and the proof does not notice, since it has its own tables. Eager calls read the values: on the CPU in every
 forward; on a GPU, which they wait for, until those of a module were equal once. Traced calls (torch.compile, export,
@@ -17,15 +20,17 @@ module that was called before it was traced, and got such tables, is traced with
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._utils.dispatcher import is_traced
 from .._utils.tensor_cache import once_per_forward
-from ..rotary import Rotary, split_pairs
+from ..rotary import Rotary, join_pairs, split_pairs
 from .forms import ForwardForm
 
 # types as a tuple: dynamo of torch 2.9 supports no union of them
@@ -68,6 +73,96 @@ def rotation_of(value: Any, form: ForwardForm, tokens: int, head_dim: int, pairi
     found = once_per_forward(key, others, (prefix, pairing, differentiable), make)
     seen.alike, seen.differ = found is not DIFFER, found is DIFFER
     return _make(cos, sin, repeated, prefix, pairing) if found is None else found
+
+
+def rope_of(module: nn.Module, form: ForwardForm) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the callable by which a module rotates, if it has one."""
+    return next((rope for name in form.rope if (rope := getattr(module, name, None)) is not None), None)
+
+
+def table_at(
+    rope: Callable[[Tensor, Tensor], Tensor], positions: Any, x: Tensor, dim: int, pairing: str
+) -> Rotary | str:
+    """Return the Rotary of a callable for heads of ``dim`` channels, at the positions of tokens x (B, N, C), or why it
+    has none.
+
+    The callable gets (B|1, 1, N, D) and may return more heads. Its angles are those that it has for float32 (float64
+    for float64): some round them to the dtype of the tokens.
+    """
+    batch, tokens = x.shape[:2]
+    if not isinstance(positions, Tensor):
+        return f"its positions are {type(positions).__name__}"
+    if positions.ndim != 3 or positions.shape[0] not in (1, batch) or positions.shape[1] != tokens:
+        return f"its positions are {tuple(positions.shape)} for {batch} x {tokens} tokens"
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def make() -> Rotary | str:
+        one = torch.ones(dim // 2, dtype=wide, device=x.device)
+        probe = join_pairs(one, torch.zeros_like(one), pairing).expand(positions.shape[0], 1, tokens, dim)
+        with torch.autocast(x.device.type, enabled=False):
+            result = rope(probe.clone(), positions)
+        if not isinstance(result, Tensor) or result.ndim != 4 or result.shape[2:] != (tokens, dim):
+            return "its rope does not return what it got, rotated"
+        cos, sin = (table.transpose(1, 2) for table in split_pairs(result.to(wide), pairing))
+        make = Rotary._unchecked if is_traced(cos) else Rotary
+        return make(cos.contiguous(), sin.contiguous(), pairing)  # type: ignore[arg-type]
+
+    learned = isinstance(rope, nn.Module) and next(rope.parameters(), None) is not None
+    if learned or is_traced(positions):
+        return make()
+    return once_per_forward(positions, (), (rope, _state(rope), dim, wide, pairing), make)
+
+
+def _state(rope: Any) -> tuple:
+    """Return what the angles of a callable depend on: its numbers, and its buffers."""
+    if not isinstance(rope, nn.Module):
+        return ()
+    numbers = tuple((name, value) for name, value in vars(rope).items() if isinstance(value, int | float))
+    return numbers, tuple((id(x), -1 if x.is_inference() else x._version) for x in rope.buffers())
+
+
+def table_of_grid(module: nn.Module, form: ForwardForm, tokens: int) -> Any:
+    """Return the module's own table for the queries, of a square grid; where that is of another size it is made again,
+    and kept as the module itself does."""
+    table = getattr(module, form.rotation)
+    if table.shape[0] != tokens:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            return None
+        table = module.compute_cis(end_x=side, end_y=side)  # type: ignore[operator]
+        setattr(module, form.rotation, table)
+    return table
+
+
+def of_keys(rotary: Rotary, tokens: int, excluded: int, groups: int | None) -> Rotary | str:
+    """Return the table of keys that are ``groups`` times the rows of ``rotary``, each behind as many keys that are not
+    rotated as there are too many, and in front of ``excluded`` others that are not rotated.
+
+    groups: None: as often as they fit. Memories of frames, each with tokens without a place (EdgeTAM), and then the
+    pointers to objects (SAM 2).
+    """
+    rotated, rows = tokens - excluded, rotary.num_tokens
+    groups = max(rotated // rows, 1) if groups is None and rows else groups or 1
+    before = rotated // groups - rows  # unrotated ones of each group
+    if rotated == 0:
+        groups = before = 0
+    if not 0 <= excluded <= tokens or groups < 0 or before < 0 or (groups and rotated % groups):
+        return f"its rotation has {rows} rows for {rotated} keys in {groups} groups"
+    if rows == tokens and not excluded:
+        return rotary
+
+    def make() -> Rotary:
+        parts = [_unrotated(rotary, before), rotary] * groups + [_unrotated(rotary, excluded)]
+        return Rotary.cat([part for part in parts if part.num_tokens])
+
+    if is_traced(rotary.cos) or rotary.cos.requires_grad:
+        return make()
+    return once_per_forward(rotary.cos, (rotary.sin,), (rotary.pairing, tokens, excluded, groups), make)
+
+
+def _unrotated(rotary: Rotary, tokens: int) -> Rotary:
+    made = Rotary.identity(tokens, rotary.rotary_dim, rotary.pairing, rotary.device)
+    return made.to(rotary.cos.dtype)
 
 
 def _tables(value: Any, form: ForwardForm, head_dim: int) -> tuple[Tensor, Tensor, bool] | str:
