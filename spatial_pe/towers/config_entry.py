@@ -19,13 +19,14 @@ NOTE = "spatial_pe"
 MARK = "added_rope_requires_spatial_pe"
 
 
-def remember(model: nn.Module, tower: str, options: PatchOptions, backend: str) -> None:
+def remember(model: nn.Module, tower: str, options: PatchOptions, backend: str, patch_embed: bool) -> None:
     """Write the entry of a tower into its config or that of the nearest parent module that has one (timm's)."""
     while not hasattr(config := getattr(model.get_submodule(tower), "config", None), "to_dict"):
         if not tower:
             return
         tower = tower.rpartition(".")[0]
-    setattr(config, NOTE, {**options.to_config(), "backend": backend})
+    more = {} if patch_embed else {"patch_embed": False}
+    setattr(config, NOTE, {**options.to_config(), "backend": backend, **more})
 
 
 def forget(module: nn.Module) -> None:

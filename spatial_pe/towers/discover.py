@@ -10,10 +10,11 @@ from inspect import Parameter, signature
 from torch import nn
 
 from .equivalence import Proof
-from .forms import FORMS, LEFT_ALONE, ForwardForm
+from .forms import FORMS, LEFT_ALONE, ForwardForm, attention_method
 from .fused_attention import FusedAttention
 from .grid_hooks import is_patch_convolution
 from .layout import QKV, Layout, read_layout
+from .patch_embedding import product_refusal
 from .rotary_inputs import rope_of
 from .swap import swap_refusal
 
@@ -50,7 +51,7 @@ class Candidate:
         """
         if not self.form.rotation:
             return False
-        if self.form.rope:
+        if self.form.calls:
             return rope_of(self.module, self.form) is not None
         return self.form.first != "x" or getattr(self.tower, "rope", self) is not None
 
@@ -89,6 +90,35 @@ def discover(model: nn.Module) -> list[Candidate | Skipped]:
         else:
             tower = max(holders, key=len)
             found.append(_classify(name, module, form, tower, modules[tower], _parent(modules, name)))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A patch embedding whose input is already cut into patches."""
+
+    name: str
+    module: nn.Conv3d
+    tower_name: str
+    tower: nn.Module
+
+
+def discover_embeddings(model: nn.Module, towers: dict[str, nn.Module]) -> list[Embedding]:
+    """Return the patch embeddings of these towers that are a matrix product.
+
+    Those of videos get pixel_values, over which they slide.
+    """
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        holders = [tower for tower in towers if _inside(name, tower) and name != tower]
+        if not holders or product_refusal(module) is not None:
+            continue
+        takes = _arguments(type(_parent(modules, name)))
+        if next(iter(takes), "pixel_values").startswith("pixel_values"):
+            continue
+        tower = max(holders, key=len)
+        found.append(Embedding(name, module, tower, towers[tower]))  # type: ignore[arg-type]
     return found
 
 
@@ -137,8 +167,7 @@ def _bypassed(module: nn.Module, parent: nn.Module) -> str | None:
 
 
 def _form_of(cls: type[nn.Module]) -> ForwardForm | str:
-    arguments = _arguments(cls)
-    names = list(arguments)
+    names = list(_arguments(cls, attention_method(cls)))
     given = frozenset(names[1:])
     for form in FORMS:
         if names and names[0] == form.first and form.needs <= given <= form.needs | form.takes:
@@ -146,10 +175,10 @@ def _form_of(cls: type[nn.Module]) -> ForwardForm | str:
     return f"its forward takes ({', '.join(names)})"
 
 
-def _arguments(cls: type[nn.Module]) -> dict[str, Parameter]:
-    """Return the named arguments of a forward, without self, *args and **kwargs."""
+def _arguments(cls: type[nn.Module], method: str = "forward") -> dict[str, Parameter]:
+    """Return the named arguments of a method, without self, *args and **kwargs."""
     variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    parameters = list(signature(cls.forward).parameters.values())[1:]
+    parameters = list(signature(getattr(cls, method)).parameters.values())[1:]
     return {p.name: p for p in parameters if p.kind not in variable}
 
 
@@ -178,7 +207,14 @@ def _is_patch_embedding(name: str, module: nn.Module) -> bool:
     last = _last(name)
     kind = type(module).__name__.lower()
     # timm's NaFlexEmbeds has a linear layer instead of the convolution, named proj
-    return "patch_embed" in last or "patch_conv" in last or "patchembed" in kind or "naflexembeds" in kind
+    # C-RADIO's patch_generator cuts patches by a reshape
+    return (
+        "patch_embed" in last
+        or "patch_generator" in last
+        or "patch_conv" in last
+        or "patchembed" in kind
+        or "naflexembeds" in kind
+    )
 
 
 def _names_in(tower: nn.Module) -> Iterator[str]:

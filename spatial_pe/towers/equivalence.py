@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import Any
@@ -37,6 +37,9 @@ from .rotary_inputs import rope_of
 
 PREFIX = 3  # unrotated tokens
 SMALL = (0, 5, 6, 15)  # cu_seqlens of three sequences, one of a single token
+# switches of modules that call flash-attn themselves (InternVL's and Kimi-VL's own code)
+OTHER_THAN_FLASH = {"use_flash_attn": False, "attn_implementation": "sdpa"}
+GRID = (3, 5)  # of as many patches
 LARGE = tuple(range(0, 961, 64))  # 960 tokens in windows of 64
 
 
@@ -159,8 +162,8 @@ def costs(module: nn.Module, binding: Binding, packs_images: bool, example: int)
     try:
         with torch.autocast(weight.device.type, enabled=False):
             return (
-                cost_of(own, _own_inputs(inputs, weight.dtype, form), form.first),
-                cost_of(patched, _cast(inputs, weight.dtype, form), form.first),
+                cost_of(_attention(own, form), _own_inputs(inputs, weight.dtype, form), form.first),
+                cost_of(_attention(patched, form), _cast(inputs, weight.dtype, form), form.first),
             )
     except (RuntimeError, TypeError, ValueError):
         return None
@@ -177,20 +180,20 @@ def _compare(
     dtype: torch.dtype,
 ) -> Proof:
     cls = swapped_class(FusedAttention, type(reference))
-    rotates = bool(form.rotation) and not (form.rope and rope_of(reference, form) is None)
+    rotates = bool(form.rotation) and not (form.calls and rope_of(reference, form) is None)
     try:
         exact, inverse = (
-            _first(twin(**_own_inputs(given, torch.float64, form)))
+            _first(_attention(twin, form)(**_own_inputs(given, torch.float64, form)))
             for twin, given in ((reference, inputs), (_negated_table(reference, form), _negated(inputs, form)))
         )
-        result = own(**_own_inputs(inputs, dtype, form))
+        result = _attention(own, form)(**_own_inputs(inputs, dtype, form))
     except Exception as failed:
         return Proof(failure=f"its own forward fails on a test input ({_brief(failed)})", ran=False)
     theirs, returns = _first(result), "tuple" if isinstance(result, tuple) else "tensor"
     binding = Binding(layout, form, pairing, returns, backend, strict=True)
     try:
-        wide = _as_patched(reference, cls, replace(binding, backend="composed"))(**inputs)
-        ours = _as_patched(own, cls, binding)(**_cast(inputs, dtype, form))
+        wide = _attention(_as_patched(reference, cls, replace(binding, backend="composed")), form)(**inputs)
+        ours = _attention(_as_patched(own, cls, binding), form)(**_cast(inputs, dtype, form))
     except Exception as failed:
         return Proof(failure=f"the patched forward fails on a test input ({_brief(failed)})")
     if _first(ours).shape != exact.shape:
@@ -207,7 +210,7 @@ def _compare(
         return Proof(error, own_error, f"relative error {error:.2g}, its own forward has {own_error:.2g} ({dtype})")
     composed = replace(binding, backend="composed")
     masks = _takes_padding(reference, cls, replace(composed, masks=True, pads=True), inputs, exact)
-    optional = not (rotates and form.rope) or _rotates_only_with_positions(reference, cls, composed, inputs)
+    optional = not (rotates and form.calls) or _rotates_only_with_positions(reference, cls, composed, inputs)
     return Proof(error, own_error, pairing=pairing, returns=returns, masks=masks, optional=optional)
 
 
@@ -272,8 +275,12 @@ def _examples(
         forms = [((1, tokens), (tokens,))]
     elif not form.rotation:
         forms = [((2, tokens), (tokens,))]
-    elif form.rope:
-        forms = [((2, tokens), (2, tokens)), ((2, tokens), (1, tokens))]
+    elif form.places:
+        forms = [((2, tokens), (2, tokens))]
+    elif form.positions == "grid":
+        forms = [((2, tokens), (2, tokens)), ((2, tokens + 1), (2, tokens + 1))]  # with a CLS token
+    elif form.calls:  # rows: batch, and axes
+        forms = [((2, tokens), (batch, axes)) for axes in (2, 3) for batch in (2, 1)]
     else:
         prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # as timm has it
         forms = [
@@ -289,13 +296,13 @@ def _examples(
             for size in ((*lead, layout.width), (*rows, layout.head_dim // 2))
         )
         inputs: dict[str, Any] = {form.first: x if starts is LARGE else x * _spread(reference, layout, x)}
-        if form.rope:
-            inputs[form.rotation] = _positions(form, rows[0], rows[1], device)
+        if form.calls:
+            inputs[form.rotation] = _positions(form, rows[0], lead[1], rows[1], layout.head_dim, device)
         elif form.rotation:
             inputs[form.rotation] = _rotation(angles, form.tables, pairing)
         if packed:
             inputs[form.bounds or "cu_seq_lens_q"] = bounds
-        for name, parameter in [*signature(type(reference).forward).parameters.items()][1:]:
+        for name, parameter in signature(_attention(reference, form)).parameters.items():
             if name == "position_ids":  # Gemma 4 reads the number of axes
                 inputs[name] = torch.zeros(2, tokens, 2, dtype=torch.long, device=device)
             elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
@@ -341,9 +348,9 @@ def _examples_of_other_tokens(
             spread = _spread(reference, layout, x, y)
             x, y = x * spread, y * spread
         inputs: dict[str, Any] = {form.first: of_batch(x), form.keys: of_batch(y), form.values: of_batch(y)}
-        if form.rope:
-            inputs[form.rotation] = _positions(form, 2, tokens, device)
-            inputs[form.rotation_k] = _positions(form, 2, number, device)
+        if form.calls:
+            inputs[form.rotation] = _positions(form, 2, tokens, 2, layout.head_dim, device)
+            inputs[form.rotation_k] = _positions(form, 2, number, 2, layout.head_dim, device)
         elif form.rotation and not form.own_table:
             inputs[form.rotation] = _rotation(angles[0], form.tables, pairing)
             if form.rotation_k:
@@ -353,7 +360,7 @@ def _examples_of_other_tokens(
         if form.groups:
             inputs[form.groups] = 2 if number == memory else 1
         yield {**inputs, **_options(reference, form)}
-    if layout.width == layout.key_width and not form.excluded and not form.rope:
+    if layout.width == layout.key_width and not form.excluded and not form.calls:
         yield _self_attention(reference, form, x)
 
 
@@ -368,11 +375,18 @@ def _options(module: nn.Module, form: ForwardForm) -> dict[str, Any]:
     return {"need_weights": False} if "need_weights" in signature(type(module).forward).parameters else {}
 
 
-def _positions(form: ForwardForm, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """Return positions (B, N, axes) of which the first are those of tokens without a place."""
+def _positions(form: ForwardForm, batch: int, tokens: int, axes: int, dim: int, device: torch.device) -> Any:
+    """Return what a callable of this form rotates by."""
     generator = torch.Generator().manual_seed(tokens)
-    found = torch.randint(0, 30, (batch, tokens, form.axes), generator=generator, device="cpu")
-    found[:, :PREFIX] = 0
+    if form.places:
+        return None
+    if form.positions == "grid":
+        return GRID
+    if form.positions == "angles":  # each twice
+        angles = torch.randn(batch, tokens, dim // 2, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.cat([angles, angles], dim=-1).to(device)
+    found = torch.randint(0, 30, (batch, tokens, axes), generator=generator, device="cpu")
+    found[:, :PREFIX] = 0  # tokens without a place
     return found.to(device)
 
 
@@ -402,9 +416,10 @@ def _rotation(angles: Tensor, tables: str, pairing: str) -> Any:
 
 def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
     """Return the inputs with every angle negated; where they are positions, with those of other tokens."""
-    if form.rope:
+    if form.calls:
         names = [name for name in (form.rotation, form.rotation_k) if name]
-        return {**inputs, **{name: inputs[name].flip(1) for name in names}}
+        flipped = {name: inputs[name].flip(1) for name in names if isinstance(inputs[name], Tensor)}
+        return {**inputs, **flipped, **({form.rotation: GRID[::-1]} if form.positions == "grid" else {})}
     value = inputs.get(form.rotation)
     if isinstance(value, tuple):
         value = (value[0], -value[1])
@@ -419,11 +434,16 @@ def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
 
 
 def _negated_table(reference: nn.Module, form: ForwardForm) -> nn.Module:
-    """Return a module whose own table has every angle negated; the module itself, if it has none."""
-    if not form.own_table:
+    """Return a module whose own table has every angle negated, or whose own positions are those of other tokens; the
+    module itself, if it has none."""
+    if not (form.own_table or form.places):
         return reference
     twin = _bare(reference, None)
-    setattr(twin, form.rotation, getattr(reference, form.rotation).conj().resolve_conj())
+    if form.own_table:
+        setattr(twin, form.rotation, getattr(reference, form.rotation).conj().resolve_conj())
+    else:
+        found = getattr(reference, form.places)
+        twin.__dict__[form.places] = lambda x, masks=None: tuple(p.flip(-1) for p in found(x, masks=masks))
     return twin
 
 
@@ -433,7 +453,7 @@ def _cast(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict
     cast = {name: tokens.get(id(value), value) for name, value in inputs.items()}
     for name in (form.rotation, form.rotation_k):
         value = inputs.get(name)
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and isinstance(value[0], Tensor):
             wide = dtype != torch.float64 and value[0].dtype == torch.float32
             cast[name] = value if wide else tuple(t.to(dtype) for t in value)
         elif isinstance(value, Tensor) and value.is_complex():
@@ -457,6 +477,11 @@ def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -
 # ------------------------------------------------------------------------------------------------------------- copies
 
 
+def _attention(module: nn.Module, form: ForwardForm) -> Callable[..., Any]:
+    """Return the method that is attention; called without hooks, which these copies do not have."""
+    return getattr(module, form.method or "forward")
+
+
 def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """Return a copy in eval mode that shares the weights (or holds them in dtype), without hooks and wrappers."""
     twin = type(module).__new__(type(module))
@@ -472,6 +497,10 @@ def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     children = state["_modules"].items()
     state["_modules"] = {name: None if child is None else _bare(child, dtype) for name, child in children}
     state["training"] = False
+    if dtype is not None or not torch.cuda.is_available():  # flash-attn has no float64, and no CPU
+        for name, other in OTHER_THAN_FLASH.items():
+            if state.get(name) is True or "flash" in str(state.get(name)):
+                state[name] = other
     config: Any = state.get("config")
     if hasattr(config, "_attn_implementation") and (dtype is not None or config._attn_implementation != "eager"):
         # the reference must run in float64, and flash attention may not support this input at all

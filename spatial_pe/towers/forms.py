@@ -17,6 +17,10 @@ from typing import NamedTuple
 # or the positions of the tokens, for the module's own callable that rotates by them
 TABLES = ("cos_sin", "complex", "angles", "sin_cos_cat", "positions")
 RETURNS = ("tuple", "tensor")
+# of each token (B, N, axes); angles (B, N, D), a column per channel; (height, width) of the grid
+POSITIONS = ("coordinates", "angles", "grid")
+# beside those of rotary.py: an encoding that is no rotation of pairs, applied by the module's own callable
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,17 @@ class ForwardForm:
         tables: its format, one of TABLES.
         rope: with "positions", attributes of which one holds the callable: ``rope(x, positions)`` rotates
             (B, H, N, D). None there, or no positions in a call: no rotation.
-        axes: with "positions", how many columns they have.
+        function: instead, the name of a function beside the class.
+        both: the callable is ``rope(q, k, positions)``, and returns both.
+        positions: what they are, one of POSITIONS.
+        places: the method that returns them: ``places(x, masks=<the argument named rotation>)`` (V-JEPA 2).
         excluded: the argument with the number of last keys that are not rotated.
         groups: the argument with the number of times that the rotation of the keys is repeated.
         bounds: the cu_seqlens argument, if any.
         returns: "tuple" (output, weights) or "tensor": of classes of this form unless ``TESTED`` or a proof says
             otherwise.
         mask: the argument that may hold a padding mask.
+        method: the method that is attention, if that is not forward but a part of it: of a layer (MoonViT).
         qkv: attributes of the projections of q, k and v, or of one fused projection [q | k | v]; out, heads, head_dim,
             scale: attributes of the output projection, of these numbers, and of the scale of the scores. Left out:
             any of the names that layout.py knows.
@@ -60,19 +68,28 @@ class ForwardForm:
     rotation_k: str = ""
     tables: str = "cos_sin"
     rope: tuple[str, ...] = ()
-    axes: int = 2
+    function: str = ""
+    both: bool = False
+    positions: str = "coordinates"
+    places: str = ""
     own_table: bool = False
     excluded: str = ""
     groups: str = ""
     bounds: str = ""
     returns: str = "tuple"
     mask: str = "attention_mask"
+    method: str = ""
     qkv: tuple[str, ...] = ()
     out: str = ""
     heads: str = ""
     head_dim: str = ""
     scale: str = ""
     anywhere: bool = False
+
+    @property
+    def calls(self) -> bool:
+        """Whether it rotates by a callable of its own."""
+        return self.tables == "positions"
 
     def check(self) -> None:
         """Raise unless the fields fit together."""
@@ -85,8 +102,10 @@ class ForwardForm:
             raise ValueError(f"returns must be one of {RETURNS}, got {self.returns!r}")
         if len(self.qkv) not in (0, 1, 3):
             raise ValueError(f"qkv must name one fused projection or three, got {self.qkv!r}")
-        if bool(self.rope) != (self.tables == "positions"):
+        if self.calls != bool(self.rope or self.function):
             raise ValueError(f"rope={self.rope!r} and tables={self.tables!r} do not fit: positions need a callable")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
         if bool(self.keys) != bool(self.values):
             raise ValueError(f"keys={self.keys!r} and values={self.values!r} must both be given, or neither")
         arguments = {*self.needs, *self.takes}
@@ -202,6 +221,59 @@ FORMS = [
         mask="block_mask",
         anywhere=True,
     ),
+    ForwardForm(  # Step3-VL
+        "positions of a grid",
+        needs=_names("grid_hw"),
+        takes=_names("grid_hw"),
+        rotation="grid_hw",
+        tables="positions",
+        rope=("rope",),
+        both=True,
+        positions="grid",
+        returns="tensor",
+        anywhere=True,
+    ),
+    ForwardForm(  # V-JEPA 2
+        "positions by itself",
+        needs=_names("position_mask"),
+        takes=_names("position_mask output_attentions head_mask"),
+        rotation="position_mask",
+        tables="positions",
+        rope=("apply_rotary_embeddings",),
+        places="get_position_ids",
+        anywhere=True,
+    ),
+    ForwardForm(  # OneVision, LLaVA-OneVision-2
+        "angles of channels",
+        needs=_names("rotary_pos_emb"),
+        takes=_names("attention_mask rotary_pos_emb output_attentions"),
+        rotation="rotary_pos_emb",
+        tables="positions",
+        function="apply_rotary_pos_emb",
+        both=True,
+        positions="angles",
+    ),
+    ForwardForm(  # MoonViT: Kimi-VL
+        "packed, in a layer",
+        needs=_names("cu_seqlens rope_freqs_cis"),
+        takes=_names("cu_seqlens rope_freqs_cis"),
+        first="x",
+        rotation="rope_freqs_cis",
+        tables="complex",
+        bounds="cu_seqlens",
+        returns="tensor",
+        method="attention_qkvpacked",
+        qkv=("wqkv",),
+        out="wo",
+        head_dim="hidden_size_per_attention_head",
+    ),
+    ForwardForm(  # Keye-VL, PaddleOCR-VL's own code
+        "packed, rope_emb",
+        needs=_names("cu_seqlens rope_emb"),
+        takes=_names("cu_seqlens rope_emb attention_mask output_attentions"),
+        rotation="rope_emb",
+        bounds="cu_seqlens",
+    ),
     ForwardForm(  # the decoders of CroCo, DUSt3R, ...
         "two views",
         needs=_names("key value qpos kpos"),
@@ -270,6 +342,11 @@ FORMS = [
 BUILT_IN = frozenset(form.name for form in FORMS)
 
 
+def attention_method(cls: type) -> str:
+    """Return the name of the method of a class that is attention."""
+    return next((form.method for form in FORMS if form.method and hasattr(cls, form.method)), "forward")
+
+
 def register_form(form: ForwardForm) -> None:
     """Add the form of an attention class of one's own, for ``patch`` and ``inspect`` in this process.
 
@@ -291,7 +368,7 @@ def register_form(form: ForwardForm) -> None:
 class Known(NamedTuple):
     """Properties of a tested class that its form leaves open."""
 
-    pairing: str = "half"
+    pairing: str = "half"  # or OWN
     returns: str | None = None  # None: as its form
     pads: bool = False  # its tower pads, masks the padding, and drops what attention returns for it
 
@@ -354,6 +431,7 @@ TESTED: dict[str, Known] = {
         """,
         Known("interleaved"),
     ),
+    **_of_transformers("vjepa2.VJEPA2RopeAttention", Known(OWN)),
     "sam2.modeling.sam.transformer.RoPEAttention": Known("interleaved"),
     "torch.nn.modules.activation.MultiheadAttention": Known(),
     "timm.layers.attention.Attention": Known(pads=True),
@@ -369,7 +447,6 @@ def tested(cls: type) -> Known | None:
 
 # Attention that has a known form but is different: by class, with the reason for the report.
 LEFT_ALONE: dict[str, str] = {
-    "VJEPA2RopeAttention": "its tables are not a rotation: cos and sin are tiled, but neighbouring channels paired",
     "Phi4MultimodalVisionAttention": "is_causal is True: with no padding its SDPA runs causal, which bidirectional "
     "attention would change",
 }

@@ -20,12 +20,12 @@ from ..ops.rotate import apply_rotary_qk
 from ..rotary import Rotary
 from .classes import Swapped
 from .eager import eager_attention
-from .forms import ForwardForm
+from .forms import OWN, ForwardForm, attention_method
 from .grid_hooks import Grids
 from .layout import Layout, dropout_of, output, project, scale_of
 from .options import PatchOptions
 from .padding import Padding, attend_padded, padding_of
-from .rotary_inputs import PAIR, Seen, of_keys, rope_of, rotation_of, table_at, table_of_grid
+from .rotary_inputs import PAIR, OwnRotation, Seen, of_keys, rope_of, rotation_of, table_at, table_of_grid
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
@@ -63,17 +63,23 @@ class FusedAttention(Swapped):
     batch second.
     """
 
-    arguments: ClassVar[tuple[str, ...]]  # of the original forward
+    arguments: ClassVar[tuple[str, ...]]  # of the original attention
+    method: ClassVar[str]  # that is attention
     collector: ClassVar[Any]
     _spatial_pe: Binding
 
     @classmethod
     def attributes(cls, original: type[nn.Module]) -> dict[str, Any]:
         capturing = sys.modules.get("transformers.utils.output_capturing")
+        method = attention_method(original)
+        # a layer: its forward stays, and calls the method
+        layer = {} if method == "forward" else {"forward": original.forward, method: cls.forward}
         return {
             "__doc__": f"{original.__name__} with its attention computed by spatial_pe.rope_attention.",
-            "arguments": tuple(signature(original.forward).parameters)[1:],
+            "arguments": tuple(signature(getattr(original, method)).parameters)[1:],
+            "method": method,
             "collector": getattr(capturing, "_active_collector", None),  # transformers 5 collects weights through it
+            **layer,
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +127,9 @@ class FusedAttention(Swapped):
         bound = self._spatial_pe
         scale, backend = scale_of(self, bound.layout), bound.backend
         q, k, v = project(self, bound.layout, *tokens)  # (B, N, H, D), or (T, H, D)
-        if rotary is not None and not isinstance(rotary, Rotary):  # not a rotation of pairs but a function of q and k
+        if isinstance(rotary, OwnRotation):
+            (q, k), rotary = rotary(q, k), None
+        elif rotary is not None and not isinstance(rotary, Rotary):  # not a rotation of pairs but a function
             q, k, rotary = rotary(q), rotary(k), None
         if bounds is not None:
             batch_of_one = q.ndim == 4  # Pixtral, HunYuan-VL
@@ -185,14 +193,14 @@ class FusedAttention(Swapped):
             return out.transpose(0, 1)
         return out.view(*x.shape[:-1], -1)
 
-    def _own_rotations(self, call: dict[str, Any], tokens: Tokens) -> tuple[Rotary | None, Rotary | None] | str:
+    def _own_rotations(self, call: dict[str, Any], tokens: Tokens) -> tuple[Any, Rotary | None] | str:
         """Return the tables of the queries and of the keys (None: the same), or why there are none."""
         bound = self._spatial_pe
         form, dim = bound.form, bound.layout.head_dim
         q, k, _ = tokens
         if not form.rotation:
             return None, None
-        if form.rope:
+        if form.calls:
             return self._read_rotations(call, tokens)
         value = table_of_grid(self, form, q.shape[-2]) if form.own_table else call.get(form.rotation)
         if value is None and form.first == "x":
@@ -213,19 +221,25 @@ class FusedAttention(Swapped):
             return rotary_k if isinstance(rotary_k, str) else (rotary, None)
         return rotary, rotary_k
 
-    def _read_rotations(self, call: dict[str, Any], tokens: Tokens) -> tuple[Rotary | None, Rotary | None] | str:
-        """Return the tables of a module that rotates by a callable of its own."""
+    def _read_rotations(self, call: dict[str, Any], tokens: Tokens) -> tuple[Any, Rotary | None] | str:
+        """Return the tables of a module that rotates by a callable of its own, or that callable."""
         bound = self._spatial_pe
         form = bound.form
         rope = rope_of(self, form)
         positions, of_k = call.get(form.rotation), call.get(form.rotation_k or form.rotation)
+        if form.places:
+            positions = of_k = getattr(self, form.places)(tokens[0], masks=positions)
         if rope is None or (positions is None and of_k is None and bound.optional):
             return None, None
+        if positions is None or of_k is None:
+            return f"{form.rotation} is None"
+        if bound.pairing == OWN:
+            return OwnRotation(rope, positions, of_k, form.both), None
         found: list[Rotary] = []
         for given, x in ((positions, tokens[0]), (of_k, tokens[1])):
             if found and given is positions and x.shape[-2] == tokens[0].shape[-2]:
                 break
-            rotary = table_at(rope, given, x, bound.layout.head_dim, bound.pairing)
+            rotary = table_at(rope, given, x, bound.layout.head_dim, bound.pairing, form.both)
             if isinstance(rotary, str):
                 return rotary
             found.append(rotary)
@@ -307,7 +321,7 @@ class FusedAttention(Swapped):
     def fall_back(self, reason: str, call: dict[str, Any]) -> Any:
         """Compute this call by the original attention."""
         self.warn(f"{reason}: falling back to the original attention")
-        return super().forward(**call)
+        return getattr(self.original, self.method)(self, **call)
 
     def warn(self, message: str) -> None:
         _warn_once(self.original.__name__, message)

@@ -103,7 +103,7 @@ def read_layout(module: nn.Module, form: ForwardForm) -> Layout | str:
     )
     if over and (len(over) > 1 or not over <= {head_dim, heads * head_dim}):
         unknown.append(f"norms over {sorted(over)} channels")  # type: ignore[type-var]
-    if unknown:
+    if unknown and not form.method:  # a layer has other parts
         return f"has {', '.join(unknown)}, which is not part of plain or rotary attention"
     return Layout(
         qkv=qkv,
@@ -263,6 +263,8 @@ def _unknown_parts(module: nn.Module, known: set) -> list[str]:
     """Return parameters, buffers and submodules that are unknown: this attention computes more than it supports."""
     own = (*module._parameters.items(), *module._buffers.items())
     found = [name for name, value in own if value is not None and name not in known]
+    # InternVL's own code has a module for flash-attn
+    known = {*known, "inner_attn"}
     inert = (nn.Dropout, nn.Identity, nn.Softmax)  # which softmax is left to the proof
     others = {name: child for name, child in module.named_children() if name not in known}
     return found + [name for name, child in others.items() if not isinstance(child, inert)]

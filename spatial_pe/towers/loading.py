@@ -47,7 +47,8 @@ def from_pretrained(cls: Any, path: str | Path, *args: Any, rope: nn.Module | No
         )
     for tower in towers:
         note = getattr(tower.config, NOTE)
-        apply(tower, PatchOptions.from_config(note, rope), note["backend"], verify=True)
+        options, embed = PatchOptions.from_config(note, rope), note.get("patch_embed", True)
+        apply(tower, options, note["backend"], verify=True, patch_embed=embed)
     if encodings := added_encodings(model):
         fill(encodings, saved_tensors(path, {k: v for k, v in kwargs.items() if k in _WHERE}), path)
     _warn_of_others(info, name, path)

@@ -15,17 +15,18 @@ from ..ops.select import check_backend, select
 from ..rotary import PAIRINGS
 from .classes import Swapped
 from .config_entry import MARK, forget, marking, remember
-from .discover import Candidate, Skipped, discover
+from .discover import Candidate, Embedding, Skipped, discover, discover_embeddings
 from .equivalence import Proof, costs, floating_weight, prove, prove_added
-from .forms import NO_GRID, Known, tested
+from .forms import NO_GRID, OWN, Known, tested
 from .fused_attention import Binding, FusedAttention
 from .grid_hooks import grid_source
 from .layout import Layout, scale_of
 from .legacy import warn_of_legacy
 from .options import PatchOptions, check_encoding
+from .patch_embedding import product_errors
 from .report import PatchedRow, PatchReport, SkippedRow
 from .saved_encodings import Lost, added_encodings, fill, lost_encodings
-from .swap import remove_hooks, restore, swap, swap_tower
+from .swap import remove_hooks, restore, swap, swap_embedding, swap_tower
 
 ABSOLUTE = re.compile(r"(^|\.)((mid_)?position_embeddings?|positional_embedding|pos_embed(ding)?(_[yx])?)(\.weight)?$")
 
@@ -50,6 +51,7 @@ def patch(
     legacy: str | None = None,
     backend: str = "auto",
     verify: bool = True,
+    patch_embed: bool = True,
 ) -> PatchReport:
     """Compute the attention of a model's vision towers by ``rope_attention``, in place.
 
@@ -66,7 +68,8 @@ def patch(
     part of the tests once before.
 
     Args:
-        model: a model that holds a vision tower, or the tower.
+        model: a model that holds a vision tower, or the tower. Attention that takes positions, or other tokens with a
+            rotation of their own (CroCo's and DUSt3R's decoders, SAM 2's memory), is found outside of one too.
         rope: "axial", "mixed", or a module that maps a PatchGrid to a Rotary, of which each layer gets a copy (its own
             parameters; a module without parameters is shared). Registered as ``rope`` on each attention module, so its
             parameters are in ``model.parameters()`` and in the state dict. CLS and register tokens are not rotated.
@@ -80,6 +83,8 @@ def patch(
         legacy: "2601.09954" adds, instead of ``rope``, what the public code of that paper computes, which is not a
             rotation (see ``towers/legacy.py``), and drops the absolute position embedding as it does. It warns.
         backend: see ``rope_attention``.
+        patch_embed: compute patch embeddings whose input is already cut (Qwen-VL's Conv3d) as the matrix product that
+            they are, equal to rounding; any other input is left to the convolution.
         verify: verify each kind of module before anything is changed, see ``towers/equivalence.py``. Without it
             only classes that are part of this package's tests are patched.
 
@@ -96,7 +101,7 @@ def patch(
     options.check()
     _check_model(model)
     saved = _to_restore(model, options)
-    report = apply(model, options, backend, verify)
+    report = apply(model, options, backend, verify, patch_embed)
     for lost, tensors in saved:
         try:
             fill(added_encodings(lost.tower), tensors, lost.path)
@@ -139,6 +144,7 @@ def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> 
     patching = _Patching(PatchOptions(), backend, verify)
     candidates, skipped = patching.examine(model)
     report = patching.report(candidates, skipped)
+    report.embeddings.extend(map(_embedding_row, _embeddings(model, candidates)))
     report.notes.extend(str(lost) for lost in lost_encodings(model) if lost.tensors() != {})
     counted: dict[tuple, tuple | None] = {}
     for i, candidate in enumerate(candidates):
@@ -154,7 +160,7 @@ def inspect(model: nn.Module, *, backend: str = "auto", verify: bool = True) -> 
     return report
 
 
-def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool) -> PatchReport:
+def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool, patch_embed: bool = True) -> PatchReport:
     """Run ``patch`` with options that may come from a config.json."""
     options.check()
     check_backend(backend)
@@ -166,14 +172,40 @@ def apply(model: nn.Module, options: PatchOptions, backend: str, verify: bool) -
         if any(isinstance(s.module, FusedAttention) for s in skipped):
             return report
         raise ValueError(f"nothing to patch in {type(model).__name__}: {_summary(skipped)}")
+    embeddings = _embeddings(model, candidates) if patch_embed else []
+    report.embeddings.extend(map(_embedding_row, embeddings))
     if options.adds:
         patching.add_rope(candidates)
         report._attention.update({c.name: c.module for c in candidates})
     else:
         patching.swap_all(candidates)
+    for embedding in embeddings:
+        swap_embedding(embedding.module)
     for name in {c.tower_name for c in candidates}:
-        remember(model, name, options, backend)
+        remember(model, name, options, backend, patch_embed)
     return report
+
+
+def _embeddings(model: nn.Module, candidates: list[Candidate]) -> list[Embedding]:
+    return discover_embeddings(model, {c.tower_name: c.tower for c in candidates})
+
+
+def _embedding_row(embedding: Embedding) -> PatchedRow:
+    """Return the row of the report, and raise if the product is not the convolution."""
+    module = embedding.module
+    found = product_errors(module)
+    eps = torch.finfo(floating_weight(module).dtype).eps
+    if found is not None and not found[0] <= 1.5 * found[1] + 4 * eps:
+        raise RuntimeError(
+            f"{embedding.name} computes something else as a matrix product: relative error {found[0]:.2g}, as a "
+            f"convolution {found[1]:.2g}. Nothing was changed; please report this with the model's configuration."
+        )
+    tower = f"{embedding.tower_name or 'model'} ({type(embedding.tower).__name__})"
+    error, own_error = found or (None, None)
+    note = "" if found else "its weights are not in memory"
+    return PatchedRow(
+        embedding.name, tower, type(module).__name__, "patch embedding", "product", error, own_error, note
+    )
 
 
 def _to_restore(model: nn.Module, options: PatchOptions) -> list[tuple[Lost, dict[str, Tensor]]]:
@@ -294,6 +326,12 @@ class _Patching:
 
     def report(self, candidates: list[Candidate], skipped: list[Skipped]) -> PatchReport:
         report = PatchReport()
+        own = {type(c.module).__name__ for c in candidates if c.rotates and c.proof and c.proof.pairing == OWN}
+        report.notes.extend(
+            f"{name}: what it does to q and k is not a rotation of pairs (spatial_pe.verify_rotary says how it "
+            "differs). It is applied as it is, by the module's own function; the attention alone is fused"
+            for name in sorted(own)
+        )
         report.skipped.extend(SkippedRow(s.name, s.reason, type(s.module).__name__) for s in skipped)
         report.patched.extend(map(self._row, candidates))
         return report
@@ -302,6 +340,8 @@ class _Patching:
         module, proof = candidate.module, candidate.proof or Proof()
         packed = ", packed" if candidate.form.bounds else ""
         own = f"own RoPE{packed} ({proof.pairing})" if candidate.rotates else f"no RoPE{packed}"
+        if candidate.rotates and proof.pairing == OWN:
+            own = f"own encoding, no rotation{packed}"
         tower = f"{candidate.tower_name or 'model'} ({type(candidate.tower).__name__})"
         selected = _selected_backend(module, candidate.layout, self.backend)
         note = proof.failure or ""
@@ -337,14 +377,15 @@ def _trusted(candidate: Candidate, known: Known) -> Proof:
 
 def _pairings(candidate: Candidate, known: Known | None) -> tuple[str, ...]:
     """Return the pairings that the module may use."""
-    if not candidate.form.rotation or (candidate.form.rope and not candidate.rotates):
+    if not candidate.form.rotation or (candidate.form.calls and not candidate.rotates):
         return ("half",)
     says = getattr(candidate.module, "rotate_half", None)  # timm's
     if isinstance(says, bool):
         return ("half",) if says else ("interleaved",)
     if known is not None:
         return (known.pairing,)
-    return tuple(p for p in PAIRINGS if p != "axis_half" or candidate.layout.head_dim % 4 == 0)
+    pairings = tuple(p for p in PAIRINGS if p != "axis_half" or candidate.layout.head_dim % 4 == 0)
+    return (*pairings, OWN) if candidate.form.calls else pairings
 
 
 def _summary(skipped: list[Skipped]) -> str:

@@ -46,11 +46,13 @@ class PatchReport:
 
     Attributes:
         patched: one row for each attention module.
+        embeddings: one row for each patch embedding that is computed as a matrix product.
         skipped: one row for each attention module that is not patched, with the reason.
         notes: what else there is to know, e.g. that the model was saved with a RoPE and loaded without it.
     """
 
     patched: list[PatchedRow] = field(default_factory=list)
+    embeddings: list[PatchedRow] = field(default_factory=list)
     skipped: list[SkippedRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _attention: dict[str, nn.Module] = field(default_factory=dict, repr=False)  # to which this call added an encoding
@@ -98,7 +100,7 @@ class PatchReport:
     def _patched_lines(self) -> list[str]:
         """Return a table for each tower, with a row for each kind of module, and lines of what belongs to it."""
         towers: dict[str, dict[tuple, list[PatchedRow]]] = {}
-        for row in self.patched:
+        for row in [*self.patched, *self.embeddings]:
             kinds = towers.setdefault(row.tower, {})
             kinds.setdefault((row.attention, row.convention, row.backend, row.note), []).append(row)
         cells: list[tuple[str, ...]] = [("attention", "layers", "convention", "backend", "error", "original")]

@@ -20,6 +20,7 @@ module that was called before it was traced, and got such tables, is traced with
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,14 +76,36 @@ def rotation_of(value: Any, form: ForwardForm, tokens: int, head_dim: int, pairi
     return _make(cos, sin, repeated, prefix, pairing) if found is None else found
 
 
-def rope_of(module: nn.Module, form: ForwardForm) -> Callable[[Tensor, Tensor], Tensor] | None:
+Rope = Callable[..., Any]
+
+
+def rope_of(module: nn.Module, form: ForwardForm) -> Rope | None:
     """Return the callable by which a module rotates, if it has one."""
+    if form.function:
+        original = getattr(type(module), "original", type(module))
+        return inspect.unwrap(original.forward).__globals__.get(form.function)
     return next((rope for name in form.rope if (rope := getattr(module, name, None)) is not None), None)
 
 
-def table_at(
-    rope: Callable[[Tensor, Tensor], Tensor], positions: Any, x: Tensor, dim: int, pairing: str
-) -> Rotary | str:
+@dataclass(frozen=True)
+class OwnRotation:
+    """A tower's own callable for q and k (B, N, H, D), where that is no rotation of pairs."""
+
+    rope: Rope
+    positions: Any
+    positions_k: Any
+    both: bool
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if self.both:
+            q, k = self.rope(q, k, self.positions)
+        else:
+            q, k = self.rope(q, self.positions), self.rope(k, self.positions_k)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def table_at(rope: Rope, positions: Any, x: Tensor, dim: int, pairing: str, both: bool = False) -> Rotary | str:
     """Return the Rotary of a callable for heads of ``dim`` channels, at the positions of tokens x (B, N, C), or why it
     has none.
 
@@ -90,17 +113,19 @@ def table_at(
     for float64): some round them to the dtype of the tokens.
     """
     batch, tokens = x.shape[:2]
-    if not isinstance(positions, Tensor):
-        return f"its positions are {type(positions).__name__}"
-    if positions.ndim != 3 or positions.shape[0] not in (1, batch) or positions.shape[1] != tokens:
-        return f"its positions are {tuple(positions.shape)} for {batch} x {tokens} tokens"
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    is_table = isinstance(positions, Tensor) and positions.ndim == 3
+    if isinstance(positions, Tensor) and not (
+        is_table and positions.shape[0] in (1, batch) and positions.shape[1] == tokens
+    ):
+        return f"its positions are {tuple(positions.shape)} for {batch} x {tokens} tokens"
 
     def make() -> Rotary | str:
         one = torch.ones(dim // 2, dtype=wide, device=x.device)
-        probe = join_pairs(one, torch.zeros_like(one), pairing).expand(positions.shape[0], 1, tokens, dim)
+        samples = positions.shape[0] if is_table else 1
+        probe = join_pairs(one, torch.zeros_like(one), pairing).repeat(samples, 1, tokens, 1)
         with torch.autocast(x.device.type, enabled=False):
-            result = rope(probe.clone(), positions)
+            result = rope(probe, probe.clone(), positions)[0] if both else rope(probe, positions)
         if not isinstance(result, Tensor) or result.ndim != 4 or result.shape[2:] != (tokens, dim):
             return "its rope does not return what it got, rotated"
         cos, sin = (table.transpose(1, 2) for table in split_pairs(result.to(wide), pairing))
@@ -108,7 +133,7 @@ def table_at(
         return make(cos.contiguous(), sin.contiguous(), pairing)  # type: ignore[arg-type]
 
     learned = isinstance(rope, nn.Module) and next(rope.parameters(), None) is not None
-    if learned or is_traced(positions):
+    if learned or not isinstance(positions, Tensor) or positions.requires_grad or is_traced(positions):
         return make()
     return once_per_forward(positions, (), (rope, _state(rope), dim, wide, pairing), make)
 

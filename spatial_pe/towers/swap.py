@@ -17,6 +17,7 @@ from .config_entry import MARK
 from .fused_attention import Binding, FusedAttention
 from .grid_hooks import Grids, Hook
 from .packing import PackedTower, PackImages, Unpack, pack_images
+from .patch_product import PatchProduct
 
 
 def swap_refusal(module: nn.Module) -> str | None:
@@ -33,6 +34,11 @@ def swap(module: nn.Module, binding: Binding) -> None:
     """Make module an instance of the patched class."""
     _rebind(module, swapped_class(FusedAttention, type(module)))
     module._spatial_pe = binding  # type: ignore[assignment]
+
+
+def swap_embedding(module: nn.Conv3d) -> None:
+    """Make module an instance of the class that computes a matrix product."""
+    _rebind(module, swapped_class(PatchProduct, type(module)))
 
 
 def swap_tower(tower: nn.Module) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from family import Family, outputs, randn, randomize, to
+from own_code import OWN_CODE
+from towers_with_memory import WITH_MEMORY
 from towers_with_rope import WITH_ROPE
 from towers_without_rope import WITHOUT_ROPE as PLAIN
 
@@ -11,6 +13,7 @@ __all__ = [
     "FAMILIES",
     "GRIDS",
     "HERE",
+    "OF_TRANSFORMERS",
     "TOKENS_AROUND",
     "WITHOUT_ROPE",
     "WITH_TABLES",
@@ -21,7 +24,8 @@ __all__ = [
     "to",
 ]
 
-FAMILIES = {**WITH_ROPE, **PLAIN}
+FAMILIES = {**WITH_ROPE, **PLAIN, **WITH_MEMORY, **OWN_CODE}
+OF_TRANSFORMERS = [name for name in FAMILIES if name not in OWN_CODE]
 HERE = [name for name, family in FAMILIES.items() if family.available()]
 WITH_TABLES = [name for name in WITH_ROPE if name in HERE]
 WITHOUT_ROPE = [name for name in PLAIN if name in HERE]

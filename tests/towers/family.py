@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers")
 
 @dataclass(frozen=True)
 class Family:
-    """One tower. ``options`` are the config's; ``attention`` the class that must be patched, ``layers`` how often.
+    """One tower. ``options`` are the config's; ``attention`` the class that must be patched, ``layers`` how often, and
+    ``calls`` how often a forward calls them, if that is another number.
 
     ``valid(inputs)``: for towers that pad, which tokens (B, N) exist; what a tower returns for others is not compared.
     """
@@ -30,6 +31,7 @@ class Family:
     attention: tuple[str, ...]  # the newest name first
     layers: int = 2
     valid: Callable[[dict[str, Any]], Tensor] | None = None
+    calls: int | None = None
 
     def load(self) -> tuple[type, type]:
         """The model's class and its config's."""

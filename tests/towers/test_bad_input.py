@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, HERE, outputs, randn
+from families import FAMILIES, HERE, OF_TRANSFORMERS, outputs, randn
 from torch import nn
 
 from spatial_pe import patch
@@ -44,7 +44,7 @@ def declared():
     """The classes that the families name, of all versions of transformers."""
     return {
         f"transformers.models.{family.module}.modeling_{family.module}.{name}"
-        for family in FAMILIES.values()
+        for family in map(FAMILIES.get, OF_TRANSFORMERS)
         for name in family.attention
     }
 

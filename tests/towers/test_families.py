@@ -53,7 +53,7 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a fallback to the model's own forward would prove nothing
         ours, our_grads = run(model, family, inputs, dtype)
-    assert len(calls) == family.layers
+    assert len(calls) == (family.calls or family.layers)
     for i, triple in enumerate(zip(ours, theirs, exact, strict=True)):
         assert_error_rule(*triple, dtype, f"output {i}")
     assert our_grads.keys() == exact_grads.keys()
@@ -309,9 +309,6 @@ def test_a_text_model_raises_with_what_was_found():
 
 
 OTHERS = [
-    ("vjepa2", "VJEPA2Model", "VJEPA2Config", {"crop_size": 32, "patch_size": 16, "hidden_size": 48}
-     | {"num_attention_heads": 2, "num_hidden_layers": 1, "pred_num_hidden_layers": 1, "pred_hidden_size": 48}
-     | {"pred_num_attention_heads": 2}, "not a rotation"),
     ("phi4_multimodal", "Phi4MultimodalVisionModel", "Phi4MultimodalVisionConfig",
      {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
       "image_size": 32, "crop_size": 32, "patch_size": 8}, "is_causal is True"),
