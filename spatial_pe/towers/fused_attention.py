@@ -86,9 +86,9 @@ class FusedAttention(Swapped):
         if (node := fx_node(self, *args, **kwargs)) is not None:
             return node
         call = self.named(args, kwargs)
-        if isinstance(mask := call.get("attn_mask"), Tensor) and mask.ndim == 2:
-            call["attn_mask"] = mask[None, None]  # timm passes it to SDPA: (queries, keys), and not (samples, keys)
         bound = self._spatial_pe
+        if bound.form.first == "x" and isinstance(mask := call.get("attn_mask"), Tensor) and mask.ndim == 2:
+            call["attn_mask"] = mask[None, None]  # timm passes it to SDPA: (queries, keys), and not (samples, keys)
         x = call[bound.form.first]
         bounds = self._bounds(call)
         tokens = self._tokens(call)

@@ -86,6 +86,11 @@ def outputs(model: nn.Module, inputs: dict[str, Any], valid: Tensor | None = Non
     return [x[valid] if valid is not None and x.shape[:2] == valid.shape else x for x in found]
 
 
+def distance(x: Tensor, y: Tensor) -> float:
+    """The error of x relative to y."""
+    return float((x.detach().double() - y.detach().double()).norm() / y.detach().double().norm())
+
+
 def to(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
