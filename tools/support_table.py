@@ -24,9 +24,9 @@ TOWERS = ROOT / "docs/towers.md"
 
 def proven() -> dict[str, dict]:
     """Return the row of each family, for those of this transformers."""
-    from families import FAMILIES, GRIDS, HERE, OF_TRANSFORMERS
+    from families import FAMILIES, GRIDS, HERE
 
-    return {name: row(name, FAMILIES[name].make, name in GRIDS) for name in OF_TRANSFORMERS if name in HERE}
+    return {name: row(name, FAMILIES[name].make, name in GRIDS) for name in HERE}
 
 
 def proven_of_timm() -> dict[str, dict]:

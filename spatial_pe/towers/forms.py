@@ -88,7 +88,7 @@ class ForwardForm:
 
     @property
     def calls(self) -> bool:
-        """Whether it rotates by a callable of its own."""
+        """Return whether it rotates by a callable of its own."""
         return self.tables == "positions"
 
     def check(self) -> None:

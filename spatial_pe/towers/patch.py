@@ -195,14 +195,14 @@ def _embedding_row(embedding: Embedding) -> PatchedRow:
     module = embedding.module
     found = product_errors(module)
     eps = torch.finfo(floating_weight(module).dtype).eps
-    if found is not None and not found[0] <= 1.5 * found[1] + 4 * eps:
+    if not isinstance(found, str) and not found[0] <= 1.5 * found[1] + 4 * eps:
         raise RuntimeError(
             f"{embedding.name} computes something else as a matrix product: relative error {found[0]:.2g}, as a "
             f"convolution {found[1]:.2g}. Nothing was changed; please report this with the model's configuration."
         )
     tower = f"{embedding.tower_name or 'model'} ({type(embedding.tower).__name__})"
-    error, own_error = found or (None, None)
-    note = "" if found else "its weights are not in memory"
+    error, own_error = (None, None) if isinstance(found, str) else found
+    note = found if isinstance(found, str) else ""
     return PatchedRow(
         embedding.name, tower, type(module).__name__, "patch embedding", "product", error, own_error, note
     )

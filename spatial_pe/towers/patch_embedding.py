@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which patch embeddings are a matrix product, and how exact it is."""
+"""Recognition of patch embeddings that are a matrix product, and its proof."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ def product_refusal(module: nn.Module) -> str | None:
     return swap_refusal(module)
 
 
-def product_errors(module: nn.Conv3d) -> tuple[float, float] | None:
+def product_errors(module: nn.Conv3d) -> tuple[float, float] | str:
     """Return the errors of the product and of the convolution in the module's dtype, relative to float64, on random
-    patches; None if its weights are not in memory."""
+    patches; or why it cannot be run."""
     weight = module.weight.detach()
     if weight.is_meta:
-        return None
+        return "its weights are not in memory"
+    if type(weight) is not Tensor:  # sharded by FSDP
+        return f"its weight is a {type(weight).__name__}"
     generator = torch.Generator().manual_seed(0)
     shape = (4, module.in_channels, *module.kernel_size)
     x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(weight.device, weight.dtype)

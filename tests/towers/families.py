@@ -10,6 +10,7 @@ from towers_with_rope import WITH_ROPE
 from towers_without_rope import WITHOUT_ROPE as PLAIN
 
 __all__ = [
+    "EVERY",
     "FAMILIES",
     "GRIDS",
     "HERE",
@@ -24,9 +25,10 @@ __all__ = [
     "to",
 ]
 
-FAMILIES = {**WITH_ROPE, **PLAIN, **WITH_MEMORY, **OWN_CODE}
-OF_TRANSFORMERS = [name for name in FAMILIES if name not in OWN_CODE]
-HERE = [name for name, family in FAMILIES.items() if family.available()]
+OF_TRANSFORMERS = {**WITH_ROPE, **PLAIN, **WITH_MEMORY}
+FAMILIES = {**OF_TRANSFORMERS, **OWN_CODE}
+HERE = [name for name, family in OF_TRANSFORMERS.items() if family.available()]
+EVERY = [*HERE, *OWN_CODE]
 WITH_TABLES = [name for name in WITH_ROPE if name in HERE]
 WITHOUT_ROPE = [name for name in PLAIN if name in HERE]
 

@@ -44,7 +44,7 @@ def declared():
     """The classes that the families name, of all versions of transformers."""
     return {
         f"transformers.models.{family.module}.modeling_{family.module}.{name}"
-        for family in map(FAMILIES.get, OF_TRANSFORMERS)
+        for family in OF_TRANSFORMERS.values()
         for name in family.attention
     }
 

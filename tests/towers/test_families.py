@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from families import FAMILIES, HERE, WITH_TABLES, outputs, randn, to
+from families import EVERY, FAMILIES, HERE, WITH_TABLES, outputs, randn, to
 
 from spatial_pe.towers import fused_attention, patch, unpatch
 
@@ -37,7 +37,7 @@ def assert_error_rule(ours, theirs, exact, dtype, what, floor=0.0, factor=1.5):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", EVERY)
 def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls):
     family = FAMILIES[name]
     inputs = family.inputs()
@@ -64,7 +64,7 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["fp16", "fp64"])
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", EVERY)
 def test_outputs_in_half_and_double_precision(name, dtype):
     """In float64 the packed towers rotate in float32 all the same, and we do not: their float64 run differs from ours
     by that (6e-8 to 3e-7; with their rotation in float64 by nothing). So the measure is what they lose in float32."""
@@ -80,7 +80,7 @@ def test_outputs_in_half_and_double_precision(name, dtype):
         assert_error_rule(*(x.double() for x in triple), dtype, f"output {i}")
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", EVERY)
 def test_unpatched_is_what_it_was_bit_for_bit(name):
     family = FAMILIES[name]
     model, inputs = family.make(), family.inputs()
@@ -359,7 +359,7 @@ def test_pixtral_in_two_threads():
 # ------------------------------------------------------------------------------------------------------ inference mode
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", EVERY)
 def test_inference_then_training(name):
     """Lightning's sanity check: nothing that inference mode made is met by autograd."""
     family = FAMILIES[name]
