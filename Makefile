@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # with nvcc on the PATH: one architecture, a minute; pip install builds four, in four
 export SPATIAL_PE_CUDA_ARCHS ?= 90
 
-.PHONY: demo test test-quick test-all lint sanitize races soak gate bench spatial docs gpu triton-budget cuda-budget support-table wheel clean
+.PHONY: demo test test-quick test-all models lint sanitize races soak gate bench spatial docs gpu triton-budget cuda-budget support-table wheel clean
 
 # Four vision towers before and after patch(), on the CPU. Installs what it needs and no more; where the environment of
 # the tests is there, that one serves: a build without CUDA kernels would take theirs away.
@@ -39,9 +39,13 @@ test: $(VENV)/pip
 	$(OLDER) -m "not slow and not gpu" $(LATER:%=--ignore tests/towers/test_%.py)
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(TEST_ENVS) $(TORCHES:%=test-torch-%)
+test-all: $(TEST_ENVS) $(TORCHES:%=test-torch-%) models
 	$(OLDER) -m "not gpu"
 	$(PYTEST) -m "not gpu"
+
+# Public packages beyond transformers and timm as they are on the index: DUSt3R, Depth Anything 3, SAM 2, open_clip, ...
+models: $(VENV)/installed $(VENV)/models
+	$(BIN)/python -m pytest tests/models
 
 # The oldest torch that pyproject.toml allows, and the newest that can be had: what depends on torch's insides. Each has
 # an environment of its own, 5 GB with the CUDA libraries that its wheel asks for.
@@ -156,7 +160,7 @@ cuda-budget: $(VENV)/installed build/emulator/built
 	  >> docs/cuda_budget.md
 
 # docs/towers.md, from what is proven on both transformers. One minute.
-support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm
+support-table: $(VENV)/installed $(VENV)/transformers-4.57 $(VENV)/timm $(VENV)/models
 	PYTHONPATH=. $(BIN)/python -m tools.support_table
 
 # The CUDA kernels as C++, for the host: tests/backends/cuda runs them. Half a minute.
@@ -183,6 +187,15 @@ $(VENV)/transformers-4.57: | $(VENV)/pip
 $(VENV)/timm: | $(VENV)/pip
 	rm -rf $@
 	$(PIP_INSTALL) --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
+	touch $@
+
+# Public packages and what their models import, beside a torch for the CPU (tests/models/packages.py)
+$(VENV)/models: | $(VENV)/pip
+	rm -rf $@
+	$(PIP_INSTALL) --no-deps --target $@ mini-dust3r==0.1.2 uniception==0.1.7 depth-anything-3==0.1.1 sam2==1.1.0 \
+	  open_clip_torch==3.3.0 vit-pytorch==1.26.14 timm==1.0.31 torchvision==0.28.0 addict antlr4-python3-runtime==4.9.3 \
+	  beartype einops ftfy hydra-core iopath importlib_metadata jaxtyping omegaconf opencv-python-headless pillow \
+	  portalocker requests safetensors trimesh wadler_lindig wcwidth zipp
 	touch $@
 
 # lmms-eval and what its evaluator imports, without what only other models and videos need

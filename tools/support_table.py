@@ -71,7 +71,29 @@ def table() -> str:
     old, old_versions = elsewhere(OLD)
     both = {name: new.get(name) or old[name] for name in dict.fromkeys([*new, *old])}
     labels = [".".join(v["transformers"].split(".")[:2]) for v in (versions(), old_versions)]
-    return _markdown("tower", both, dict(zip(labels, (new, old), strict=True))) + "\n\n" + _timm()
+    of_transformers = _markdown("tower", both, dict(zip(labels, (new, old), strict=True)))
+    return "\n\n".join([of_transformers, _timm(), _packages()])
+
+
+def _packages() -> str:
+    """Return the table of tests/models: each kind of attention of each package."""
+    from packages import PACKAGES, on_the_path
+
+    from spatial_pe import inspect
+
+    on_the_path()
+    header = ["public code", "package", "attention", "what it has", "kernels a layer", "RoPE can be added"]
+    lines = [header, ["---"] * len(header)]
+    for name, package in PACKAGES.items():
+        seen: dict[tuple, Any] = {}
+        for row in inspect(package.make()).patched:
+            seen.setdefault((row.attention, row.convention), row)
+        for (attention, convention), row in seen.items():
+            assert row.error is not None, f"{name} is not proven"
+            kernels = f"{row.own_cost.kernels} → {row.cost.kernels}" if row.cost and row.own_cost else ""
+            version, added = f"{package.name} {package.version}", "✓" if package.added else ""
+            lines.append([name, version, f"`{attention}`", convention, kernels, added])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _timm() -> str:
