@@ -399,11 +399,16 @@ _PLAIN = """
     vit.ViTAttention vit.ViTSelfAttention ijepa.IJepaAttention ijepa.IJepaSelfAttention vit_msn.ViTMSNAttention
     vit_msn.ViTMSNSelfAttention vit_mae.ViTMAEAttention vit_mae.ViTMAESelfAttention deit.DeiTAttention
     deit.DeiTSelfAttention yolos.YolosSelfAttention pixio.PixioAttention tipsv2.Tipsv2VisionAttention
+    owlv2.Owlv2Attention clipseg.CLIPSegAttention rf_detr.RfDetrDinov2Attention dpt.DPTSelfAttention dpt.DPTViTAttention
+    vitpose_backbone.VitPoseBackboneSelfAttention vitpose_backbone.VitPoseBackboneAttention
+    videomae.VideoMAESelfAttention videomae.VideoMAEAttention vivit.VivitAttention vivit.VivitSelfAttention
+    lw_detr.LwDetrViTAttention
 """
 _HALF_TUPLE = """
     paddleocr_vl.PaddleOCRVisionAttention video_llama_3.VideoLlama3VisionAttention lfm3_vl.Lfm3VlVisionAttention
     minimax_m3_vl.MiniMaxM3VLVisionAttention hunyuan_vl.HunYuanVLVisionAttention
-    minicpmv4_6.MiniCPMV4_6VisionAttention
+    minicpmv4_6.MiniCPMV4_6VisionAttention minicpmv4_7.MiniCPMV4_7VisionAttention
+    minicpm_ocr.MiniCPMOcrVisionAttention hy_v4_vl.HYV4VLVisionAttention
 """
 _PADDING = """
     siglip2.Siglip2Attention idefics2.Idefics2VisionAttention
