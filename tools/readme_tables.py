@@ -222,6 +222,14 @@ def cross() -> str:
     )
 
 
+def space() -> str:
+    result = load("space")
+    found = bench_report.space_table(result)
+    return (
+        f"{table(list(found.header), [list(row) for row in found.rows])}\n\n`{result['command']}`; {machine(result)}."
+    )
+
+
 def left_out(result: dict) -> str:
     """Return a sentence on the engines that took no part, with their reasons."""
     reasons: dict[str, list[str]] = {}
@@ -331,7 +339,7 @@ def machine(result: dict) -> str:
 # file -> its blocks
 BLOCKS = {
     "README.md": {"numbers": numbers},
-    "docs/benchmarks.md": {"demo": demo, "results": results, "cross": cross, "engines": engines},
+    "docs/benchmarks.md": {"demo": demo, "results": results, "cross": cross, "space": space, "engines": engines},
     "docs/spatial-study.md": {"accuracy": accuracy},
 }
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="two minutes on two cores, instead of an hour")
     parser.add_argument("--model", metavar="M", help="the tower of a checkpoint folder or hub id, and nothing else")
     parser.add_argument(
-        "--suite", metavar="NAME", help="one of attention, layers, cross, growth, memory, towers, start"
+        "--suite", metavar="NAME", help="one of attention, layers, cross, growth, memory, towers, space, start"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(

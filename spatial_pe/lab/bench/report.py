@@ -136,6 +136,21 @@ def towers_table(result: dict) -> Table:
     )
 
 
+def space_table(result: dict) -> Table:
+    rows = [
+        [
+            row["what"],
+            row["dtype"],
+            _ratio(results.speedup(row, "before", of="after")),
+            *(f"{row['peak'][key] / 2**20:.1f}" for key in ("before", "after")),
+            "{before} -> {after}".format(**row["kernels"]),
+        ]
+        for row in results.rows(result, "space")
+    ]
+    header = ["", "dtype", "patched", "peak before, MiB", "peak after, MiB", "operators"]
+    return Table("Public code: how many times as fast it is patched, and what it allocates at once.", header, rows)
+
+
 def start_table(result: dict) -> Table:
     (row,) = results.rows(result, "start")
     rows = [[name, f"{results.seconds(row, name):.2g}"] for name in row["seconds"]]
@@ -176,6 +191,7 @@ TABLES: dict[str, Callable[[dict], Sequence[Table]]] = {
     "attention": lambda result: [attention_table(result)],
     "layers": lambda result: [layers_table(result)],
     "cross": lambda result: [cross_table(result)],
+    "space": lambda result: [space_table(result)],
     "growth": lambda result: [growth_table(result)],
     "memory": lambda result: [memory_table(result)],
     "start": lambda result: [start_table(result)],
@@ -212,6 +228,7 @@ SECTIONS = {
         "How it grows", "growth", (charts.growth, "Rates against tokens, batch, heads, windows, threads.")
     ),
     "memory": _section("Memory", "memory", (charts.memory, "Peak memory against tokens.")),
+    "space": _section("Models that see space", "space"),
     "start": _section("First call", "start"),
 }
 

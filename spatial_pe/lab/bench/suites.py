@@ -7,6 +7,7 @@ variants that were left out, with the reason.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...backends import cpu
-from . import memory, timing, towers
+from . import memory, space, timing, towers
 from .cases import CROSS, DIRECTIONS, DTYPES, SPEED, Inputs, Shape
 from .variants import PEERS, VARIANTS, RefusedError, build
 
@@ -120,6 +121,26 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Space:
+    """``name``: one of ``space.MODELS``."""
+
+    name: str
+    dtype: str
+    threads: int
+    rounds: int
+
+    suite: ClassVar[str] = "space"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.dtype}, {_threads(self.threads)}"
+
+    def run(self, device: str) -> Row:
+        torch.set_num_threads(self.threads)
+        row = {"suite": "space", "name": self.name, "dtype": self.dtype, "threads": self.threads}
+        return row | space.measure(self.name, DTYPES[self.dtype], self.rounds)
+
+
+@dataclass(frozen=True)
 class Start:
     """One-time costs of a process: the import, and the first call of a shape."""
 
@@ -151,7 +172,7 @@ FIRST_CALL = (
     "inputs = cases.Inputs(cases.SPEED['196'], cases.DTYPES['bf16'], '{device}'); "
     "call = variants.build('ours', inputs, 'forward', 1)"
 )
-Case = Attention | Memory | Tower | Start
+Case = Attention | Memory | Tower | Space | Start
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -213,6 +234,10 @@ def full(device: str, cores: int) -> Iterator[Case]:
     for name in towers.TOWERS:
         for dtype in dense_dtypes(device):
             yield Tower(name, dtype, cores, 7, peers=device == "cpu")
+    if device == "cpu":
+        for name, model in space.MODELS.items():
+            for dtype in dense_dtypes(device) if importlib.util.find_spec(model.package) else ():
+                yield Space(name, dtype, cores, 9)
     yield Start(5)
 
 
