@@ -8,4 +8,5 @@ import sys
 from pathlib import Path
 
 _TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [path for folder in (_TESTS, _TESTS / "towers") if (path := str(folder)) not in sys.path]
+_FOLDERS = [str(folder) for folder in (_TESTS, _TESTS / "towers", _TESTS / "models")]
+sys.path[:0] = [folder for folder in _FOLDERS if folder not in sys.path]

@@ -392,8 +392,8 @@ WITHOUT_ROPE = {
         _packed(),
         ("HYV4VLVisionAttention",),
     ),
-    "owlv2": Family("owlv2", "Owlv2VisionModel", "Owlv2VisionConfig", VIT, pixels(32, 32), ("Owlv2Attention",)),
-    "clipseg": Family(
+    "owlv2": _MaybeEager("owlv2", "Owlv2VisionModel", "Owlv2VisionConfig", VIT, pixels(32, 32), ("Owlv2Attention",)),
+    "clipseg": _MaybeEager(
         "clipseg", "CLIPSegVisionModel", "CLIPSegVisionConfig", VIT, pixels(32, 32), ("CLIPSegAttention",)
     ),
     "rf_detr": Family(
@@ -424,7 +424,7 @@ WITHOUT_ROPE = {
         "videomae",
         "VideoMAEModel",
         "VideoMAEConfig",
-        {**VIT, "num_frames": 4},
+        {**VIT, "num_frames": 4, "qkv_bias": False},  # of transformers 4, q and v alone have one
         lambda: {"pixel_values": randn(2, 4, 3, 32, 32)},
         ("VideoMAESelfAttention", "VideoMAEAttention"),
     ),
