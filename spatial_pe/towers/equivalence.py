@@ -16,31 +16,26 @@ state and the gradients are not touched.
 from __future__ import annotations
 
 import copy
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..rotary import Rotary, join_pairs
+from ..rotary import Rotary
+from . import proof_inputs as given
 from .classes import swapped_class
 from .cost import Cost, cost_of
 from .forms import ForwardForm
 from .fused_attention import Binding, FusedAttention
 from .grid_hooks import Grids
-from .layout import Layout, project, scale_of
+from .layout import Layout
 from .rotary_inputs import rope_of
 
-PREFIX = 3  # unrotated tokens
-SMALL = (0, 5, 6, 15)  # cu_seqlens of three sequences, one of a single token
 # switches of modules that call flash-attn themselves (InternVL's and Kimi-VL's own code)
 OTHER_THAN_FLASH = {"use_flash_attn": False, "attn_implementation": "sdpa"}
-GRID = (3, 5)  # of as many patches
-LARGE = tuple(range(0, 961, 64))  # 960 tokens in windows of 64
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def prove(
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         reference, own = _bare(module, torch.float64), _bare(module, None)
         for pairing in pairings:
-            examples = _examples(reference, form, layout, pairing, packs_images, weight.device, SMALL)
+            examples = given.examples(reference, form, layout, pairing, packs_images, weight.device, given.SMALL)
             proofs = []
             for example, inputs in enumerate(examples):
                 proof = _compare(reference, own, form, layout, backend, pairing, inputs, weight.dtype)
@@ -102,7 +97,7 @@ def prove_added(module: nn.Module, encoding: nn.Module, binding: Binding) -> Non
     name = f"rope={type(encoding).__name__}"
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         own, reference = _bare(module, None), _bare(module, torch.float64)
-        x = x * _spread(reference, layout, x)
+        x = x * given.spread(reference, layout, x)
         try:
             tables = encoding(grids.where(grids.example(3, 5), x, binding.prefix, binding.suffix)).to(x.device)
         except Exception as failed:
@@ -116,7 +111,7 @@ def prove_added(module: nn.Module, encoding: nn.Module, binding: Binding) -> Non
         fixed = replace(binding, grids=Fixed(tables), strict=True)
 
         def run(twin: nn.Module, backend: str, dtype: torch.dtype) -> Tensor:
-            call = _self_attention(twin, form, x.to(dtype))
+            call = given.self_attention(twin, form, x.to(dtype))
             return _first(_as_patched(twin, cls, replace(fixed, backend=backend))(**call))
 
         try:
@@ -157,13 +152,13 @@ def costs(module: nn.Module, binding: Binding, packs_images: bool, example: int)
         return None
     own = _bare(module, None)
     patched = _as_patched(own, swapped_class(FusedAttention, type(own)), replace(binding, strict=True))
-    examples = list(_examples(own, form, layout, binding.pairing, packs_images, weight.device, LARGE))
+    examples = list(given.examples(own, form, layout, binding.pairing, packs_images, weight.device, given.LARGE))
     inputs = examples[example]
     try:
         with torch.autocast(weight.device.type, enabled=False):
             return (
-                cost_of(_attention(own, form), _own_inputs(inputs, weight.dtype, form), form.first),
-                cost_of(_attention(patched, form), _cast(inputs, weight.dtype, form), form.first),
+                cost_of(given.attention(own, form), given.own_inputs(inputs, weight.dtype, form), form.first),
+                cost_of(given.attention(patched, form), given.cast(inputs, weight.dtype, form), form.first),
             )
     except (RuntimeError, TypeError, ValueError):
         return None
@@ -183,17 +178,20 @@ def _compare(
     rotates = bool(form.rotation) and not (form.calls and rope_of(reference, form) is None)
     try:
         exact, inverse = (
-            _first(_attention(twin, form)(**_own_inputs(given, torch.float64, form)))
-            for twin, given in ((reference, inputs), (_negated_table(reference, form), _negated(inputs, form)))
+            _first(given.attention(twin, form)(**given.own_inputs(case, torch.float64, form)))
+            for twin, case in (
+                (reference, inputs),
+                (_negated_table(reference, form), given.negated(inputs, form)),
+            )
         )
-        result = _attention(own, form)(**_own_inputs(inputs, dtype, form))
+        result = given.attention(own, form)(**given.own_inputs(inputs, dtype, form))
     except Exception as failed:
         return Proof(failure=f"its own forward fails on a test input ({_brief(failed)})", ran=False)
     theirs, returns = _first(result), "tuple" if isinstance(result, tuple) else "tensor"
     binding = Binding(layout, form, pairing, returns, backend, strict=True)
     try:
-        wide = _attention(_as_patched(reference, cls, replace(binding, backend="composed")), form)(**inputs)
-        ours = _attention(_as_patched(own, cls, binding), form)(**_cast(inputs, dtype, form))
+        wide = given.attention(_as_patched(reference, cls, replace(binding, backend="composed")), form)(**inputs)
+        ours = given.attention(_as_patched(own, cls, binding), form)(**given.cast(inputs, dtype, form))
     except Exception as failed:
         return Proof(failure=f"the patched forward fails on a test input ({_brief(failed)})")
     if _first(ours).shape != exact.shape:
@@ -249,188 +247,7 @@ def _takes_padding(
     return uses_it and _distance(ours[valid], theirs[valid]) <= 4 * torch.finfo(torch.float32).eps
 
 
-# ------------------------------------------------------------------------------------------------------------- inputs
-
-
-def _examples(
-    reference: nn.Module,
-    form: ForwardForm,
-    layout: Layout,
-    pairing: str,
-    packs: bool,
-    device: torch.device,
-    starts: tuple[int, ...],
-) -> Iterator[dict[str, Any]]:
-    """Yield arguments of the patched forward, in float64, in the variants that attention modules of a form take."""
-    if form.keys:
-        yield from _examples_of_other_tokens(reference, form, layout, pairing, device, starts)
-        return
-    packed = bool(form.bounds) or packs
-    bounds = torch.tensor(starts, dtype=torch.int32, device=device)
-    tokens = starts[-1]
-    forms: list[tuple[tuple[int, ...], tuple[int, ...]]]
-    if form.bounds:
-        forms = [((tokens,), (tokens,)), ((1, tokens), (tokens,))]
-    elif packs:
-        forms = [((1, tokens), (tokens,))]
-    elif not form.rotation:
-        forms = [((2, tokens), (tokens,))]
-    elif form.places:
-        forms = [((2, tokens), (2, tokens))]
-    elif form.positions == "grid":
-        forms = [((2, tokens), (2, tokens)), ((2, tokens + 1), (2, tokens + 1))]  # with a CLS token
-    elif form.calls:  # rows: batch, and axes
-        forms = [((2, tokens), (batch, axes)) for axes in (2, 3) for batch in (2, 1)]
-    else:
-        prefix = getattr(reference, "num_prefix_tokens", PREFIX)  # as timm has it
-        forms = [
-            ((2, tokens), (tokens - prefix,)),  # DINOv3, timm
-            ((2, tokens), (tokens,)),  # MLCD, Llama 4
-            ((2, tokens), (2, tokens)),  # Gemma 4
-            ((2, 3, tokens // 3), (tokens,)),  # SAM 3
-        ]
-    for lead, rows in forms:
-        generator = torch.Generator().manual_seed(0)
-        x, angles = (
-            torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
-            for size in ((*lead, layout.width), (*rows, layout.head_dim // 2))
-        )
-        inputs: dict[str, Any] = {form.first: x if starts is LARGE else x * _spread(reference, layout, x)}
-        if form.calls:
-            inputs[form.rotation] = _positions(form, rows[0], lead[1], rows[1], layout.head_dim, device)
-        elif form.rotation:
-            inputs[form.rotation] = _rotation(angles, form.tables, pairing)
-        if packed:
-            inputs[form.bounds or "cu_seq_lens_q"] = bounds
-        for name, parameter in signature(_attention(reference, form)).parameters.items():
-            if name == "position_ids":  # Gemma 4 reads the number of axes
-                inputs[name] = torch.zeros(2, tokens, 2, dtype=torch.long, device=device)
-            elif parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
-                inputs.setdefault(name, None)
-        if form.bounds and form.rotation and form.tables == "cos_sin":
-            # most packed towers pass float32 tables in any dtype, some pass their own dtype
-            yield {**inputs, form.rotation: tuple(t.float() for t in inputs[form.rotation])}
-        yield inputs
-        if form.bounds and not form.rotation:  # HunYuan-VL forwards it without naming it
-            yield {**inputs, form.mask: None}
-
-
-def _examples_of_other_tokens(
-    reference: nn.Module,
-    form: ForwardForm,
-    layout: Layout,
-    pairing: str,
-    device: torch.device,
-    starts: tuple[int, ...],
-) -> Iterator[dict[str, Any]]:
-    """Yield the same for attention to other tokens: those of memories, which are repeated and not all rotated, those of
-    another view, and the tokens themselves."""
-    tokens = starts[-1] + 1 if starts is SMALL else starts[-1]  # 16 is a square, as a table of its own has it
-    shown = 5 if form.groups else tokens  # rows of the keys' table
-    parameters = signature(type(reference).forward).parameters
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
-
-    def of_batch(x: Tensor) -> Tensor:
-        if form.tables == "cos_sin" and form.rotation:
-            return x[:, None]  # objects of an image
-        return x if getattr(reference, "batch_first", True) else x.transpose(0, 1)
-
-    memory = 2 * (shown + 3) + 4 if form.groups else 2 * shown + 4
-    others = [memory, tokens] if form.excluded else [tokens + 9, tokens]
-    angles = [random(rows, layout.head_dim // 2) for rows in (tokens, shown)]
-    x = random(2, tokens, layout.width)
-    for number in others:
-        y = random(2, number, layout.key_width)
-        if starts is not LARGE:
-            spread = _spread(reference, layout, x, y)
-            x, y = x * spread, y * spread
-        inputs: dict[str, Any] = {form.first: of_batch(x), form.keys: of_batch(y), form.values: of_batch(y)}
-        if form.calls:
-            inputs[form.rotation] = _positions(form, 2, tokens, 2, layout.head_dim, device)
-            inputs[form.rotation_k] = _positions(form, 2, number, 2, layout.head_dim, device)
-        elif form.rotation and not form.own_table:
-            inputs[form.rotation] = _rotation(angles[0], form.tables, pairing)
-            if form.rotation_k:
-                inputs[form.rotation_k] = _rotation(angles[1], form.tables, pairing)
-        if form.excluded in parameters:
-            inputs[form.excluded] = 4 if number == memory else 0
-        if form.groups:
-            inputs[form.groups] = 2 if number == memory else 1
-        yield {**inputs, **_options(reference, form)}
-    if layout.width == layout.key_width and not form.excluded and not form.calls:
-        yield _self_attention(reference, form, x)
-
-
-def _self_attention(module: nn.Module, form: ForwardForm, x: Tensor) -> dict[str, Any]:
-    """Return the arguments of a call on the tokens x (B, N, C) alone, without a rotation."""
-    x = x if getattr(module, "batch_first", True) else x.transpose(0, 1)
-    return {name: x for name in (form.first, form.keys, form.values) if name} | _options(module, form)
-
-
-def _options(module: nn.Module, form: ForwardForm) -> dict[str, Any]:
-    """Return arguments that fused calls have: torch's returns weights by default."""
-    return {"need_weights": False} if "need_weights" in signature(type(module).forward).parameters else {}
-
-
-def _positions(form: ForwardForm, batch: int, tokens: int, axes: int, dim: int, device: torch.device) -> Any:
-    """Return what a callable of this form rotates by."""
-    generator = torch.Generator().manual_seed(tokens)
-    if form.places:
-        return None
-    if form.positions == "grid":
-        return GRID
-    if form.positions == "angles":  # each twice
-        angles = torch.randn(batch, tokens, dim // 2, generator=generator, dtype=torch.float64, device="cpu")
-        return torch.cat([angles, angles], dim=-1).to(device)
-    found = torch.randint(0, 30, (batch, tokens, axes), generator=generator, device="cpu")
-    found[:, :PREFIX] = 0  # tokens without a place
-    return found.to(device)
-
-
-def _spread(reference: nn.Module, layout: Layout, x: Tensor, keys: Tensor | None = None) -> float:
-    """Return a factor for x (and keys) that gives the logits a spread of 2: with logits near zero every attention is
-    uniform and every rotation looks right. q kᵀ grows with the square of x."""
-    try:
-        q, k, _ = project(reference, layout, x, keys)
-    except Exception:  # then the original forward fails too, and reports it
-        return 1.0
-    k = k.repeat_interleave(layout.heads // layout.kv_heads, dim=-2)
-    pairs = q * k if keys is None else q * k[:, : q.shape[1]] if k.shape[1] >= q.shape[1] else q[:, : k.shape[1]] * k
-    spread = float(pairs.sum(-1).std()) * scale_of(reference, layout)
-    return min(max((2 / spread) ** 0.5, 1e-3), 1e3) if math.isfinite(spread) and spread > 0 else 1.0
-
-
-def _rotation(angles: Tensor, tables: str, pairing: str) -> Any:
-    """Return (..., N, D/2) angles in one of the formats of ``TABLES``."""
-    if tables == "complex":
-        return torch.polar(torch.ones_like(angles), angles)
-    if tables == "angles":
-        return angles
-    angles = join_pairs(angles, angles, pairing)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([sin, cos], dim=-1) if tables == "sin_cos_cat" else (cos, sin)
-
-
-def _negated(inputs: dict[str, Any], form: ForwardForm) -> dict[str, Any]:
-    """Return the inputs with every angle negated; where they are positions, with those of other tokens."""
-    if form.calls:
-        names = [name for name in (form.rotation, form.rotation_k) if name]
-        flipped = {name: inputs[name].flip(1) for name in names if isinstance(inputs[name], Tensor)}
-        return {**inputs, **flipped, **({form.rotation: GRID[::-1]} if form.positions == "grid" else {})}
-    value = inputs.get(form.rotation)
-    if isinstance(value, tuple):
-        value = (value[0], -value[1])
-    elif isinstance(value, Tensor) and value.is_complex():
-        value = value.conj().resolve_conj()
-    elif isinstance(value, Tensor) and form.tables == "angles":
-        value = -value
-    elif isinstance(value, Tensor):
-        sin, cos = value.chunk(2, dim=-1)
-        value = torch.cat([-sin, cos], dim=-1)
-    return inputs if value is None else {**inputs, form.rotation: value}
+# ------------------------------------------------------------------------------------------------------------- copies
 
 
 def _negated_table(reference: nn.Module, form: ForwardForm) -> nn.Module:
@@ -445,41 +262,6 @@ def _negated_table(reference: nn.Module, form: ForwardForm) -> nn.Module:
         found = getattr(reference, form.places)
         twin.__dict__[form.places] = lambda x, masks=None: tuple(p.flip(-1) for p in found(x, masks=masks))
     return twin
-
-
-def _cast(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict[str, Any]:
-    """Cast to the module's dtype; a float32 table stays float32, and one tensor in two arguments is one afterwards."""
-    tokens = {id(inputs[name]): inputs[name].to(dtype) for name in (form.first, form.keys, form.values) if name}
-    cast = {name: tokens.get(id(value), value) for name, value in inputs.items()}
-    for name in (form.rotation, form.rotation_k):
-        value = inputs.get(name)
-        if isinstance(value, tuple) and isinstance(value[0], Tensor):
-            wide = dtype != torch.float64 and value[0].dtype == torch.float32
-            cast[name] = value if wide else tuple(t.to(dtype) for t in value)
-        elif isinstance(value, Tensor) and value.is_complex():
-            cast[name] = value if dtype == torch.float64 else value.to(torch.complex64)
-        elif isinstance(value, Tensor) and value.is_floating_point():
-            cast[name] = value.to(dtype)
-    return cast
-
-
-def _own_inputs(inputs: dict[str, Any], dtype: torch.dtype, form: ForwardForm) -> dict[str, Any]:
-    """Return the inputs of the original forward, which takes packed images as a mask."""
-    cast = _cast(inputs, dtype, form)
-    if "cu_seq_lens_q" in cast:
-        bounds = cast.pop("cu_seq_lens_q")
-        image = torch.searchsorted(bounds, torch.arange(cast[form.first].shape[-2], device=bounds.device), right=True)
-        mask = torch.zeros(len(image), len(image), dtype=dtype, device=image.device)
-        cast["attention_mask"] = mask.masked_fill_(image[:, None] != image, torch.finfo(dtype).min)[None, None]
-    return cast
-
-
-# ------------------------------------------------------------------------------------------------------------- copies
-
-
-def _attention(module: nn.Module, form: ForwardForm) -> Callable[..., Any]:
-    """Return the method that is attention; called without hooks, which these copies do not have."""
-    return getattr(module, form.method or "forward")
 
 
 def _bare(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
