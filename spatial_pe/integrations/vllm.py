@@ -32,6 +32,22 @@ SWITCH = "SPATIAL_PE_VLLM"
 # Relative difference of two results in bfloat16, whose roundings differ: without the rotation it is above 0.3.
 SAME = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.03}
 LENGTHS = (0, 5, 6, 16)  # cu_seqlens of the comparison
+# Arguments of attention modules beside the tokens, which come first.
+KNOWN = {
+    "cu_seqlens",
+    "max_seqlen",
+    "sequence_lengths",
+    "rotary_pos_emb_cos",
+    "rotary_pos_emb_sin",
+    "cos",
+    "sin",
+    "rotary_pos_emb",
+    "rope_freqs_cis",
+    "rope_emb",
+    "position_embeddings",
+    "attention_mask",
+    "output_attentions",
+}
 
 logger = logging.getLogger("vllm.spatial_pe")  # vLLM shows what is below its own name
 
@@ -55,7 +71,7 @@ def register() -> None:
             loader.load_model = _serving(loader.load_model)
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)
@@ -103,12 +119,10 @@ def serve(model: nn.Module) -> Served:
             continue
         rotary, attention = parts
         name = type(module).__name__
-        kind = (type(module), attention.num_heads, attention.num_kv_heads, attention.head_size)
-        reason = _refusal(attention)
-        if reason is None:
-            if kind not in verdicts:
-                verdicts[kind] = _compare(module, rotary, attention)
-            reason = verdicts[kind]
+        kind = (type(module), attention.num_heads, attention.num_kv_heads, attention.head_size, rotary.is_neox_style)
+        if kind not in verdicts:
+            verdicts[kind] = _refusal(module, attention) or _compare(module, rotary, attention)
+        reason = verdicts[kind]
         if reason is None:
             _swap(module, rotary, attention)
             served[name] += 1
@@ -123,6 +137,8 @@ def unserve(model: nn.Module) -> None:
         if isinstance(module, Deferred | Fused):
             module.__class__ = type(module).__mro__[2]
             del module._spatial_pe
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Consumed)]:
+            del module._forward_hooks[key]
 
 
 def _parts(module: nn.Module) -> tuple[Any, Any] | None:
@@ -137,8 +153,12 @@ def _parts(module: nn.Module) -> tuple[Any, Any] | None:
     return rotary[0], attention[0]
 
 
-def _refusal(attention: Any) -> str | None:
-    """Return why an attention cannot be served, or None."""
+def _refusal(module: nn.Module, attention: Any) -> str | None:
+    """Return why an attention module cannot be served, or None."""
+    _, *names = signature(module.forward).parameters
+    others = [name for name in names if name not in KNOWN]
+    if others:  # MiMo's full_attn: some calls go to another attention
+        return f"its forward takes {', '.join(others)}"
     if getattr(attention, "fp8_enabled", False):
         return "it is quantised to FP8"
     if attention.attn_backend.name == "FLASHINFER":
@@ -165,6 +185,20 @@ class Deferred(nn.Module):
         self._spatial_pe.left.append((x, cos, sin))
         return x
 
+    forward_native = forward_cuda = forward_hip = forward_cpu = forward_xpu = forward  # called by name (Siglip2-NaViT)
+
+
+class Consumed:
+    """Forward hook of an attention module: raises if a rotation was left, and not taken to the attention."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        self.meeting = meeting
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.meeting.left:
+            self.meeting.left = []
+            raise RuntimeError(f"spatial_pe: {type(module).__name__} attends by another module; set {SWITCH}=0")
+
 
 class Fused(nn.Module):
     """vLLM's attention, with the rotation inside."""
@@ -186,7 +220,7 @@ class Fused(nn.Module):
         q, k, v = (x if x.ndim == 4 else x.unflatten(-1, (-1, self.head_size)) for x in (query, key, value))  # type: ignore[arg-type]
         times = q.shape[0] if cu_seqlens is not None else 1
         rotary, rotary_k = self._tables(left, query, times), self._tables(left, key, times)
-        bounds = {}
+        bounds: dict[str, Any] = {}
         if cu_seqlens is not None:  # (B, N) tokens are packed in one sequence
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
             longest = int(max_seqlen) if max_seqlen is not None and max_seqlen.device.type == "cpu" else None
@@ -209,8 +243,8 @@ class Fused(nn.Module):
 
         def make() -> Rotary:
             # copies: a view would keep the key of its own entry alive
-            tables = [t.to(torch.float32, copy=True).repeat(times, 1) for t in (cos, sin)]
-            return Rotary(*tables, pairing)  # type: ignore[arg-type]
+            rows = (t.to(torch.float32, copy=True).repeat(times, 1) for t in (cos, sin))
+            return Rotary(next(rows), next(rows), pairing)  # type: ignore[arg-type]
 
         return once_per_forward(cos, (sin,), (pairing, times), make)
 
@@ -227,9 +261,10 @@ def _class(base: type, original: type) -> type:
 def _swap(module: nn.Module, rotary: Any, attention: Any) -> None:
     meeting = Meeting()
     interleaved = not rotary.is_neox_style
-    rotary.__class__ = _class(Deferred, type(rotary))
-    attention.__class__ = _class(Fused, type(attention))
+    rotary.__class__ = _class(Deferred, type(rotary))  # type: ignore[arg-type]
+    attention.__class__ = _class(Fused, type(attention))  # type: ignore[arg-type]
     rotary._spatial_pe = attention._spatial_pe = meeting
+    module.register_forward_hook(Consumed(meeting))
     attention._interleaved = interleaved
 
 
@@ -246,14 +281,13 @@ def _compare(module: nn.Module, rotary: Any, attention: Any) -> str | None:
         except Exception as failed:
             problem = f"it does not take the input of the comparison ({type(failed).__name__})"
             continue
-        own = type(rotary), type(attention)
         _swap(module, rotary, attention)
         try:
             ours = _first(module(**inputs))
         except Exception as failed:
             return f"it cannot be served ({type(failed).__name__}: {failed})"
         finally:
-            rotary.__class__, attention.__class__ = own
+            unserve(module)
         difference = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
         return None if difference < SAME[weight.dtype] else f"the result differs by {difference:.2g}"
     return problem
@@ -268,6 +302,7 @@ def _examples(module: nn.Module, attention: Any, weight: Tensor) -> Iterator[dic
         return torch.randn(*size, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
 
     angles = random(tokens, pairs)
+    twice = (angles.cos().repeat(1, 2), angles.sin().repeat(1, 2))
     width = max(getattr(child, "input_size", 0) for child in module.children())
     x = random(tokens, width).to(weight.dtype)
     longest = torch.tensor(10, dtype=torch.int32, device="cpu")
@@ -279,6 +314,8 @@ def _examples(module: nn.Module, attention: Any, weight: Tensor) -> Iterator[dic
         "sin": angles.sin().to(weight.dtype),
         "rotary_pos_emb": angles,
         "rope_freqs_cis": torch.polar(torch.ones_like(angles), angles),
+        "rope_emb": twice,
+        "position_embeddings": twice,
         "max_seqlen": None if attention.attn_backend.name == "TORCH_SDPA" else longest,
     }
     first, *names = signature(module.forward).parameters
