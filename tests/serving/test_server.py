@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -43,7 +43,7 @@ def server(model, log, **environment: str):
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO", **environment}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--load-format", "dummy", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--seed", "0", "--served-model-name", "tiny"]
     command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
@@ -53,23 +53,23 @@ def server(model, log, **environment: str):
             wait_for(port, process, log)
             yield port
         finally:
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=30)
                 os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(port: int, process: subprocess.Popen, log) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        assert process.poll() is None, open(log).read()[-3000:]
+        assert process.poll() is None, log.read_text()[-3000:]
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
             return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(1)
-    raise AssertionError(open(log).read()[-3000:])
+    raise AssertionError(log.read_text()[-3000:])
 
 
 def picture(height: int, width: int) -> str:
