@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # of test_timm*.py only what goes through transformers
 OLDER := PYTHONPATH=$(VENV)/transformers-4.57 $(PYTEST) tests/towers -k "not test_timm or wrapper or perception"
 # does not depend on the version
-LATER := stack_compile stack_distributed stack_copies stress adding stories bad_input
+LATER := space patch_embedding stack_compile stack_distributed stack_copies stress adding stories bad_input
 TEST_ENVS := $(VENV)/installed $(VENV)/triton-3.6 $(VENV)/transformers-4.57 $(VENV)/timm $(VENV)/lmms-eval build/emulator/built
 
 # For contributors, under three minutes: the op, what it is made of, and who may trace it; no towers, no GPU compilers.

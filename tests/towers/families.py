@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+import transformers
 from family import Family, outputs, randn, randomize, to
 from own_code import OWN_CODE
 from towers_with_memory import WITH_MEMORY
@@ -15,6 +17,7 @@ __all__ = [
     "GRIDS",
     "HERE",
     "OF_TRANSFORMERS",
+    "ONCE",
     "TOKENS_AROUND",
     "WITHOUT_ROPE",
     "WITH_TABLES",
@@ -28,7 +31,24 @@ __all__ = [
 OF_TRANSFORMERS = {**WITH_ROPE, **PLAIN, **WITH_MEMORY}
 FAMILIES = {**OF_TRANSFORMERS, **OWN_CODE}
 HERE = [name for name, family in OF_TRANSFORMERS.items() if family.available()]
-EVERY = [*HERE, *OWN_CODE]
+# of a form that others have: `make test` runs them once
+REPEATS = {
+    "clipseg",
+    "dpt",
+    "hy_v4_vl",
+    "lw_detr",
+    "minicpm_ocr",
+    "minicpmv4_7",
+    "owlv2",
+    "rf_detr",
+    "sam3_tracker_video",
+    "videomae",
+    "vitpose",
+    "vivit",
+}
+# own code does not depend on the version of transformers
+EVERY = [*HERE, *(OWN_CODE if transformers.__version__ >= "5" else ())]
+ONCE = [pytest.param(name, marks=[pytest.mark.slow] if name in REPEATS else []) for name in EVERY]
 WITH_TABLES = [name for name in WITH_ROPE if name in HERE]
 WITHOUT_ROPE = [name for name in PLAIN if name in HERE]
 

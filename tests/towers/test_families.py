@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from families import EVERY, FAMILIES, HERE, WITH_TABLES, outputs, randn, to
+from families import EVERY, FAMILIES, HERE, ONCE, REPEATS, WITH_TABLES, outputs, randn, to
+from own_code import OWN_CODE
 
 from spatial_pe.towers import fused_attention, patch, unpatch
 
@@ -35,9 +36,19 @@ def assert_error_rule(ours, theirs, exact, dtype, what, floor=0.0, factor=1.5):
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}, norm {exact.norm():.3g}"
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", EVERY)
+ROWS = [
+    pytest.param(name, dtype, backend, id=f"{name}-{short}-{backend}", marks=[pytest.mark.slow] * is_slow)
+    for name in EVERY
+    for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    for backend in ("auto", "reference")
+    # own code once with each dtype, and what repeats the form of others once
+    for is_slow in [
+        (name in REPEATS and (short, backend) != ("fp32", "auto")) or (name in OWN_CODE and backend != "auto")
+    ]
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "backend"), ROWS)
 def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls):
     family = FAMILIES[name]
     inputs = family.inputs()
@@ -64,7 +75,7 @@ def test_outputs_and_gradients_follow_the_error_rule(name, dtype, backend, calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["fp16", "fp64"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ONCE)
 def test_outputs_in_half_and_double_precision(name, dtype):
     """In float64 the packed towers rotate in float32 all the same, and we do not: their float64 run differs from ours
     by that (6e-8 to 3e-7; with their rotation in float64 by nothing). So the measure is what they lose in float32."""
@@ -80,7 +91,7 @@ def test_outputs_in_half_and_double_precision(name, dtype):
         assert_error_rule(*(x.double() for x in triple), dtype, f"output {i}")
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ONCE)
 def test_unpatched_is_what_it_was_bit_for_bit(name):
     family = FAMILIES[name]
     model, inputs = family.make(), family.inputs()
@@ -359,7 +370,7 @@ def test_pixtral_in_two_threads():
 # ------------------------------------------------------------------------------------------------------ inference mode
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ONCE)
 def test_inference_then_training(name):
     """Lightning's sanity check: nothing that inference mode made is met by autograd."""
     family = FAMILIES[name]
