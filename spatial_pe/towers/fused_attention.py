@@ -97,6 +97,10 @@ class FusedAttention(Swapped):
         rotary_k: Rotary | None = None
         reason = self.refusal(call)
         if bound.added:
+            if tokens[1] is not flat:
+                raise NotImplementedError(
+                    "attention to other tokens has no patch grid: unpatch the model for such calls"
+                )
             rotary = bound.grids.rotary(self, flat, bound.prefix, bound.suffix)  # type: ignore[union-attr, arg-type]
         elif reason is None:
             found = self._own_rotations(call, tokens)

@@ -353,6 +353,8 @@ def test_rope_is_added_to_torchs_attention(rope):
     weights = seen["weights"]
     assert weights.shape == (2, 13, 13)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 13))
+    with pytest.raises(NotImplementedError, match="other tokens has no patch grid"):
+        attention(seen["args"][0], seen["args"][0].clone(), seen["args"][0], need_weights=False)
 
 
 def test_the_position_embedding_of_clip_is_left_out():
