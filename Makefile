@@ -49,8 +49,8 @@ models: $(VENV)/installed $(VENV)/models
 
 # The plug-in for vLLM with the real engine: every attention class that it serves, a tower at its real width, and a server
 # that is asked over HTTP with the plug-in and without. 7 minutes, and 4 GB for the environment.
-serving: $(VENV)/vllm/installed $(VENV)/installed $(VENV)/sglang
-	$(BIN)/python -m pytest tests/integrations/test_sglang.py
+serving: $(VENV)/vllm/installed $(VENV)/installed $(VENV)/sglang $(VENV)/kernels
+	$(BIN)/python -m pytest tests/integrations/test_sglang.py tests/integrations/test_kernel_hub.py
 	SPATIAL_PE_CUDA=0 $(VENV)/vllm/bin/pip install --quiet --no-deps --force-reinstall .
 	cd $(VENV)/vllm && bin/python -m pytest -s -p no:cacheprovider $(CURDIR)/tests/serving
 
@@ -62,6 +62,12 @@ $(VENV)/vllm/installed: $(VENV)/base
 	$(@D)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	cp tests/serving/torchvision_on_cpu.py $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 	echo "import torchvision_on_cpu" > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/torchvision_on_cpu.pth
+	touch $@
+
+# Hugging Face's kernels, which loads the folder of tools/kernel_hub.py
+$(VENV)/kernels: | $(VENV)/pip
+	rm -rf $@
+	$(PIP_INSTALL) --no-deps --target $@ kernels==0.17.2 kernels-data
 	touch $@
 
 # SGLang's wheel, of which tests/integrations reads the interface: without what it imports, which needs a GPU
