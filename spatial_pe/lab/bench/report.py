@@ -159,13 +159,18 @@ def start_table(result: dict) -> Table:
 
 def refused_table(result: dict) -> Table | None:
     rows = [
-        [charts.case(row) if "direction" in row else row["suite"], VARIANTS[name].label, why]
+        [charts.case(row) if "direction" in row else row.get("what", row["suite"]), _label(name), why]
         for row in result["rows"]
         for name, why in row["refused"].items()
     ]
     reasons = {(name, why): case for case, name, why in reversed(rows)}
     shown = [[case, name, why] for (name, why), case in reversed(reasons.items())]
     return Table("Left out, the first case of each reason.", ["case", "variant", "why"], shown) if shown else None
+
+
+def _label(name: str) -> str:
+    """Return the label of a variant of attention, or of a whole tower."""
+    return VARIANTS[name].label if name in VARIANTS else tower_peers.PEERS[name][0]
 
 
 def _rate(row: Row, variant: str) -> str:
