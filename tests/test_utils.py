@@ -76,6 +76,7 @@ def test_a_log_has_lines_and_no_bar(capsys):
 
 def test_first_line_of_an_error():
     assert first_line(ValueError("\n one\n two")) == "one"
+    assert first_line(ValueError("\x1b[96mone\x1b[0m\ntwo")) == "one"  # of torch.export
     assert first_line(KeyError()) == "KeyError"
 
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from typing import Protocol
 
 WIDTH = 100  # columns of what commands and reports print
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # that some messages have
 
 
 class Show(Protocol):
@@ -66,4 +68,4 @@ def wrap(line: str, first: str = "", others: str = "") -> list[str]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class if the message is empty: KeyError(), a bare assert."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (COLOUR.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0]

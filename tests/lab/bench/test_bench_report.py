@@ -32,7 +32,11 @@ def result() -> dict:
     """Of every suite some rows, whose samples are made up."""
     found = {"schema": 1, "kind": "spatial-bench", "command": "spatial-pe bench", **environment.describe()}
     found |= {"device": "cpu", "peaks": {"gflops": {"fp32": 100.0, "bf16": 200.0}, "copy_gigabytes_per_second": 20.0}}
-    tower = {"suite": "towers", "name": "t", "what": "A <tower>.", "dtype": "bf16", "threads": 1, "refused": {}}
+    tower = {"suite": "towers", "name": "t", "what": "A <tower>.", "dtype": "bf16", "threads": 1}
+    tower |= {"refused": {"openvino": "knows no <rotation>"}}
+    space = {"suite": "space", "name": "s", "what": "A block.", "dtype": "fp32", "threads": 1, "refused": {}}
+    space |= {"seconds": {"before": [3.0, 3.0], "after": [1.25, 1.25]}, "patched": 1, "difference": 1e-7}
+    space |= {"peak": {"before": 1 << 30, "after": 3 << 20}, "kernels": {"before": 46, "after": 10}}
     tower |= {"seconds": {"before": [3.0, 3.0], "after": [2.0, 2.0]}, "sdpa_share": 0.42, "patched": 2}
     memory = {"suite": "memory", "dtype": "fp32", "refused": {}}
     rows = [
@@ -45,6 +49,7 @@ def result() -> dict:
             for n in (256, 512)
         ),
         tower,
+        space,
         {"suite": "start", "seconds": {"import torch": [1.25]}, "refused": {}},
     ]
     return found | {"rows": rows}
@@ -78,7 +83,9 @@ def test_the_numbers_are_those_of_the_file(result, written):
     assert lines["A <tower>."][1:] == ["bf16", "42%", "1.50x"]
     assert lines["256"][1:] == ["1.0", "2.0"] and lines["512"][1:] == ["2.0", "8.0"]
     assert lines["import torch"] == ["import torch", "1.2"]
+    assert lines["A block."][1:] == ["fp32", "2.40x", "1024.0", "3.0", "46 -> 10"]
     assert ["ONNX Runtime", "has no attention in this dtype on the CPU"] in [line[1:] for line in left_out]
+    assert ["A <tower>.", "OpenVINO", "knows no <rotation>"] in left_out
 
 
 def test_it_opens_offline_without_a_complaint(result, written):
