@@ -462,7 +462,8 @@ TRACERS = {
 }
 
 
-@pytest.mark.parametrize("way", TRACERS)
+# with inductor's code as well as with dynamic sizes: 5 s
+@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.slow] * (w == "inductor")) for w in TRACERS])
 def test_tables_that_nobody_looked_at_are_not_computed_wrong(way):
     """The proof has tables of its own, and a traced call none with values: those of the tower may be others."""
     torch._dynamo.reset()

@@ -390,7 +390,11 @@ def test_a_layer_keeps_its_forward():
     assert type(model.blocks[0]).forward is forward
 
 
-@pytest.mark.parametrize("name", ["croco", "vggt", "sam2", "open_clip", "open_clip, batch second", "onevision"])
+@pytest.mark.parametrize(
+    "name",
+    ["croco", "sam2", "open_clip, batch second"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("vggt", "open_clip", "onevision")],
+)
 def test_they_compile_without_a_graph_break(name):
     family = FAMILIES[name]
     model, inputs = family.make(), family.inputs()

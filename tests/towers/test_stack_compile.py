@@ -50,7 +50,10 @@ def test_a_compiled_tower_learns_what_it_would(name, options):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", [{}, {"rope": "mixed"}], ids=["plain", "rope"])
+# the one with RoPE reads the grid as well
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="plain", marks=pytest.mark.slow), pytest.param({"rope": "mixed"}, id="rope")]
+)
 def test_a_compiled_tower_is_not_compiled_again(options):
     """The next batch of the same shape finds the graph: what hooks record must not be among its guards."""
     family = FAMILIES["clip"]

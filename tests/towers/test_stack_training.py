@@ -130,7 +130,7 @@ def trained_by_trainer(name, folder, prepare=lambda model: None, checkpointing=T
     return {"loss": torch.stack(losses)} | {key: p.detach().double() for key, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["clip", "dinov3"])
+@pytest.mark.parametrize("name", [pytest.param("clip", marks=pytest.mark.slow), "dinov3"])
 def test_trainer_with_gradient_checkpointing(name, calls, tmp_path):
     pytest.importorskip("accelerate")
     expected = trained_by_trainer(name, tmp_path)

@@ -107,7 +107,7 @@ def test_float16_everywhere(case, family, monkeypatch):
     check_kernels(replace(case, dtype=torch.float16), monkeypatch, family)
 
 
-@pytest.mark.parametrize("case", some([SHORT[2], ROTATIONS[3], *SEQUENCES[1:8:3], VIEWS[1]], 4, first=1), ids=str)
+@pytest.mark.parametrize("case", some([SHORT[2], ROTATIONS[3], *SEQUENCES[1:8:3], VIEWS[1]], 6, first=1), ids=str)
 def test_float16(case, monkeypatch):
     check_kernels(replace(case, dtype=torch.float16), monkeypatch, "ampere")
 
