@@ -94,7 +94,8 @@ def test_it_opens_offline_without_a_complaint(result, written):
         assert [entry for entry in chrome.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
         assert browser.requests(chrome) == []
         headings = [element.text for element in chrome.find_elements("css selector", "h2")]
-        assert headings == ["Whole towers", "Attention", "Layers", "How it grows", "Memory", "First call"]
+        kinds = ["Whole towers", "Attention", "Layers", "How it grows", "Memory", "Models that see space", "First call"]
+        assert headings == kinds
         charts = chrome.execute_script(
             "return [...document.querySelectorAll('figure svg')].map(s => {const b = s.getBoundingClientRect();"
             "return [b.width, b.height, s.querySelectorAll('path').length]})"
