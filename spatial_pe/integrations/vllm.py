@@ -29,7 +29,7 @@ from ..ops.attention import rope_attention
 from ..rotary import Rotary
 
 SWITCH = "SPATIAL_PE_VLLM"
-# Relative difference of two results in bfloat16, whose roundings differ: without the rotation it is above 0.3.
+# Relative difference of two results whose roundings differ.
 SAME = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.03}
 LENGTHS = (0, 5, 6, 16)  # cu_seqlens of the comparison
 # Arguments of attention modules beside the tokens, which come first.

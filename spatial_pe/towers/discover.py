@@ -72,7 +72,8 @@ class Candidate:
 
 
 def discover(model: nn.Module) -> list[Candidate | Skipped]:
-    """Return all attention modules of a model; those outside of its vision towers are skipped, with that reason."""
+    """Return all attention modules of a model; those outside of its vision towers are skipped, with that reason, unless
+    only attention over images takes such arguments."""
     modules = dict(model.named_modules())
     attention = {name: module for name, module in modules.items() if _is_attention(module)}
     for name in list(attention):  # a module that contains another one is only its container

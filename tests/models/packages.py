@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from family import randn, randomize
+from own_code import places
+from timm_path import define_operators
 from torch import Tensor, nn
 
 BESIDE = Path(__file__).parents[2] / ".venv" / "models"
@@ -27,11 +29,7 @@ def on_the_path() -> None:
         pytest.skip("no public packages: make .venv/models", allow_module_level=True)
     if str(BESIDE) not in sys.path:
         sys.path.append(str(BESIDE))
-        with contextlib.suppress(RuntimeError):  # timm's tests have defined them
-            for name in ("nms", "qnms"):
-                torch.library.define(
-                    f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                )
+        define_operators()
 
 
 @dataclass(frozen=True)
@@ -114,13 +112,9 @@ def croco_blocks() -> nn.Module:
     return model
 
 
-def places(height: int, width: int, batch: int) -> Tensor:
-    return torch.cartesian_prod(torch.arange(height), torch.arange(width))[None].repeat(batch, 1, 1)
-
-
 def run_croco_blocks(model: Any, dtype: torch.dtype) -> list[Tensor]:
     x, y = randn(2, 12, 48).to(dtype), randn(2, 20, 48, seed=2).to(dtype)
-    of_x, of_y = places(3, 4, 2), places(4, 5, 2)
+    of_x, of_y = places((3, 4), 2), places((4, 5), 2)
     x, y = model.encoder(x, of_x), model.encoder(y, of_y)
     x, y = model.decoder(x, y, of_x, of_y)
     return [model.across(model.own(x, of_x), y, of_x, of_y), model.without(y)]

@@ -37,7 +37,7 @@ def test_the_warning_is_gone():
     assert done.stdout.strip() == "spatial_pe.modules"
 
 
-def test_dust3r_with_this_rope(monkeypatch):
+def test_dust3r_with_this_rope():
     """The model with our module instead of curope's computes the same, patched too."""
     model = PACKAGES["DUSt3R"].make()
     theirs = packages.run_dust3r(model, torch.float32)

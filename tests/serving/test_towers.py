@@ -200,7 +200,7 @@ def test_a_tower_at_its_real_width():
 
 
 def test_the_error_of_tables_in_bfloat16():
-    """vLLM rounds cos and sin to bfloat16: the error of one layer on 4,500 tokens, against float64."""
+    """vLLM rounds cos and sin to bfloat16: the error of an attention over 1,024 tokens, against float64."""
     from spatial_pe import Rotary, rope_attention
 
     tokens, heads, dim = 1024, 4, 80

@@ -62,6 +62,12 @@ def places(grid: tuple[int, int], batch: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))[None].repeat(batch, 1, 1)
 
 
+def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
+    """Neighbouring channels of (..., N, D) by complex (N, D/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+
+
 def images(height: int = 24, width: int = 32, batch: int = 2) -> Callable[[], dict[str, Any]]:
     return lambda: {"pixel_values": randn(batch, 3, height, width)}
 
@@ -211,14 +217,9 @@ class MemoryRope(nn.Module):
             self.freqs_cis = self.compute_cis(end_x=math.sqrt(tokens), end_y=math.sqrt(tokens))
         assert rotated == tokens or self.rope_k_repeat
         table = self.freqs_cis.repeat(rotated // tokens, 1)
-        k = torch.cat([self.rotate(k[..., :rotated, :], table), k[..., rotated:, :]], -2)
-        x = F.scaled_dot_product_attention(self.rotate(q, self.freqs_cis), k, v)
+        k = torch.cat([rotate_pairs(k[..., :rotated, :], table), k[..., rotated:, :]], -2)
+        x = F.scaled_dot_product_attention(rotate_pairs(q, self.freqs_cis), k, v)
         return self.out_proj(x[:, 0])
-
-    @staticmethod
-    def rotate(x: Tensor, table: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
 class Memory(nn.Module):
@@ -357,12 +358,6 @@ class Placed(Tower):
 # --------------------------------------------------------------------------------------------------------- remote code
 
 
-def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
-    """Neighbouring channels of (N, H, D) by complex (N, D/2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
-
-
 def by_images(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Attention of (N, H, D) -> (N, H D), image by image."""
     found = []
@@ -383,7 +378,7 @@ class MoonLayer(nn.Module):
 
     def attention_qkvpacked(self, x: Tensor, cu_seqlens: Tensor, rope_freqs_cis: Any = None) -> Tensor:
         q, k, v = (y.unflatten(-1, (HEADS, DIM)) for y in self.wqkv(x).chunk(3, -1))
-        q, k = rotate_pairs(q, rope_freqs_cis), rotate_pairs(k, rope_freqs_cis)
+        q, k = (rotate_pairs(y, rope_freqs_cis[:, None]) for y in (q, k))
         return self.wo(by_images(q, k, v, cu_seqlens))
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, rope_freqs_cis: Any = None) -> Tensor:
@@ -487,12 +482,7 @@ class GridRope(nn.Module):
         angles = torch.cat([torch.outer(columns, frequencies), torch.outer(rows, frequencies)], -1)
         angles = F.pad(angles, (0, 0, q.shape[-2] - len(angles), 0))
         table = torch.polar(torch.ones_like(angles), angles)
-        return self.rotate(q, table), self.rotate(k, table)
-
-    @staticmethod
-    def rotate(x: Tensor, table: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+        return rotate_pairs(q, table), rotate_pairs(k, table)
 
 
 class GridAttention(nn.Module):

@@ -113,7 +113,7 @@ def measure(name: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     report = patch(after)
     calls = {"before": functools.partial(forward, before, dtype), "after": functools.partial(forward, after, dtype)}
     difference = (calls["after"]() - calls["before"]()).norm() / calls["before"]().norm()
-    costs = {key: cost_of(lambda call=call: call(), {}, "") for key, call in calls.items()}
+    costs = {key: cost_of(call, {}, "") for key, call in calls.items()}
     return {
         "what": model.what,
         "seconds": timing.interleaved(calls, rounds),
