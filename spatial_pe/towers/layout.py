@@ -23,6 +23,7 @@ QKV = (
     ("to_qkv",),
     ("to_qk", "to_v"),
 )
+NORMED = (("to_qkv",), ("to_qk", "to_v"))  # vit-pytorch's: the norm of the tokens is in the module, before them
 PARTS = {1: (3,), 2: (2, 1), 3: (1, 1, 1)}  # how many of q, k and v each projection makes
 PACKED = "in_proj_weight"  # torch: the weight of a fused projection, without a module
 PACKED_BIAS = "in_proj_bias"
@@ -93,7 +94,7 @@ def read_layout(module: nn.Module, form: ForwardForm) -> Layout | str:
     norms = tuple(name if _is_active(module, name) else None for name in of_qkv)
     over = {_norm_width(module, name) for name in norms if name} - {None}
     bias = QKV_BIAS if len(qkv) == 1 and all(getattr(module, n, None) is not None for n in QKV_BIAS) else ()
-    first = NORM if _child(module, NORM) and qkv[0].startswith("to_") else None
+    first = NORM if _child(module, NORM) and qkv in NORMED else None
     out_norm = NORM if _child(module, NORM) and out and not first else None
     gate = GATE if _child(module, GATE) and out else None
     out_dropout = next((name for name in OUT_DROPOUT if _child(module, name)), None)
